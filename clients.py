@@ -1,0 +1,21 @@
+"""Connections to the servers other than Postgres: Redis and Temporal."""
+
+from redis.asyncio import Redis
+from temporalio.client import Client
+
+from settings import Settings
+
+# Task queues, one per kind of load. The api process hosts a worker on ORDERS so that sagas start eagerly there.
+ORDERS_QUEUE = "orders"
+SETTLEMENT_QUEUE = "settlement"
+OPERATIONS_QUEUE = "operations"
+
+
+def open_redis(settings: Settings) -> Redis:
+    """A client with a connection pool; commands raise redis.ConnectionError while the server is away."""
+    return Redis.from_url(settings.require_redis_url(), health_check_interval=15)
+
+
+async def connect_temporal(settings: Settings) -> Client:
+    """A client of the settings' namespace. Raises RuntimeError when the server cannot be reached."""
+    return await Client.connect(settings.require_temporal_address(), namespace=settings.temporal_namespace)

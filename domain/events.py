@@ -1,0 +1,246 @@
+"""The catalogue of business events: every name, its topic and its fields (specification, event table).
+
+Events are written to the outbox in the transaction that makes them true and relayed in order to the Redis
+Stream named by the topic. Money, prices and quantities are decimal strings, times ISO-8601 UTC.
+"""
+
+from typing import ClassVar
+
+import msgspec
+
+SCHEMA_VERSION = 1
+
+
+class BusinessEvent(msgspec.Struct, frozen=True, rename="camel"):
+    """Base of all events. `topic` names the stream."""
+
+    topic: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """The event's name in the catalogue."""
+        return type(self).__name__
+
+
+class AuthSessionRevoked(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "auth.session-revoked"
+    session_id: str
+    user_id: str
+    reason: str
+
+
+class OrderSubmitted(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "order.submitted"
+    order_id: int
+    user_id: str
+    instrument_id: str
+    side: str
+    type: str
+    price: str | None
+    quantity: str
+
+
+class MarginPreCheckPassed(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "risk.margin-check-passed"
+    order_id: int
+    required_margin: str
+
+
+class MarginPreCheckFailed(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "risk.margin-check-failed"
+    order_id: int
+    reason: str
+
+
+class FundsFrozen(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "ledger.funds-frozen"
+    order_id: int
+    user_id: str
+    asset: str
+    amount: str
+
+
+class FundsFrozenFailed(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "ledger.funds-frozen-failed"
+    order_id: int
+    user_id: str
+    asset: str
+    reason: str
+
+
+class FundsUnfrozen(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "ledger.funds-unfrozen"
+    order_id: int
+    user_id: str
+    asset: str
+    amount: str
+
+
+class OrderCreated(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "order.created"
+    order_id: int
+    user_id: str
+    instrument_id: str
+    side: str
+    type: str
+    price: str | None
+    quantity: str
+    is_liquidation: bool
+
+
+class OrderCancelRequested(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "order.cancel-requested"
+    order_id: int
+
+
+class OrderPlaced(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "matching.order-placed"
+    order_id: int
+    instrument_id: str
+    side: str
+    price: str
+    quantity: str
+
+
+class OrderFilled(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "matching.order-filled"
+    order_id: int
+    instrument_id: str
+    user_id: str
+
+
+class OrderCancelled(BusinessEvent, frozen=True):
+    """A real cancel or expiry (`status` says which); never a full fill."""
+
+    topic: ClassVar[str] = "matching.order-cancelled"
+    order_id: int
+    instrument_id: str
+    user_id: str
+    status: str
+    reason: str
+    remaining_quantity: str
+
+
+class OrderRejected(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "matching.order-rejected"
+    order_id: int
+    instrument_id: str
+    user_id: str
+    reason: str
+
+
+class TradeExecuted(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "matching.trade-executed"
+    trade_id: int
+    instrument_id: str
+    buy_order_id: int
+    sell_order_id: int
+    price: str
+    quantity: str
+    buyer_user_id: str
+    seller_user_id: str
+    taker_side: str
+    maker_fee: str
+    taker_fee: str
+    fee: str
+    executed_at: str
+
+
+class LedgerEntryCreated(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "ledger.entry-created"
+    user_id: str
+    instrument_id: str | None
+    asset: str
+    delta_available: str
+    delta_reserved: str
+    balance_after: str
+    entry_type: str
+    reference_type: str
+    reference_id: str
+
+
+class InsuranceFundRequired(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "ledger.insurance-fund-required"
+    user_id: str
+    instrument_id: str
+    asset: str
+    amount: str
+
+
+class PositionUpdated(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "positions.updated"
+    user_id: str
+    instrument_id: str
+    side: str | None
+    quantity: str
+    entry_price: str | None
+    mark_price: str | None
+    unrealized_pnl: str | None
+    liquidation_price: str | None
+
+
+class PositionClosed(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "positions.closed"
+    user_id: str
+    instrument_id: str
+    realized_pnl: str
+
+
+class MarkPriceUpdated(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "market.mark-price"
+    instrument_id: str
+    index_price: str
+    mark_price: str
+    fair_price: str
+    premium_index: str
+    funding_basis: str
+    calculated_at: str
+    source: str
+
+
+class FundingRateUpdated(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "market.funding-rate"
+    instrument_id: str
+    rate: str
+    effective_at: str
+
+
+class KlineClosed(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "market.kline"
+    instrument_id: str
+    period: str
+    open: str
+    high: str
+    low: str
+    close: str
+    volume: str
+    timestamp: str
+
+
+class RiskUpdate(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "risk.update"
+    user_id: str
+    instrument_id: str
+    margin_ratio: str | None
+    liquidation_price: str | None
+    status: str
+
+
+class LiquidationTriggered(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "risk.liquidation-triggered"
+    position_id: str
+    user_id: str
+    instrument_id: str
+    reason: str
+
+
+class AutoDeleveraged(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "risk.auto-deleveraged"
+    user_id: str
+    instrument_id: str
+    quantity: str
+    price: str
+
+
+CATALOGUE: dict[str, type[BusinessEvent]] = {kind.__name__: kind for kind in BusinessEvent.__subclasses__()}
+USER_PUSH_TOPIC = "gateway.user-push"

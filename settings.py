@@ -1,0 +1,54 @@
+"""Settings of every process, read from the environment (prefix ``EXCHANGE_``)."""
+
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One attribute per ``EXCHANGE_…`` variable; the defaults serve the embedded stack."""
+
+    model_config = SettingsConfigDict(env_prefix="EXCHANGE_", env_ignore_empty=True)
+
+    database_url: str | None = None
+    redis_url: str | None = None
+    temporal_address: str | None = None
+    temporal_namespace: str = "default"
+    api_host: str = "127.0.0.1"
+    api_port: int = 8000
+    state_dir: Path = Path(".exchange")
+    admin_email: str = "admin@exchange.local"
+    admin_password: str | None = None
+    internal_token: str | None = None
+    index_source: Literal["simulated", "ccxt"] = "simulated"
+    index_seed: int = 1
+    funding_interval_seconds: int = 8 * 3600
+    mark_price_interval_seconds: float = 1.0
+    jwt_private_key_file: Path | None = None
+    log_level: str = "INFO"
+
+    def require_database_url(self) -> str:
+        """The Postgres URL. Raises RuntimeError when it is not set (outside the embedded stack)."""
+        return _required("EXCHANGE_DATABASE_URL", self.database_url)
+
+    def require_redis_url(self) -> str:
+        """The Redis or Valkey URL. Raises RuntimeError when it is not set."""
+        return _required("EXCHANGE_REDIS_URL", self.redis_url)
+
+    def require_temporal_address(self) -> str:
+        """The Temporal frontend, host:port. Raises RuntimeError when it is not set."""
+        return _required("EXCHANGE_TEMPORAL_ADDRESS", self.temporal_address)
+
+
+def _required(name: str, value: str | None) -> str:
+    if not value:
+        raise RuntimeError(f"{name} is not set: start the stack with `make run`, or name an external server")
+    return value
+
+
+@cache
+def get_settings() -> Settings:
+    """The settings of this process, read once."""
+    return Settings()

@@ -1,0 +1,31 @@
+"""Connections to Postgres: one asyncpg pool per process. SQL is plain and set-based; tables are in `tables.py`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import asyncpg
+
+Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+Pool = asyncpg.Pool[asyncpg.Record]
+
+COMMAND_TIMEOUT_SECONDS = 30
+
+
+async def open_pool(url: str, *, size_min: int = 1, size_max: int = 10, name: str = "saga-exchange") -> Pool:
+    """A pool of connections to `url`. Raises OSError or asyncpg errors when the server cannot be reached."""
+    return await asyncpg.create_pool(
+        url,
+        min_size=size_min,
+        max_size=size_max,
+        command_timeout=COMMAND_TIMEOUT_SECONDS,
+        server_settings={"application_name": name, "jit": "off", "timezone": "UTC"},
+    )
+
+
+def columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:
+    """Rows turned into `width` columns, the form in which unnest() takes a batch (also when there are none)."""
+    if not rows:
+        return [[] for _ in range(width)]
+    turned = [list(column) for column in zip(*rows, strict=True)]
+    assert len(turned) == width, f"Expected {width} columns, was {len(turned)}"
+    return turned

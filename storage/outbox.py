@@ -1,0 +1,36 @@
+"""The outbox: events written in the transaction that makes them true, relayed to Redis Streams afterwards."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from domain.events import USER_PUSH_TOPIC, BusinessEvent
+from storage.db import Connection
+
+_encode = msgspec.json.Encoder().encode
+CHANNEL = "outbox"
+_INSERT = "INSERT INTO outbox.messages (topic, name, payload) SELECT * FROM unnest($1::text[], $2::text[], $3::text[])"
+
+
+class UserPush(msgspec.Struct, frozen=True, rename="camel"):
+    """One message for the sockets of one user on `/ws/user`; `channel` is order, fill, balance, position, …"""
+
+    user_id: int
+    channel: str
+    data: object
+
+
+async def emit(conn: Connection, events: Sequence[BusinessEvent] = (), pushes: Sequence[UserPush] = ()) -> None:
+    """Write `events` and `pushes` in the caller's transaction, one row per kind, each kind in its given order."""
+    lines: dict[tuple[str, str], list[bytes]] = {}
+    for event in events:
+        lines.setdefault((event.topic, event.name), []).append(_encode(event))
+    if pushes:
+        lines[USER_PUSH_TOPIC, "UserPush"] = [_encode(push) for push in pushes]
+    if not lines:
+        return
+    topics, names = zip(*lines, strict=True)
+    payloads = [b"\n".join(batch).decode() for batch in lines.values()]
+    await conn.execute(_INSERT, list(topics), list(names), payloads)
+    # Delivered at commit; the relay also polls, so a lost notification costs time, never an event.
+    await conn.execute(f"NOTIFY {CHANNEL}")

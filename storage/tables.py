@@ -1,0 +1,631 @@
+"""Every table, one Postgres schema per service. Alembic derives its migrations from here.
+
+A service reads and writes its own schema only; what others may read is published as a view `v_…`
+(see `storage/views.py`). Hot rows use fillfactor 70 so that updates stay in their page.
+"""
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    Numeric,
+    Sequence,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, INET, JSON, JSONB, UUID
+from sqlalchemy.sql.type_api import TypeEngine
+
+SCHEMAS = (
+    "users",
+    "auth",
+    "orders",
+    "risk",
+    "ledger",
+    "positions",
+    "matching",
+    "market",
+    "outbox",
+    "reporting",
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+AMOUNT = Numeric(38, 8)
+TIME = DateTime(timezone=True)
+
+
+def _col(name: str, kind: TypeEngine[Any], *, null: bool = False, default: str | None = None) -> Column[Any]:
+    return Column(name, kind, nullable=null, server_default=text(default) if default is not None else None)
+
+
+def _created() -> Column[Any]:
+    return _col("created_at", TIME, default="now()")
+
+
+def _updated() -> Column[Any]:
+    return _col("updated_at", TIME, default="now()")
+
+
+# --- users -----------------------------------------------------------------------------------------------------
+user_id_seq = Sequence("user_id_seq", start=1000, schema="users", metadata=metadata)
+
+users = Table(
+    "users",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, server_default=user_id_seq.next_value()),
+    _col("email", Text()),
+    _col("status", Text(), default="'PREPARE'"),
+    _col("roles", ARRAY(Text), default="'{user}'"),
+    _created(),
+    _updated(),
+    CheckConstraint("status IN ('PREPARE', 'ACTIVE', 'FAILED')", name="status"),
+    Index("uq_users_email", text("lower(email)"), unique=True),
+    schema="users",
+)
+
+user_registration_prepare = Table(
+    "user_registration_prepare",
+    metadata,
+    Column("user_id", BigInteger, ForeignKey(users.c.user_id), primary_key=True),
+    _col("status", Text(), default="'PREPARE'"),
+    # Cleared once the credential exists: the only copy then lives in auth.auth_credentials.
+    _col("secret_hash", Text(), null=True),
+    _col("attempts", Integer(), default="0"),
+    _col("last_error", Text(), null=True),
+    _created(),
+    _updated(),
+    CheckConstraint("status IN ('PREPARE', 'COMPLETED', 'FAILED')", name="status"),
+    Index("ix_user_registration_prepare_open", "created_at", postgresql_where=text("status = 'PREPARE'")),
+    schema="users",
+)
+
+# --- auth ------------------------------------------------------------------------------------------------------
+auth_credentials = Table(
+    "auth_credentials",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("type", Text, primary_key=True),
+    _col("email", Text(), null=True),
+    _col("secret_hash", Text()),
+    _col("roles", ARRAY(Text), default="'{user}'"),
+    _col("status", Text(), default="'ACTIVE'"),
+    _col("expires_at", TIME, null=True),
+    _created(),
+    _updated(),
+    CheckConstraint("status IN ('ACTIVE', 'LOCKED', 'EXPIRED')", name="status"),
+    Index(
+        "uq_auth_credentials_email",
+        text("lower(email)"),
+        unique=True,
+        postgresql_where=text("type = 'PASSWORD'"),
+    ),
+    schema="auth",
+)
+
+login_audits = Table(
+    "login_audits",
+    metadata,
+    Column("audit_id", BigInteger, Identity(), primary_key=True),
+    _col("user_id", BigInteger(), null=True),
+    _col("email", Text()),
+    _col("outcome", Text()),
+    _col("reason", Text(), null=True),
+    _col("ip", INET(), null=True),
+    _col("device", Text(), null=True),
+    _created(),
+    CheckConstraint("outcome IN ('SUCCESS', 'FAILED')", name="outcome"),
+    Index("ix_login_audits_user_id", "user_id", "created_at"),
+    schema="auth",
+)
+
+auth_sessions = Table(
+    "auth_sessions",
+    metadata,
+    Column("session_id", UUID(as_uuid=False), primary_key=True),
+    _col("user_id", BigInteger()),
+    _col("roles", ARRAY(Text)),
+    # SHA-256 of the only refresh token of this session that is still good; any other one presented is a reuse.
+    _col("refresh_token_hash", Text()),
+    _col("ip", INET(), null=True),
+    _col("device_fingerprint", Text(), null=True),
+    _col("expires_at", TIME),
+    _col("revoked_at", TIME, null=True),
+    _col("revoke_reason", Text(), null=True),
+    _created(),
+    _updated(),
+    Index("ix_auth_sessions_user_id", "user_id", "created_at"),
+    schema="auth",
+)
+
+# --- orders ----------------------------------------------------------------------------------------------------
+order_id_seq = Sequence("order_id_seq", start=1, schema="orders", metadata=metadata)
+
+orders = Table(
+    "orders",
+    metadata,
+    Column("order_id", BigInteger, primary_key=True, autoincrement=False),
+    _col("user_id", BigInteger()),
+    _col("instrument_id", Text()),
+    _col("client_order_id", Text(), null=True),
+    _col("side", Text()),
+    _col("type", Text()),
+    _col("time_in_force", Text()),
+    _col("price", AMOUNT, null=True),
+    # The worst price this order may trade at: the limit, or a MARKET order's protection price. Margin is based on it.
+    _col("bound_price", AMOUNT),
+    _col("quantity", AMOUNT),
+    _col("filled_quantity", AMOUNT, default="0"),
+    _col("filled_notional", AMOUNT, default="0"),
+    _col("status", Text(), default="'PENDING'"),
+    _col("failure_reason", Text(), null=True),
+    _col("stp_mode", Text(), default="'EXPIRE_TAKER'"),
+    _col("is_liquidation", Boolean(), default="false"),
+    _created(),
+    _updated(),
+    CheckConstraint("quantity > 0 AND filled_quantity >= 0 AND filled_quantity <= quantity", name="quantity"),
+    CheckConstraint("side IN ('BUY', 'SELL')", name="side"),
+    CheckConstraint(
+        "status IN ('PENDING', 'ACCEPTED', 'PLACED', 'PARTIALLY_FILLED', 'FILLED', 'FAILED', 'REJECTED',"
+        " 'CANCEL_REQUESTED', 'CANCELLED', 'EXPIRED')",
+        name="status",
+    ),
+    Index("ix_orders_user_id", "user_id", "order_id"),
+    Index(
+        "uq_orders_client_order_id",
+        "user_id",
+        "client_order_id",
+        unique=True,
+        postgresql_where=text("client_order_id IS NOT NULL"),
+    ),
+    schema="orders",
+    postgresql_with={"fillfactor": 70},
+)
+
+# One row per placement or cancellation workflow, written before it is started: what the sweeper looks for.
+sagas = Table(
+    "sagas",
+    metadata,
+    Column("workflow_id", Text, primary_key=True),
+    _col("kind", Text()),
+    _col("order_ids", ARRAY(BigInteger)),
+    _col("done", Boolean(), default="false"),
+    _created(),
+    CheckConstraint("kind IN ('PLACE', 'CANCEL')", name="kind"),
+    Index("ix_sagas_open", "created_at", postgresql_where=text("NOT done")),
+    schema="orders",
+)
+
+
+def _cursors(schema: str) -> Table:
+    """Up to which engine event this service has applied each instrument; its row lock orders the batches."""
+    return Table(
+        "cursors",
+        metadata,
+        Column("instrument_id", Text, primary_key=True),
+        _col("applied_seq", BigInteger(), default="0"),
+        schema=schema,
+    )
+
+
+def _steps(schema: str) -> Table:
+    """First result of every batch step, so that a repeat changes nothing and answers the same."""
+    return Table(
+        "steps",
+        metadata,
+        Column("step_id", Text, primary_key=True),
+        _col("result", JSON()),
+        _created(),
+        Index(f"ix_{schema}_steps_created_at", "created_at"),
+        schema=schema,
+    )
+
+
+orders_cursors = _cursors("orders")
+
+# --- risk ------------------------------------------------------------------------------------------------------
+leverage_tiers = Table(
+    "leverage_tiers",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("tier", SmallInteger, primary_key=True, autoincrement=False),
+    _col("notional_from", AMOUNT),
+    _col("max_leverage", Integer()),
+    _col("maintenance_margin_rate", Numeric(12, 8)),
+    _col("cumulative", AMOUNT),
+    schema="risk",
+)
+
+risk_limits = Table(
+    "risk_limits",
+    metadata,
+    Column("limit_id", BigInteger, Identity(), primary_key=True),
+    _col("user_id", BigInteger(), null=True),
+    _col("instrument_id", Text()),
+    _col("max_order_quantity", AMOUNT),
+    _col("max_position_notional", AMOUNT),
+    _col("max_leverage", Integer()),
+    _col("max_open_orders", Integer()),
+    _col("price_band", Numeric(12, 8)),
+    _updated(),
+    # user_id NULL is the instrument's default row.
+    Index("uq_risk_limits_scope", "instrument_id", "user_id", unique=True, postgresql_nulls_not_distinct=True),
+    schema="risk",
+)
+
+exposures = Table(
+    "exposures",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("instrument_id", Text, primary_key=True),
+    _col("leverage", Integer()),
+    _col("margin_mode", Text(), default="'ISOLATED'"),
+    _col("signed_quantity", AMOUNT, default="0"),
+    _col("entry_notional", AMOUNT, default="0"),
+    _col("bid_notional", AMOUNT, default="0"),
+    _col("ask_notional", AMOUNT, default="0"),
+    _col("open_orders", Integer(), default="0"),
+    _col("order_margin", AMOUNT, default="0"),
+    _updated(),
+    CheckConstraint(
+        "bid_notional >= 0 AND ask_notional >= 0 AND open_orders >= 0 AND order_margin >= 0", name="positive"
+    ),
+    schema="risk",
+    postgresql_with={"fillfactor": 70},
+)
+
+risk_snapshots = Table(
+    "risk_snapshots",
+    metadata,
+    Column("snapshot_id", BigInteger, Identity(), primary_key=True),
+    _col("user_id", BigInteger()),
+    _col("instrument_id", Text()),
+    _col("mark_price", AMOUNT),
+    _col("margin", AMOUNT),
+    _col("unrealized_pnl", AMOUNT),
+    _col("maintenance_margin", AMOUNT),
+    _col("margin_ratio", Numeric(20, 8), null=True),
+    _col("liquidation_price", AMOUNT, null=True),
+    _col("status", Text()),
+    _created(),
+    Index("ix_risk_snapshots_user", "user_id", "instrument_id", "created_at"),
+    schema="risk",
+)
+
+liquidation_queue = Table(
+    "liquidation_queue",
+    metadata,
+    Column("liquidation_id", BigInteger, Identity(), primary_key=True),
+    _col("position_id", BigInteger()),
+    _col("user_id", BigInteger()),
+    _col("instrument_id", Text()),
+    _col("reason", Text()),
+    _col("status", Text(), default="'PENDING'"),
+    _created(),
+    _updated(),
+    CheckConstraint("status IN ('PENDING', 'PROCESSING', 'PROCESSED', 'ABORTED')", name="status"),
+    Index(
+        "uq_liquidation_queue_open",
+        "position_id",
+        unique=True,
+        postgresql_where=text("status IN ('PENDING', 'PROCESSING')"),
+    ),
+    schema="risk",
+)
+
+risk_cursors = _cursors("risk")
+risk_steps = _steps("risk")
+
+# --- ledger ----------------------------------------------------------------------------------------------------
+ledger_balances = Table(
+    "ledger_balances",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("asset", Text, primary_key=True),
+    _col("available", AMOUNT, default="0"),
+    _col("reserved", AMOUNT, default="0"),
+    _updated(),
+    CheckConstraint("available >= 0", name="available"),
+    CheckConstraint("reserved >= 0", name="reserved"),
+    schema="ledger",
+    postgresql_with={"fillfactor": 70},
+)
+
+system_balances = Table(
+    "system_balances",
+    metadata,
+    Column("account", Text, primary_key=True),
+    Column("asset", Text, primary_key=True),
+    _col("balance", AMOUNT, default="0"),
+    _updated(),
+    schema="ledger",
+    postgresql_with={"fillfactor": 50},
+)
+
+# What of a user's `reserved` is held for which instrument, and as which kind of margin.
+margin_holds = Table(
+    "margin_holds",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("instrument_id", Text, primary_key=True),
+    _col("asset", Text()),
+    _col("order_margin", AMOUNT, default="0"),
+    _col("position_margin", AMOUNT, default="0"),
+    CheckConstraint("order_margin >= 0 AND position_margin >= 0", name="positive"),
+    schema="ledger",
+    postgresql_with={"fillfactor": 70},
+)
+
+journals = Table(
+    "journals",
+    metadata,
+    Column("reference_type", Text, primary_key=True),
+    Column("reference_id", Text, primary_key=True),
+    _created(),
+    schema="ledger",
+)
+
+# One row carries a user's two postings (available and reserved); a system account has only the first.
+ledger_entries = Table(
+    "ledger_entries",
+    metadata,
+    Column("entry_id", BigInteger, Identity(cache=1000), primary_key=True),
+    _col("reference_type", Text()),
+    _col("reference_id", Text()),
+    _col("entry_type", Text()),
+    _col("account", Text()),
+    _col("user_id", BigInteger(), null=True),
+    _col("asset", Text()),
+    _col("instrument_id", Text(), null=True),
+    _col("delta_available", AMOUNT),
+    _col("delta_reserved", AMOUNT, default="0"),
+    _col("balance_after", AMOUNT),
+    _created(),
+    Index("ix_ledger_entries_user_id", "user_id", "entry_id", postgresql_where=text("user_id IS NOT NULL")),
+    schema="ledger",
+)
+
+ledger_cursors = _cursors("ledger")
+ledger_steps = _steps("ledger")
+
+# --- positions -------------------------------------------------------------------------------------------------
+positions = Table(
+    "positions",
+    metadata,
+    Column("position_id", BigInteger, Identity(), primary_key=True),
+    _col("user_id", BigInteger()),
+    _col("instrument_id", Text()),
+    # Positive is LONG, negative SHORT. entry_notional is the exact sum of what was paid for it, never negative.
+    _col("signed_quantity", AMOUNT, default="0"),
+    _col("entry_notional", AMOUNT, default="0"),
+    _col("margin", AMOUNT, default="0"),
+    _col("realized_pnl", AMOUNT, default="0"),
+    _col("leverage", Integer()),
+    _col("margin_mode", Text(), default="'ISOLATED'"),
+    _col("liquidation_price", AMOUNT, null=True),
+    _col("status", Text(), default="'OPEN'"),
+    _created(),
+    _updated(),
+    CheckConstraint("status IN ('OPEN', 'LIQUIDATION_PENDING', 'CLOSED')", name="status"),
+    CheckConstraint("margin >= 0 AND entry_notional >= 0", name="positive"),
+    UniqueConstraint("user_id", "instrument_id"),
+    Index("ix_positions_instrument_id", "instrument_id", "user_id"),
+    schema="positions",
+    postgresql_with={"fillfactor": 70},
+)
+
+position_events = Table(
+    "position_events",
+    metadata,
+    Column("event_id", BigInteger, Identity(cache=1000), primary_key=True),
+    _col("user_id", BigInteger()),
+    _col("instrument_id", Text()),
+    _col("seq", BigInteger()),
+    _col("role", Text()),
+    _col("type", Text()),
+    _col("status", Text()),
+    _col("trade_id", BigInteger(), null=True),
+    _col("order_id", BigInteger(), null=True),
+    _col("side", Text()),
+    _col("price", AMOUNT),
+    _col("quantity", AMOUNT),
+    _col("fee", AMOUNT, default="0"),
+    _col("realized_pnl", AMOUNT, default="0"),
+    _col("signed_quantity_after", AMOUNT),
+    _col("entry_notional_after", AMOUNT),
+    _created(),
+    Index("uq_position_events_seq", "instrument_id", "seq", "role", unique=True),
+    Index("ix_position_events_user_id", "user_id", "event_id"),
+    schema="positions",
+)
+
+positions_cursors = _cursors("positions")
+
+# --- matching --------------------------------------------------------------------------------------------------
+instruments = Table(
+    "instruments",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    _col("number", SmallInteger()),
+    _col("base_asset", Text()),
+    _col("quote_asset", Text()),
+    _col("tick_size", AMOUNT),
+    _col("lot_size", AMOUNT),
+    _col("min_notional", AMOUNT),
+    _col("maker_fee_rate", Numeric(12, 8)),
+    _col("taker_fee_rate", Numeric(12, 8)),
+    _col("max_leverage", Integer()),
+    _col("default_leverage", Integer()),
+    _col("state", Text(), default="'TRADING'"),
+    _updated(),
+    UniqueConstraint("number"),
+    CheckConstraint("state IN ('TRADING', 'CANCEL_ONLY', 'HALTED')", name="state"),
+    schema="matching",
+)
+
+# The row lock on `last_seq` is what makes the command log gapless.
+sequencers = Table(
+    "sequencers",
+    metadata,
+    Column("instrument_id", Text, ForeignKey(instruments.c.instrument_id), primary_key=True),
+    _col("last_seq", BigInteger(), default="0"),
+    schema="matching",
+    postgresql_with={"fillfactor": 50},
+)
+
+commands = Table(
+    "commands",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    _col("payload", JSON()),
+    schema="matching",
+)
+
+matching_events = Table(
+    "events",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    _col("command_seq", BigInteger()),
+    _col("payload", JSON()),
+    schema="matching",
+)
+
+# What the engine has done (command_seq in, event_seq out) and who may do it: `epoch` fences a former owner.
+engine_cursors = Table(
+    "cursors",
+    metadata,
+    Column("instrument_id", Text, ForeignKey(instruments.c.instrument_id), primary_key=True),
+    _col("command_seq", BigInteger(), default="0"),
+    _col("event_seq", BigInteger(), default="0"),
+    _col("owner", Text(), null=True),
+    _col("epoch", BigInteger(), default="0"),
+    _col("lease_until", TIME, null=True),
+    schema="matching",
+    postgresql_with={"fillfactor": 50},
+)
+
+# Up to which event each consumer of the log has got.
+consumers = Table(
+    "consumers",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("consumer", Text, primary_key=True),
+    _col("acked_seq", BigInteger(), default="0"),
+    _updated(),
+    schema="matching",
+    postgresql_with={"fillfactor": 50},
+)
+
+trade_tickers = Table(
+    "trade_tickers",
+    metadata,
+    Column("trade_id", BigInteger, primary_key=True, autoincrement=False),
+    _col("instrument_id", Text()),
+    _col("seq", BigInteger()),
+    _col("price", AMOUNT),
+    _col("quantity", AMOUNT),
+    _col("taker_side", Text()),
+    _col("buy_order_id", BigInteger()),
+    _col("sell_order_id", BigInteger()),
+    _col("buyer_user_id", BigInteger()),
+    _col("seller_user_id", BigInteger()),
+    _col("maker_fee", AMOUNT),
+    _col("taker_fee", AMOUNT),
+    _col("executed_at", TIME),
+    Index("ix_trade_tickers_instrument_id", "instrument_id", "seq"),
+    schema="matching",
+)
+
+# --- market ----------------------------------------------------------------------------------------------------
+mark_prices = Table(
+    "mark_prices",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("calculated_at", TIME, primary_key=True),
+    _col("index_price", AMOUNT),
+    _col("mark_price", AMOUNT),
+    _col("fair_price", AMOUNT),
+    _col("premium_index", Numeric(20, 12)),
+    _col("funding_basis", Numeric(20, 12)),
+    _col("source", Text()),
+    schema="market",
+)
+
+kline_buckets = Table(
+    "kline_buckets",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("period", Text, primary_key=True),
+    Column("open_time", TIME, primary_key=True),
+    _col("open", AMOUNT),
+    _col("high", AMOUNT),
+    _col("low", AMOUNT),
+    _col("close", AMOUNT),
+    _col("volume", AMOUNT),
+    _col("trade_count", BigInteger()),
+    _col("last_seq", BigInteger()),
+    _col("closed", Boolean(), default="false"),
+    schema="market",
+)
+
+market_snapshots = Table(
+    "market_snapshots",
+    metadata,
+    Column("snapshot_id", BigInteger, Identity(), primary_key=True),
+    _col("instrument_id", Text()),
+    _col("seq", BigInteger()),
+    _col("bid_depth", JSONB()),
+    _col("ask_depth", JSONB()),
+    _col("last_price", AMOUNT, null=True),
+    _col("volume_24h", AMOUNT),
+    _created(),
+    Index("ix_market_snapshots_instrument_id", "instrument_id", "created_at"),
+    schema="market",
+)
+
+funding_rates = Table(
+    "funding_rates",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("effective_at", TIME, primary_key=True),
+    _col("rate", Numeric(20, 12)),
+    _col("premium_average", Numeric(20, 12)),
+    _col("mark_price", AMOUNT),
+    _created(),
+    schema="market",
+)
+
+# --- outbox ----------------------------------------------------------------------------------------------------
+# `payload` holds one JSON document a line; the relay sends each as a stream entry and then deletes the row.
+outbox_messages = Table(
+    "messages",
+    metadata,
+    Column("message_id", BigInteger, Identity(), primary_key=True),
+    _col("topic", Text()),
+    _col("name", Text()),
+    _col("payload", Text()),
+    _created(),
+    schema="outbox",
+)

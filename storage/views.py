@@ -1,0 +1,46 @@
+"""What a service publishes for the others to read. A service's SQL names its own tables and these views only."""
+
+VIEWS: dict[str, str] = {
+    "users.v_users": "SELECT user_id, email, status, roles FROM users.users",
+    "orders.v_orders": (
+        "SELECT order_id, user_id, instrument_id, side, type, time_in_force, price, bound_price, quantity,"
+        " filled_quantity, filled_notional, status, is_liquidation FROM orders.orders"
+    ),
+    "orders.v_cursors": "SELECT instrument_id, applied_seq FROM orders.cursors",
+    "risk.v_exposures": (
+        "SELECT user_id, instrument_id, leverage, margin_mode, signed_quantity, entry_notional, order_margin,"
+        " open_orders FROM risk.exposures"
+    ),
+    "risk.v_steps": "SELECT step_id, result FROM risk.steps",
+    "risk.v_cursors": "SELECT instrument_id, applied_seq FROM risk.cursors",
+    "risk.v_leverage_tiers": (
+        "SELECT instrument_id, tier, notional_from, max_leverage, maintenance_margin_rate, cumulative"
+        " FROM risk.leverage_tiers"
+    ),
+    "risk.v_limits": (
+        "SELECT user_id, instrument_id, max_order_quantity, max_position_notional, max_leverage, max_open_orders,"
+        " price_band FROM risk.risk_limits"
+    ),
+    "ledger.v_balances": "SELECT user_id, asset, available, reserved FROM ledger.ledger_balances",
+    "ledger.v_margin_holds": (
+        "SELECT user_id, instrument_id, asset, order_margin, position_margin FROM ledger.margin_holds"
+    ),
+    "ledger.v_cursors": "SELECT instrument_id, applied_seq FROM ledger.cursors",
+    "positions.v_positions": (
+        "SELECT position_id, user_id, instrument_id, signed_quantity, entry_notional, margin, realized_pnl, leverage,"
+        " margin_mode, liquidation_price, status FROM positions.positions"
+    ),
+    "positions.v_fills": (
+        "SELECT user_id, instrument_id, seq, role, trade_id, order_id, side, price, quantity, fee, realized_pnl,"
+        " signed_quantity_after, entry_notional_after FROM positions.position_events WHERE trade_id IS NOT NULL"
+    ),
+    "positions.v_cursors": "SELECT instrument_id, applied_seq FROM positions.cursors",
+    "matching.v_instruments": "SELECT * FROM matching.instruments",
+    "matching.v_events": "SELECT instrument_id, seq, command_seq, payload FROM matching.events",
+    "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",
+    "matching.v_trades": "SELECT * FROM matching.trade_tickers",
+    "market.v_mark_prices": (
+        "SELECT DISTINCT ON (instrument_id) instrument_id, mark_price, index_price, calculated_at"
+        " FROM market.mark_prices ORDER BY instrument_id, calculated_at DESC"
+    ),
+}
