@@ -286,6 +286,8 @@ exposures = Table(
     _col("ask_notional", AMOUNT, default="0"),
     _col("open_orders", Integer(), default="0"),
     _col("order_margin", AMOUNT, default="0"),
+    # The last check whose margin the ledger may not hold yet: the next batch waits for it.
+    _col("pending_step", Text(), null=True),
     _updated(),
     CheckConstraint(
         "bid_notional >= 0 AND ask_notional >= 0 AND open_orders >= 0 AND order_margin >= 0", name="positive"
@@ -371,7 +373,9 @@ margin_holds = Table(
     _col("asset", Text()),
     _col("order_margin", AMOUNT, default="0"),
     _col("position_margin", AMOUNT, default="0"),
-    CheckConstraint("order_margin >= 0 AND position_margin >= 0", name="positive"),
+    # Required order margin that a loss left uncovered; those orders are being cancelled.
+    _col("order_short", AMOUNT, default="0"),
+    CheckConstraint("order_margin >= 0 AND position_margin >= 0 AND order_short >= 0", name="positive"),
     schema="ledger",
     postgresql_with={"fillfactor": 70},
 )
@@ -459,7 +463,15 @@ position_events = Table(
     schema="positions",
 )
 
-positions_cursors = _cursors("positions")
+# `confirmed_seq` follows `applied_seq` once the ledger has settled the same events.
+positions_cursors = Table(
+    "cursors",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    _col("applied_seq", BigInteger(), default="0"),
+    _col("confirmed_seq", BigInteger(), default="0"),
+    schema="positions",
+)
 
 # --- matching --------------------------------------------------------------------------------------------------
 instruments = Table(

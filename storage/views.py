@@ -9,7 +9,7 @@ VIEWS: dict[str, str] = {
     "orders.v_cursors": "SELECT instrument_id, applied_seq FROM orders.cursors",
     "risk.v_exposures": (
         "SELECT user_id, instrument_id, leverage, margin_mode, signed_quantity, entry_notional, order_margin,"
-        " open_orders FROM risk.exposures"
+        " open_orders, pending_step FROM risk.exposures"
     ),
     "risk.v_steps": "SELECT step_id, result FROM risk.steps",
     "risk.v_cursors": "SELECT instrument_id, applied_seq FROM risk.cursors",
@@ -23,8 +23,9 @@ VIEWS: dict[str, str] = {
     ),
     "ledger.v_balances": "SELECT user_id, asset, available, reserved FROM ledger.ledger_balances",
     "ledger.v_margin_holds": (
-        "SELECT user_id, instrument_id, asset, order_margin, position_margin FROM ledger.margin_holds"
+        "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short FROM ledger.margin_holds"
     ),
+    "ledger.v_steps": "SELECT step_id, result FROM ledger.steps",
     "ledger.v_cursors": "SELECT instrument_id, applied_seq FROM ledger.cursors",
     "positions.v_positions": (
         "SELECT position_id, user_id, instrument_id, signed_quantity, entry_notional, margin, realized_pnl, leverage,"
@@ -34,7 +35,7 @@ VIEWS: dict[str, str] = {
         "SELECT user_id, instrument_id, seq, role, trade_id, order_id, side, price, quantity, fee, realized_pnl,"
         " signed_quantity_after, entry_notional_after FROM positions.position_events WHERE trade_id IS NOT NULL"
     ),
-    "positions.v_cursors": "SELECT instrument_id, applied_seq FROM positions.cursors",
+    "positions.v_cursors": "SELECT instrument_id, applied_seq, confirmed_seq FROM positions.cursors",
     "matching.v_instruments": "SELECT * FROM matching.instruments",
     "matching.v_events": "SELECT instrument_id, seq, command_seq, payload FROM matching.events",
     "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",

@@ -127,7 +127,10 @@ def upgrade() -> None:
         sa.Column("asset", sa.Text(), nullable=False),
         sa.Column("order_margin", sa.Numeric(precision=38, scale=8), server_default=sa.text("0"), nullable=False),
         sa.Column("position_margin", sa.Numeric(precision=38, scale=8), server_default=sa.text("0"), nullable=False),
-        sa.CheckConstraint("order_margin >= 0 AND position_margin >= 0", name=op.f("ck_margin_holds_positive")),
+        sa.Column("order_short", sa.Numeric(precision=38, scale=8), server_default=sa.text("0"), nullable=False),
+        sa.CheckConstraint(
+            "order_margin >= 0 AND position_margin >= 0 AND order_short >= 0", name=op.f("ck_margin_holds_positive")
+        ),
         sa.PrimaryKeyConstraint("user_id", "instrument_id", name=op.f("pk_margin_holds")),
         schema="ledger",
         postgresql_with={"fillfactor": 70},
@@ -365,6 +368,7 @@ def upgrade() -> None:
         "cursors",
         sa.Column("instrument_id", sa.Text(), nullable=False),
         sa.Column("applied_seq", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("confirmed_seq", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.PrimaryKeyConstraint("instrument_id", name=op.f("pk_cursors")),
         schema="positions",
     )
@@ -452,6 +456,7 @@ def upgrade() -> None:
         sa.Column("ask_notional", sa.Numeric(precision=38, scale=8), server_default=sa.text("0"), nullable=False),
         sa.Column("open_orders", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("order_margin", sa.Numeric(precision=38, scale=8), server_default=sa.text("0"), nullable=False),
+        sa.Column("pending_step", sa.Text(), nullable=True),
         sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint(
             "bid_notional >= 0 AND ask_notional >= 0 AND open_orders >= 0 AND order_margin >= 0",

@@ -1,0 +1,110 @@
+"""Margin of linear perpetuals, as pure functions. Money is in quote, quantities in base.
+
+What a user must put up rounds up (see `domain.money`). Prices that come out are unrounded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from domain.money import ZERO, round_up
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """From `notional_from` (quote) up: maintenance = notional * rate - cumulative, leverage at most `max_leverage`."""
+
+    notional_from: Decimal
+    maintenance_margin_rate: Decimal
+    cumulative: Decimal
+    max_leverage: int
+
+
+def initial_margin(notional: Decimal, leverage: int) -> Decimal:
+    """Margin to open a position of `notional` (>= 0), rounded up to 8 decimals."""
+    return round_up(notional / leverage)
+
+
+def order_margin(
+    position_notional: Decimal,
+    bid_notional: Decimal,
+    ask_notional: Decimal,
+    leverage: int,
+    taker_fee_rate: Decimal,
+) -> Decimal:
+    """Margin that open orders need beside the position's own, rounded up to 8 decimals.
+
+    One-way rule: max(|position + bids|, |position - asks|) / leverage, less the position's share of it, plus
+    the taker fee on everything open, so that a fill at its bound is always paid for. `position_notional` is
+    signed and at entry price, `bid_notional` and `ask_notional` are the open rests at their bound prices.
+    Source of the rule: Binance Futures, margin requirement in one-way mode.
+    """
+    held = abs(position_notional)
+    worst = max(abs(position_notional + bid_notional), abs(position_notional - ask_notional), held)
+    return round_up((worst - held) / leverage + (bid_notional + ask_notional) * taker_fee_rate)
+
+
+def tier_of(notional: Decimal, tiers: Sequence[Tier]) -> Tier:
+    """The tier that `notional` (>= 0) falls in; `tiers` ascend from 0."""
+    found = tiers[0]
+    for tier in tiers:
+        if notional < tier.notional_from:
+            break
+        found = tier
+    return found
+
+
+def maintenance_margin(notional: Decimal, tiers: Sequence[Tier]) -> Decimal:
+    """Maintenance margin of a position of `notional` (>= 0) at mark: notional * rate - cumulative, unrounded.
+
+    Source: Binance, leverage and margin of USD-M futures (maintenance amount).
+    """
+    tier = tier_of(notional, tiers)
+    return notional * tier.maintenance_margin_rate - tier.cumulative
+
+
+def unrealized_pnl(signed_quantity: Decimal, entry_notional: Decimal, mark_price: Decimal) -> Decimal:
+    """Profit (+) or loss (-) if the position were closed at `mark_price`; `entry_notional` >= 0. Exact."""
+    value = signed_quantity * mark_price
+    return value - entry_notional if signed_quantity >= 0 else value + entry_notional
+
+
+def margin_ratio(
+    signed_quantity: Decimal, entry_notional: Decimal, margin: Decimal, mark_price: Decimal
+) -> Decimal | None:
+    """Isolated equity over notional at mark; None when there is nothing open. Liquidation when <= maintenance rate."""
+    notional = abs(signed_quantity) * mark_price
+    if not notional:
+        return None
+    return (margin + unrealized_pnl(signed_quantity, entry_notional, mark_price)) / notional
+
+
+def liquidation_price(
+    signed_quantity: Decimal, entry_notional: Decimal, margin: Decimal, tiers: Sequence[Tier]
+) -> Decimal | None:
+    """Mark price at which isolated equity equals maintenance margin, fees not included; None if no price does it.
+
+    (margin + cum - side * q * entry) / (q * rate - side * q), solved in each tier until the result lies in the
+    tier it was solved for. Source: Binance, liquidation price of USD-M futures; dYdX v4 without tiers.
+    """
+    quantity = abs(signed_quantity)
+    if not quantity:
+        return None
+    side = 1 if signed_quantity > 0 else -1
+    for index, tier in enumerate(tiers):
+        price = (margin + tier.cumulative - side * entry_notional) / (
+            quantity * tier.maintenance_margin_rate - side * quantity
+        )
+        above = tiers[index + 1].notional_from if index + 1 < len(tiers) else None
+        if price * quantity >= tier.notional_from and (above is None or price * quantity < above):
+            return price if price > ZERO else None
+    return None
+
+
+def bankruptcy_price(signed_quantity: Decimal, entry_notional: Decimal, margin: Decimal) -> Decimal | None:
+    """Price at which isolated equity is zero, fees not included: entry -/+ margin / q; None when flat or not above 0."""
+    quantity = abs(signed_quantity)
+    if not quantity:
+        return None
+    price = (entry_notional - margin if signed_quantity > 0 else entry_notional + margin) / quantity
+    return price if price > ZERO else None

@@ -1,0 +1,81 @@
+"""A one-way position and what a fill does to it: open, add, reduce, close, flip through zero."""
+
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal
+
+from domain.margin import initial_margin
+from domain.money import ZERO, round_down
+
+FillKind = Literal["OPEN", "ADD", "REDUCE", "CLOSE", "FLIP"]
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """`signed_quantity` > 0 is LONG. `entry_notional` >= 0 is what was paid for it, `margin` >= 0 what backs it."""
+
+    signed_quantity: Decimal = ZERO
+    entry_notional: Decimal = ZERO
+    margin: Decimal = ZERO
+
+    @property
+    def side(self) -> Literal["LONG", "SHORT"] | None:
+        """LONG, SHORT, or None when flat."""
+        if not self.signed_quantity:
+            return None
+        return "LONG" if self.signed_quantity > 0 else "SHORT"
+
+    @property
+    def entry_price(self) -> Decimal | None:
+        """Weighted average price of entry, unrounded; None when flat."""
+        return self.entry_notional / abs(self.signed_quantity) if self.signed_quantity else None
+
+    @property
+    def signed_notional(self) -> Decimal:
+        """Entry notional with the position's sign."""
+        return self.entry_notional if self.signed_quantity >= 0 else -self.entry_notional
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """What one fill did: the position after it, profit (+) or loss (-) realised before fees, and its kind."""
+
+    position: Position
+    realized_pnl: Decimal
+    kind: FillKind
+
+
+def apply_fill(before: Position, signed_quantity: Decimal, price: Decimal, leverage: int) -> Fill:
+    """The effect of buying (+) or selling (-) `signed_quantity` (not 0) at `price`.
+
+    Opening adds notional / leverage of margin (rounded up). Reducing releases the closed share of margin and of
+    entry notional (rounded down, the rest stays), so realised plus unrealised profit over all users is exactly 0
+    at any mark price.
+    """
+    if before.signed_quantity * signed_quantity >= 0:
+        return _open(before, signed_quantity, price, leverage)
+    if abs(signed_quantity) <= abs(before.signed_quantity):
+        return _reduce(before, signed_quantity, price)
+    closed = _reduce(before, -before.signed_quantity, price)
+    opened = _open(closed.position, signed_quantity + before.signed_quantity, price, leverage)
+    return Fill(opened.position, closed.realized_pnl, "FLIP")
+
+
+def _open(before: Position, signed_quantity: Decimal, price: Decimal, leverage: int) -> Fill:
+    notional = abs(signed_quantity) * price
+    after = Position(
+        before.signed_quantity + signed_quantity,
+        before.entry_notional + notional,
+        before.margin + initial_margin(notional, leverage),
+    )
+    return Fill(after, ZERO, "ADD" if before.signed_quantity else "OPEN")
+
+
+def _reduce(before: Position, signed_quantity: Decimal, price: Decimal) -> Fill:
+    held, closed = abs(before.signed_quantity), abs(signed_quantity)
+    is_closed = closed == held
+    entry = before.entry_notional if is_closed else round_down(before.entry_notional * closed / held)
+    released = before.margin if is_closed else round_down(before.margin * closed / held)
+    profit = closed * price - entry
+    after = Position(before.signed_quantity + signed_quantity, before.entry_notional - entry, before.margin - released)
+    return Fill(after, profit if before.signed_quantity > 0 else -profit, "CLOSE" if is_closed else "REDUCE")
