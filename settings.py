@@ -28,6 +28,7 @@ class Settings(BaseSettings):
     mark_price_interval_seconds: float = 1.0
     jwt_private_key_file: Path | None = None
     log_level: str = "INFO"
+    engine_instruments: str = ""
 
     def require_database_url(self) -> str:
         """The Postgres URL. Raises RuntimeError when it is not set (outside the embedded stack)."""

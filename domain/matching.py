@@ -14,8 +14,11 @@ TimeInForce = Literal["GTC", "IOC", "FOK"]
 StpMode = Literal["EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH"]
 
 
-class Command(msgspec.Struct, frozen=True, tag_field="kind"):
-    """Base of what may stand in `matching.commands`; `at` is the time of acceptance."""
+class Command(msgspec.Struct, frozen=True, tag_field="kind", gc=False):
+    """Base of what may stand in `matching.commands`; `at` is the time of acceptance.
+
+    `gc=False` (here and for events): scalars only, so nothing for the cycle collector to look at.
+    """
 
     at: int
 
@@ -52,7 +55,7 @@ class CancelAll(Command, tag="CANCEL_ALL", frozen=True, kw_only=True):
 AnyCommand = New | Cancel | CancelAll
 
 
-class Event(msgspec.Struct, frozen=True, tag_field="kind"):
+class Event(msgspec.Struct, frozen=True, tag_field="kind", gc=False):
     """Base of what may stand in `matching.events`; `at` is the time of the command that caused it."""
 
     at: int
