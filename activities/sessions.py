@@ -1,0 +1,189 @@
+"""Sessions of the auth service: rows in auth.auth_sessions, mirrored in Redis for the gateway.
+
+A Redis key exists only for a session whose row is good. Whoever writes or deletes the key holds the row's lock
+while doing so; thus a lost key can be restored without ever bringing back a revoked session.
+"""
+
+import hmac
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+from redis.asyncio import Redis
+
+from domain.events import AuthSessionRevoked
+from domain.identity import PASSWORD_CREDENTIAL, SESSION_LIFETIME
+from domain.problems import Problem
+from storage.db import Connection, Pool
+from storage.outbox import emit
+
+REVOKED_CHANNEL = "auth:revoked"
+
+_INSERT = """
+INSERT INTO auth.auth_sessions
+    (session_id, user_id, roles, refresh_token_hash, ip, device_fingerprint, expires_at, created_at, updated_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8)
+"""
+_LOCK_WITH_CREDENTIAL = """
+SELECT s.session_id, s.user_id, c.roles, s.ip, s.device_fingerprint, s.created_at, s.expires_at,
+       s.refresh_token_hash, c.status, c.expires_at AS credential_expires_at
+FROM auth.auth_sessions s JOIN auth.auth_credentials c ON c.user_id = s.user_id AND c.type = $2
+WHERE s.session_id = $1 AND s.revoked_at IS NULL AND s.expires_at > $3
+FOR UPDATE OF s
+"""
+_ROTATE = """
+UPDATE auth.auth_sessions SET refresh_token_hash = $2, roles = $3, expires_at = $4, updated_at = $5
+WHERE session_id = $1
+"""
+_LOCK_GOOD = """
+SELECT session_id, user_id, roles, ip, device_fingerprint, created_at, expires_at FROM auth.auth_sessions
+WHERE session_id = $1 AND revoked_at IS NULL AND expires_at > $2
+FOR SHARE
+"""
+_LIST_GOOD = """
+SELECT session_id, user_id, roles, ip, device_fingerprint, created_at, expires_at FROM auth.auth_sessions
+WHERE user_id = $1 AND revoked_at IS NULL AND expires_at > $2
+ORDER BY created_at DESC LIMIT 100
+"""
+_REVOKE = """
+UPDATE auth.auth_sessions SET revoked_at = $3, revoke_reason = $4, updated_at = $3
+WHERE user_id = $1 AND revoked_at IS NULL AND ($2::uuid IS NULL OR session_id = $2)
+RETURNING session_id
+"""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One signed-in device."""
+
+    session_id: str
+    user_id: int
+    roles: list[str]
+    ip: str | None
+    device_fingerprint: str | None
+    created_at: datetime
+    expires_at: datetime
+
+
+def session_key(session_id: str) -> str:
+    """The Redis key whose existence says that the session is good."""
+    return f"auth:session:{session_id}"
+
+
+def new_session(user_id: int, roles: list[str], ip: str | None, device: str | None, now: datetime) -> Session:
+    """A session of seven days, not yet stored."""
+    return Session(str(uuid.uuid4()), user_id, roles, ip, device, now, now + SESSION_LIFETIME)
+
+
+async def insert_session(conn: Connection, session: Session, refresh_hash: str) -> None:
+    """Write the row of a new session in the caller's transaction."""
+    await conn.execute(
+        _INSERT,
+        session.session_id,
+        session.user_id,
+        session.roles,
+        refresh_hash,
+        session.ip,
+        session.device_fingerprint,
+        session.expires_at,
+        session.created_at,
+    )
+
+
+async def mirror(redis: Redis, session: Session) -> None:
+    """Write the session's key, to expire with it. The caller holds the row's lock, or has just made the row."""
+    value = {
+        "userId": str(session.user_id),
+        "roles": session.roles,
+        "ip": session.ip,
+        "deviceFingerprint": session.device_fingerprint,
+    }
+    await redis.set(session_key(session.session_id), json.dumps(value), exat=session.expires_at)
+
+
+async def restore(pool: Pool, redis: Redis, session_id: str, now: datetime) -> bool:
+    """Re-create the key that Redis has lost. False when the session is over."""
+    async with pool.acquire() as conn, conn.transaction():
+        row = await conn.fetchrow(_LOCK_GOOD, session_id, now)
+        if row is None:
+            return False
+        await mirror(redis, _session(row))
+        return True
+
+
+async def rotate(pool: Pool, redis: Redis, session_id: str, *, old_hash: str, new_hash: str, now: datetime) -> Session:
+    """Exchange a refresh token for the next one and prolong the session by seven days.
+
+    A token used before, or never issued, revokes the session. Raises Problem UNAUTHENTICATED, CREDENTIAL_….
+    """
+    async with pool.acquire() as conn, conn.transaction():
+        row = await conn.fetchrow(_LOCK_WITH_CREDENTIAL, session_id, PASSWORD_CREDENTIAL, now)
+        if row is None:
+            raise Problem("UNAUTHENTICATED", "The session is over; sign in again")
+        genuine = hmac.compare_digest(row["refresh_token_hash"], old_hash)
+        if genuine:
+            require_usable(row["status"], row["credential_expires_at"], now)
+            session = _session(row, now + SESSION_LIFETIME)
+            await conn.execute(_ROTATE, session_id, new_hash, session.roles, session.expires_at, now)
+            await mirror(redis, session)
+        else:
+            await _revoke(conn, redis, row["user_id"], session_id=session_id, reason="REFRESH_TOKEN_REUSED", now=now)
+    if not genuine:
+        raise Problem("UNAUTHENTICATED", "The refresh token was used before: the session is revoked")
+    return session
+
+
+async def revoke(
+    pool: Pool, redis: Redis, user_id: int, *, session_id: str | None, reason: str, now: datetime
+) -> list[str]:
+    """End one session of the user, or all of them when `session_id` is None; the ids of those that ended."""
+    async with pool.acquire() as conn, conn.transaction():
+        return await _revoke(conn, redis, user_id, session_id=session_id, reason=reason, now=now)
+
+
+async def good_sessions(pool: Pool, user_id: int, now: datetime) -> list[Session]:
+    """The user's sessions that are neither revoked nor expired, newest first, at most 100."""
+    return [_session(row) for row in await pool.fetch(_LIST_GOOD, user_id, now)]
+
+
+def require_usable(status: str, expires_at: datetime | None, now: datetime) -> None:
+    """Raise Problem CREDENTIAL_LOCKED or CREDENTIAL_EXPIRED unless a credential in this state may be used."""
+    if status == "LOCKED":
+        raise Problem("CREDENTIAL_LOCKED", "The credential is locked")
+    if status == "EXPIRED" or (expires_at is not None and expires_at <= now):
+        raise Problem("CREDENTIAL_EXPIRED", "The credential has expired")
+
+
+async def _revoke(
+    conn: Connection, redis: Redis, user_id: int, *, session_id: str | None, reason: str, now: datetime
+) -> list[str]:
+    revoked = [str(row["session_id"]) for row in await conn.fetch(_REVOKE, user_id, session_id, now, reason)]
+    if revoked:
+        await emit(conn, [AuthSessionRevoked(each, str(user_id), reason) for each in revoked])
+        await _forget(redis, revoked)
+    return revoked
+
+
+async def _forget(redis: Redis, session_ids: Sequence[str]) -> None:
+    # Before the commit: if that fails, the next request restores the keys; after it, a crash would leave them behind.
+    async with redis.pipeline(transaction=False) as pipeline:
+        pipeline.delete(*map(session_key, session_ids))
+        for session_id in session_ids:
+            pipeline.publish(REVOKED_CHANNEL, session_id)
+        await pipeline.execute()
+
+
+def _session(row: asyncpg.Record | dict[str, Any], expires_at: datetime | None = None) -> Session:
+    return Session(
+        session_id=str(row["session_id"]),
+        user_id=row["user_id"],
+        roles=list(row["roles"]),
+        ip=str(row["ip"]) if row["ip"] is not None else None,
+        device_fingerprint=row["device_fingerprint"],
+        created_at=row["created_at"],
+        expires_at=expires_at or row["expires_at"],
+    )

@@ -1,0 +1,37 @@
+"""The application: gateway, routers, problem documents, and the state they share."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter, FastAPI
+
+from api import auth, health, users
+from api.gateway import Gateway
+from api.problems import add_handlers
+from api.state import open_state
+from settings import Settings
+
+ROUTERS: list[APIRouter] = [users.router, auth.router, health.router]
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The api process as an ASGI application; its lifespan connects to the servers and leaves them."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_state(settings) as state:
+            app.state.exchange = state
+            yield
+
+    app = FastAPI(
+        title="Saga Exchange",
+        version="0.1.0",
+        lifespan=lifespan,
+        # Spans and metrics of every request cost more than most requests.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
+    add_handlers(app)
+    app.add_middleware(Gateway)
+    for router in ROUTERS:
+        app.include_router(router)
+    return app

@@ -1,0 +1,39 @@
+"""What all requests and responses share: camelCase out, camelCase or snake_case in, decimal strings, UTC times."""
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, field_validator
+from pydantic.alias_generators import to_camel
+
+from domain.clock import iso
+from domain.money import plain
+
+
+def storable(text: str) -> str:
+    """`text`, if Postgres can hold it. Raises ValueError for NUL characters and lone surrogates."""
+    if "\x00" in text:
+        raise ValueError("must not contain NUL characters")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("must be valid Unicode text")
+    return text
+
+
+Timestamp = Annotated[datetime, PlainSerializer(iso, return_type=str)]
+Amount = Annotated[Decimal, Field(max_digits=38, decimal_places=18), PlainSerializer(plain, return_type=str)]
+# Ids of users are strings on the wire and integers inside.
+UserId = Annotated[int, Field(ge=1, lt=2**63), PlainSerializer(str, return_type=str)]
+# For strings outside a body: path and query parameters.
+SafeText = Annotated[str, AfterValidator(storable)]
+
+
+class ApiModel(BaseModel):
+    """Base of every request and response body. Unknown members are ignored."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _storable(cls, value: Any) -> Any:
+        return storable(value) if isinstance(value, str) else value

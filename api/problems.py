@@ -1,0 +1,120 @@
+"""Every error as an RFC 9457 problem document with a stable `code`, and nothing of our insides in it."""
+
+import logging
+from collections.abc import Mapping
+
+import asyncpg
+import redis.exceptions
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from temporalio.service import RPCError, RPCStatusCode
+
+from domain.problems import HTTP_STATUS, Problem
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = 1
+_TYPE_PREFIX = "urn:saga-exchange:problem:"
+_CODE_OF_STATUS = {
+    400: "VALIDATION_FAILED",
+    401: "UNAUTHENTICATED",
+    403: "FORBIDDEN",
+    404: "NOT_FOUND",
+    405: "METHOD_NOT_ALLOWED",
+    413: "REQUEST_TOO_LARGE",
+    415: "VALIDATION_FAILED",
+    429: "RATE_LIMITED",
+    503: "OVERLOADED",
+}
+# A server that is away, restarting or full: the caller may try again.
+_OUTAGES: tuple[type[Exception], ...] = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.InterfaceError,
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    OSError,
+)
+_TEMPORAL_OUTAGES = {RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.RESOURCE_EXHAUSTED}
+
+
+def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The document of a problem; 429 and 503 carry Retry-After, 401 says how to authenticate."""
+    members = {
+        "type": _TYPE_PREFIX + problem.code.lower().replace("_", "-"),
+        "title": problem.code.replace("_", " ").capitalize(),
+        "status": problem.status,
+        "detail": problem.detail,
+        "code": problem.code,
+        **problem.extra,
+    }
+    return JSONResponse(members, problem.status, {**_headers(problem.code), **(headers or {})}, media_type=MEDIA_TYPE)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Make every exception of the application a problem document."""
+    app.add_exception_handler(Problem, _business)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(asyncpg.DataError, _data)
+    app.add_exception_handler(RPCError, _temporal)
+    for outage in _OUTAGES:
+        app.add_exception_handler(outage, _outage)
+
+
+def internal_error() -> JSONResponse:
+    """The document of an error that nobody foresaw; the log has the rest."""
+    return problem_response(Problem("REMOTE_SERVICE_ERROR", "The request could not be served"))
+
+
+def _headers(code: str) -> dict[str, str]:
+    if code in ("RATE_LIMITED", "OVERLOADED"):
+        return {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    return {"WWW-Authenticate": "Bearer"} if HTTP_STATUS[code] == 401 else {}
+
+
+async def _business(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Problem)
+    return problem_response(error)
+
+
+async def _validation(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    # Only the place and the rule: the rejected input may be a password.
+    errors = [{"field": _field(item["loc"]), "message": item["msg"]} for item in error.errors()]
+    return problem_response(Problem("VALIDATION_FAILED", "The request is not valid", errors=errors))
+
+
+def _field(location: tuple[str | int, ...]) -> str:
+    return ".".join(str(part) for part in location[1:]) or str(location[0])
+
+
+async def _http(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = _CODE_OF_STATUS.get(error.status_code, "REMOTE_SERVICE_ERROR")
+    return problem_response(Problem(code, str(error.detail)), error.headers)
+
+
+async def _data(_: Request, error: Exception) -> JSONResponse:
+    # The last net under the models: text or numbers that Postgres cannot hold.
+    log.warning("Postgres refused a value: %s", type(error).__name__)
+    return problem_response(Problem("VALIDATION_FAILED", "A value cannot be stored: out of range or not valid text"))
+
+
+async def _temporal(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RPCError)
+    if error.status in _TEMPORAL_OUTAGES:
+        return await _outage(request, error)
+    log.error("Temporal refused a call", exc_info=error)
+    return internal_error()
+
+
+async def _outage(request: Request, error: Exception) -> JSONResponse:
+    log.warning("%s %s: a server is away: %r", request.method, request.url.path, error)
+    return problem_response(Problem("OVERLOADED", "The exchange is busy or restarting; try again shortly"))

@@ -1,0 +1,58 @@
+"""What one api process holds: its connections and the services built on them."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends
+from redis.asyncio import Redis
+from starlette.requests import HTTPConnection
+from temporalio.client import Client
+
+from api.passwords import Passwords
+from api.sessions import SessionGuard
+from api.tokens import AccessTokens, load_private_key
+from clients import connect_temporal, open_redis
+from settings import Settings
+from storage.db import Pool, open_pool
+
+
+@dataclass(frozen=True)
+class AppState:
+    """One of each per process; `app.state.exchange` holds it."""
+
+    settings: Settings
+    pool: Pool
+    redis: Redis
+    temporal: Client
+    tokens: AccessTokens
+    passwords: Passwords
+    sessions: SessionGuard
+
+
+@asynccontextmanager
+async def open_state(settings: Settings) -> AsyncIterator[AppState]:
+    """Connect to the servers; close everything at the end. Raises when one of them cannot be reached."""
+    if settings.jwt_private_key_file is None:
+        raise RuntimeError("EXCHANGE_JWT_PRIVATE_KEY_FILE is not set: start the stack, or name a PEM file")
+    async with AsyncExitStack() as stack:
+        tokens = AccessTokens(load_private_key(settings.jwt_private_key_file))
+        passwords = Passwords()
+        stack.callback(passwords.close)
+        pool = await open_pool(settings.require_database_url(), size_min=2, size_max=10, name="api")
+        stack.push_async_callback(pool.close)
+        redis = open_redis(settings)
+        stack.push_async_callback(redis.aclose)
+        temporal = await connect_temporal(settings)
+        yield AppState(settings, pool, redis, temporal, tokens, passwords, SessionGuard(pool, redis))
+
+
+def app_state(connection: HTTPConnection) -> AppState:
+    """The state of the application that serves this request or socket."""
+    state = connection.app.state.exchange
+    assert isinstance(state, AppState)
+    return state
+
+
+State = Annotated[AppState, Depends(app_state)]
