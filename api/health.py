@@ -5,10 +5,8 @@ from collections.abc import Awaitable
 from datetime import timedelta
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
 
 from api.models import ApiModel
-from api.problems import problem_response
 from api.state import AppState, State
 from domain.problems import Problem
 
@@ -30,13 +28,13 @@ async def live() -> Health:
 
 
 @router.get("/ready")
-async def ready(state: State) -> Health | JSONResponse:
+async def ready(state: State) -> Health:
     """Whether Postgres, Redis and Temporal answer within two seconds; 503 names those that do not."""
     checks = _checks(state)
     answers = await asyncio.gather(*map(_answers, checks.values()))
     failed = [name for name, answered in zip(checks, answers, strict=True) if not answered]
     if failed:
-        return problem_response(Problem("OVERLOADED", f"Not reachable: {', '.join(failed)}", failed=failed))
+        raise Problem("OVERLOADED", f"Not reachable: {', '.join(failed)}", failed=failed)
     return Health(status="UP")
 
 
