@@ -16,7 +16,7 @@ import asyncpg
 from redis.asyncio import Redis
 
 from domain.events import AuthSessionRevoked
-from domain.identity import PASSWORD_CREDENTIAL, SESSION_LIFETIME
+from domain.identity import PASSWORD_CREDENTIAL, SESSION_LIFETIME, require_usable_credential
 from domain.problems import Problem
 from storage.db import Connection, Pool
 from storage.outbox import emit
@@ -79,8 +79,8 @@ def new_session(user_id: int, roles: list[str], ip: str | None, device: str | No
     return Session(str(uuid.uuid4()), user_id, roles, ip, device, now, now + SESSION_LIFETIME)
 
 
-async def insert_session(conn: Connection, session: Session, refresh_hash: str) -> None:
-    """Write the row of a new session in the caller's transaction."""
+async def open_session(conn: Connection, redis: Redis, session: Session, refresh_hash: str) -> None:
+    """Write the row and the key of a new session; the caller's transaction holds the row until it commits."""
     await conn.execute(
         _INSERT,
         session.session_id,
@@ -92,17 +92,7 @@ async def insert_session(conn: Connection, session: Session, refresh_hash: str) 
         session.expires_at,
         session.created_at,
     )
-
-
-async def mirror(redis: Redis, session: Session) -> None:
-    """Write the session's key, to expire with it. The caller holds the row's lock, or has just made the row."""
-    value = {
-        "userId": str(session.user_id),
-        "roles": session.roles,
-        "ip": session.ip,
-        "deviceFingerprint": session.device_fingerprint,
-    }
-    await redis.set(session_key(session.session_id), json.dumps(value), exat=session.expires_at)
+    await _mirror(redis, session)
 
 
 async def restore(pool: Pool, redis: Redis, session_id: str, now: datetime) -> bool:
@@ -111,7 +101,7 @@ async def restore(pool: Pool, redis: Redis, session_id: str, now: datetime) -> b
         row = await conn.fetchrow(_LOCK_GOOD, session_id, now)
         if row is None:
             return False
-        await mirror(redis, _session(row))
+        await _mirror(redis, _session(row))
         return True
 
 
@@ -126,23 +116,29 @@ async def rotate(pool: Pool, redis: Redis, session_id: str, *, old_hash: str, ne
             raise Problem("UNAUTHENTICATED", "The session is over; sign in again")
         genuine = hmac.compare_digest(row["refresh_token_hash"], old_hash)
         if genuine:
-            require_usable(row["status"], row["credential_expires_at"], now)
+            require_usable_credential(row["status"], row["credential_expires_at"], now)
             session = _session(row, now + SESSION_LIFETIME)
             await conn.execute(_ROTATE, session_id, new_hash, session.roles, session.expires_at, now)
-            await mirror(redis, session)
+            await _mirror(redis, session)
         else:
-            await _revoke(conn, redis, row["user_id"], session_id=session_id, reason="REFRESH_TOKEN_REUSED", now=now)
+            await revoke(conn, redis, row["user_id"], session_id=session_id, reason="REFRESH_TOKEN_REUSED", now=now)
     if not genuine:
         raise Problem("UNAUTHENTICATED", "The refresh token was used before: the session is revoked")
     return session
 
 
 async def revoke(
-    pool: Pool, redis: Redis, user_id: int, *, session_id: str | None, reason: str, now: datetime
+    conn: Connection, redis: Redis, user_id: int, *, session_id: str | None, reason: str, now: datetime
 ) -> list[str]:
-    """End one session of the user, or all of them when `session_id` is None; the ids of those that ended."""
-    async with pool.acquire() as conn, conn.transaction():
-        return await _revoke(conn, redis, user_id, session_id=session_id, reason=reason, now=now)
+    """End one session of the user, or all of them when `session_id` is None; the ids of those that ended.
+
+    Runs in the caller's transaction.
+    """
+    revoked = [str(row["session_id"]) for row in await conn.fetch(_REVOKE, user_id, session_id, now, reason)]
+    if revoked:
+        await emit(conn, [AuthSessionRevoked(each, str(user_id), reason) for each in revoked])
+        await _forget(redis, revoked)
+    return revoked
 
 
 async def good_sessions(pool: Pool, user_id: int, now: datetime) -> list[Session]:
@@ -150,22 +146,14 @@ async def good_sessions(pool: Pool, user_id: int, now: datetime) -> list[Session
     return [_session(row) for row in await pool.fetch(_LIST_GOOD, user_id, now)]
 
 
-def require_usable(status: str, expires_at: datetime | None, now: datetime) -> None:
-    """Raise Problem CREDENTIAL_LOCKED or CREDENTIAL_EXPIRED unless a credential in this state may be used."""
-    if status == "LOCKED":
-        raise Problem("CREDENTIAL_LOCKED", "The credential is locked")
-    if status == "EXPIRED" or (expires_at is not None and expires_at <= now):
-        raise Problem("CREDENTIAL_EXPIRED", "The credential has expired")
-
-
-async def _revoke(
-    conn: Connection, redis: Redis, user_id: int, *, session_id: str | None, reason: str, now: datetime
-) -> list[str]:
-    revoked = [str(row["session_id"]) for row in await conn.fetch(_REVOKE, user_id, session_id, now, reason)]
-    if revoked:
-        await emit(conn, [AuthSessionRevoked(each, str(user_id), reason) for each in revoked])
-        await _forget(redis, revoked)
-    return revoked
+async def _mirror(redis: Redis, session: Session) -> None:
+    value = {
+        "userId": str(session.user_id),
+        "roles": session.roles,
+        "ip": session.ip,
+        "deviceFingerprint": session.device_fingerprint,
+    }
+    await redis.set(session_key(session.session_id), json.dumps(value), exat=session.expires_at)
 
 
 async def _forget(redis: Redis, session_ids: Sequence[str]) -> None:

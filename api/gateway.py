@@ -7,7 +7,7 @@ import uuid
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import Depends, Header, Query, Request, Security
+from fastapi import Depends, Header, Query, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -158,8 +158,3 @@ def _is_internal(state: AppState, bearer: HTTPAuthorizationCredentials | None, i
     if not expected or not given:
         return False
     return hmac.compare_digest(given.encode(), expected.encode())
-
-
-def client_ip(request: Request) -> str | None:
-    """The caller's address, as the server sees it."""
-    return request.client.host if request.client is not None else None

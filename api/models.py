@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, field_validator
 from pydantic.alias_generators import to_camel
@@ -37,3 +37,13 @@ class ApiModel(BaseModel):
     @classmethod
     def _storable(cls, value: Any) -> Any:
         return storable(value) if isinstance(value, str) else value
+
+
+Item = TypeVar("Item")
+
+
+class Page(ApiModel, Generic[Item]):
+    """Part of a list, newest first; `nextCursor` asks for the next part and is null at the end."""
+
+    items: list[Item]
+    next_cursor: str | None = None

@@ -87,7 +87,9 @@ async def _business(_: Request, error: Exception) -> JSONResponse:
 async def _validation(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     # Only the place and the rule: the rejected input may be a password.
-    errors = [{"field": _field(item["loc"]), "message": item["msg"]} for item in error.errors()]
+    errors = [
+        {"field": _field(item["loc"]), "message": item["msg"].removeprefix("Value error, ")} for item in error.errors()
+    ]
     return problem_response(Problem("VALIDATION_FAILED", "The request is not valid", errors=errors))
 
 

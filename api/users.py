@@ -1,5 +1,93 @@
 """Users: registration and one's own account."""
 
+import asyncio
+import logging
+from typing import Annotated
+
 from fastapi import APIRouter
+from pydantic import AfterValidator, Field
+from temporalio.client import WorkflowFailureError
+from temporalio.common import WorkflowIDConflictPolicy
+from temporalio.service import RPCError
+
+from activities.users import find_account, prepare_registration, require_email_free
+from api.gateway import User
+from api.models import ApiModel, Timestamp, UserId
+from api.state import AppState, State
+from clients import OPERATIONS_QUEUE
+from domain.identity import (
+    EMAIL_LENGTH_MAX,
+    PASSWORD_LENGTH_MAX,
+    PASSWORD_LENGTH_MIN,
+    USER_REGISTRATION,
+    Registration,
+    registration_workflow_id,
+    valid_email,
+)
+from domain.problems import Problem
+
+log = logging.getLogger(__name__)
+
+REGISTRATION_SECONDS_MAX = 5.0
 
 router = APIRouter(prefix="/api/users", tags=["users"])
+
+
+class UserRegisterRequest(ApiModel):
+    """A new user."""
+
+    email: Annotated[str, Field(max_length=EMAIL_LENGTH_MAX), AfterValidator(valid_email)]
+    password: str = Field(min_length=PASSWORD_LENGTH_MIN, max_length=PASSWORD_LENGTH_MAX, repr=False)
+
+
+class UserResponse(ApiModel):
+    """An account; `status` is PREPARE, ACTIVE or FAILED."""
+
+    user_id: UserId
+    email: str
+    status: str
+    created_at: Timestamp
+
+
+@router.post("")
+async def register(request: UserRegisterRequest, state: State) -> UserResponse:
+    """Register a user; 400 when the email is taken, 500 when the credential could not be created in time."""
+    await require_email_free(state.pool, request.email)
+    secret_hash = await state.passwords.hash(request.password)
+    user_id = await prepare_registration(state.pool, request.email, secret_hash)
+    await _finish_registration(state, user_id)
+    return await _account(state, user_id)
+
+
+@router.get("/me")
+async def me(user: User, state: State) -> UserResponse:
+    """One's own account."""
+    return await _account(state, user.user_id)
+
+
+async def _finish_registration(state: AppState, user_id: int) -> None:
+    # The row is committed: whatever happens from here on, the workflow or the sweep finishes the registration.
+    try:
+        async with asyncio.timeout(REGISTRATION_SECONDS_MAX):
+            handle = await state.temporal.start_workflow(
+                USER_REGISTRATION,
+                Registration(user_id),
+                id=registration_workflow_id(user_id),
+                task_queue=OPERATIONS_QUEUE,
+                id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+                static_summary=f"Registers user {user_id}",
+            )
+            await handle.result()
+    except (TimeoutError, WorkflowFailureError, RPCError) as error:
+        log.warning("registration of user %d is not finished: %r", user_id, error)
+        detail = "The credential is not created yet; it will be retried, so try to sign in later"
+        raise Problem("REMOTE_SERVICE_ERROR", detail, userId=str(user_id)) from error
+
+
+async def _account(state: AppState, user_id: int) -> UserResponse:
+    account = await find_account(state.pool, user_id)
+    if account is None:
+        raise Problem("NOT_FOUND", "There is no such user")
+    return UserResponse(
+        user_id=account.user_id, email=account.email, status=account.status, created_at=account.created_at
+    )

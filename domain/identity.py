@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from domain.problems import Problem
 
@@ -94,8 +94,16 @@ def normalised_email(email: str) -> str:
 
 
 def valid_email(email: str) -> str:
-    """`email`, normalised. Raises Problem VALIDATION_FAILED when it has not the form of an address."""
+    """`email`, normalised. Raises ValueError when it has not the form of an address."""
     address = normalised_email(email)
     if len(address) > EMAIL_LENGTH_MAX or not _EMAIL.fullmatch(address) or not address.isprintable():
-        raise Problem("VALIDATION_FAILED", "The email is not an email address")
+        raise ValueError("must be an email address")
     return address
+
+
+def require_usable_credential(status: str, expires_at: datetime | None, now: datetime) -> None:
+    """Raise Problem CREDENTIAL_LOCKED or CREDENTIAL_EXPIRED unless a credential in this state may be used."""
+    if status == "LOCKED":
+        raise Problem("CREDENTIAL_LOCKED", "The credential is locked")
+    if status == "EXPIRED" or (expires_at is not None and expires_at <= now):
+        raise Problem("CREDENTIAL_EXPIRED", "The credential has expired")

@@ -1,0 +1,68 @@
+"""`python -m api.bootstrap`: makes the operators' account what EXCHANGE_ADMIN_EMAIL and …_PASSWORD say."""
+
+import asyncio
+import logging
+from datetime import UTC, datetime
+
+from redis.asyncio import Redis
+
+from activities.auth import find_password, set_password
+from activities.sessions import revoke
+from activities.users import upsert_admin
+from api.passwords import Passwords
+from clients import open_redis
+from domain.identity import ADMIN_ROLE, PASSWORD_LENGTH_MAX, PASSWORD_LENGTH_MIN, valid_email
+from settings import Settings, get_settings
+from storage.db import Pool, open_pool
+
+log = logging.getLogger(__name__)
+
+
+async def bootstrap(settings: Settings, pool: Pool, redis: Redis) -> int:
+    """Create the admin, or give it the password of the settings and end the sessions of the old one; its user id.
+
+    Nothing happens when all is so already. Raises RuntimeError when email or password will not do.
+    """
+    email, password = _account(settings)
+    passwords = Passwords()
+    try:
+        credential = await find_password(pool, email)
+        matched = await passwords.matches(password, credential.secret_hash if credential else None)
+        if credential is not None and matched and ADMIN_ROLE in credential.roles and credential.status == "ACTIVE":
+            return credential.user_id
+        secret_hash = await passwords.hash(password)
+    finally:
+        passwords.close()
+    async with pool.acquire() as conn, conn.transaction():
+        user_id = await upsert_admin(conn, email)
+        await set_password(conn, user_id, secret_hash)
+        await revoke(conn, redis, user_id, session_id=None, reason="PASSWORD_CHANGED", now=datetime.now(UTC))
+    log.info("admin %s is user %d", email, user_id)
+    return user_id
+
+
+def _account(settings: Settings) -> tuple[str, str]:
+    password = settings.admin_password or ""
+    if not PASSWORD_LENGTH_MIN <= len(password) <= PASSWORD_LENGTH_MAX:
+        raise RuntimeError(
+            f"EXCHANGE_ADMIN_PASSWORD must have {PASSWORD_LENGTH_MIN} to {PASSWORD_LENGTH_MAX} characters"
+        )
+    try:
+        return valid_email(settings.admin_email), password
+    except ValueError as error:
+        raise RuntimeError(f"EXCHANGE_ADMIN_EMAIL {error}") from error
+
+
+async def main() -> None:
+    """Run once against the database of the environment."""
+    settings = get_settings()
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    async with (
+        await open_pool(settings.require_database_url(), name="bootstrap") as pool,
+        open_redis(settings) as redis,
+    ):
+        await bootstrap(settings, pool, redis)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
