@@ -1,0 +1,39 @@
+"""The simulated index: a seeded random walk per instrument, which an operator may hold at a price."""
+
+import random
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+
+from domain.instruments import Instrument
+
+SOURCE = "simulated"
+START_PRICES = {"BTC": Decimal(60_000), "ETH": Decimal(3_000), "SOL": Decimal(150)}
+START_PRICE_OTHERS = Decimal(100)
+# A step moves the price by at most one basis point, drawn in steps of a ten-thousandth of that.
+_STEP_MAX = 10_000
+_STEP_UNIT = Decimal("1e-8")
+
+
+class SimulatedIndex:
+    """Same seed, same walk. `last_prices` are the levels of a former run, from which it goes on."""
+
+    def __init__(self, instruments: Sequence[Instrument], last_prices: Mapping[str, Decimal], seed: int) -> None:
+        self._instruments = instruments
+        self._random = {i.instrument_id: random.Random(f"{seed}:{i.instrument_id}") for i in instruments}
+        self._prices = {
+            i.instrument_id: last_prices.get(i.instrument_id, START_PRICES.get(i.base_asset, START_PRICE_OTHERS))
+            for i in instruments
+        }
+
+    def step(self, held: Mapping[str, Decimal]) -> dict[str, Decimal]:
+        """The next price of every instrument, on its tick; those in `held` stand exactly there."""
+        for instrument in self._instruments:
+            name = instrument.instrument_id
+            self._prices[name] = held[name] if name in held else self._walk(instrument)
+        return dict(self._prices)
+
+    def _walk(self, instrument: Instrument) -> Decimal:
+        move = self._random[instrument.instrument_id].randint(-_STEP_MAX, _STEP_MAX) * _STEP_UNIT
+        moved = self._prices[instrument.instrument_id] * (1 + move)
+        ticks = (moved / instrument.tick_size).to_integral_value()
+        return max(ticks, Decimal(1)) * instrument.tick_size

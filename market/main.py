@@ -1,0 +1,70 @@
+"""The market process: engine events in, public market data and mark prices out."""
+
+import asyncio
+import logging
+import signal
+from datetime import timedelta
+
+from redis.asyncio import Redis
+
+from activities.instruments import read_instruments
+from clients import open_redis
+from market.feed import EngineFeed
+from market.index_price import SimulatedIndex
+from market.instrument_market import InstrumentMarket
+from market.marks import MarkPrices, last_index_prices
+from market.publisher import publish_changes
+from settings import Settings
+from storage.db import Connection, Pool, open_pool
+from storage.leadership import MARKET_LOCK, run_as_leader
+from storage.market_keys import HELD_PRICE_CHANNEL
+from storage.pubsub import Subscriber
+
+log = logging.getLogger(__name__)
+
+
+async def main(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM. Raises SystemExit when the index source is not available."""
+    if settings.index_source != "simulated":
+        raise SystemExit(f"EXCHANGE_INDEX_SOURCE={settings.index_source} is not available yet: use simulated")
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with open_redis(settings) as redis, await open_pool(settings.require_database_url(), name="market") as pool:
+        await serve(pool, redis, settings, stop)
+
+
+async def serve(pool: Pool, redis: Redis, settings: Settings, stop: asyncio.Event) -> None:
+    """Publish the market until `stop`; one process does, others stand by."""
+
+    async def lead(_: Connection) -> None:
+        await _publish_market(pool, redis, settings)
+
+    await run_as_leader(pool, MARKET_LOCK, stop, lead)
+
+
+async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
+    async with pool.acquire() as conn:
+        instruments = await read_instruments(conn)
+    markets = {name: InstrumentMarket(instrument) for name, instrument in instruments.items()}
+    changed = asyncio.Event()
+    changed.set()
+    feed = EngineFeed(pool, markets, changed)
+    await feed.catch_up()
+    log.info("Rebuilt the market from %d engine events", sum(market.seq for market in markets.values()))
+    index = SimulatedIndex(list(instruments.values()), await last_index_prices(pool), settings.index_seed)
+    funding_interval = timedelta(seconds=settings.funding_interval_seconds)
+    marks = MarkPrices(pool, redis, markets, index, funding_interval, changed)
+
+    def receive(channel: str, payload: bytes) -> None:
+        if channel == HELD_PRICE_CHANNEL:
+            marks.nudge()
+        else:
+            feed.on_hint(payload)
+
+    channels = [HELD_PRICE_CHANNEL, *(f"engine:{instrument_id}" for instrument_id in markets)]
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(Subscriber(redis, channels, receive).run())
+        tasks.create_task(feed.follow_log())
+        tasks.create_task(marks.run(settings.mark_price_interval_seconds))
+        tasks.create_task(publish_changes(redis, markets.values(), changed))

@@ -1,0 +1,145 @@
+"""The mark price of every instrument, once an interval: calculated, kept as history, announced."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import cast
+
+import asyncpg
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from domain import mark_price
+from domain.clock import iso
+from domain.events import MarkPriceUpdated
+from domain.mark_price import MarkPrice
+from domain.money import ZERO, plain
+from market.index_price import SOURCE, SimulatedIndex
+from market.instrument_market import Funding, InstrumentMarket
+from storage.db import Pool, columns
+from storage.market_keys import held_price_key, mark_key
+from storage.outbox import emit
+
+log = logging.getLogger(__name__)
+
+_encode = msgspec.json.Encoder().encode
+_LAST_INDEX = "SELECT instrument_id, index_price FROM market.v_mark_prices"
+_LAST_RATES = """
+    SELECT DISTINCT ON (instrument_id) instrument_id, rate FROM market.funding_rates
+    ORDER BY instrument_id, effective_at DESC
+"""
+_INSERT = """
+    INSERT INTO market.mark_prices (instrument_id, calculated_at, index_price, mark_price, fair_price, premium_index,
+                                    funding_basis, source)
+    SELECT u.instrument_id, $2, u.index_price, u.mark_price, u.fair_price, u.premium_index, u.funding_basis, $3
+    FROM unnest($1::text[], $4::numeric[], $5::numeric[], $6::numeric[], $7::numeric[], $8::numeric[])
+        AS u (instrument_id, index_price, mark_price, fair_price, premium_index, funding_basis)
+"""
+
+
+class MarkPrices:
+    """Prices `markets` from the simulated index; sets `changed` after each round."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        redis: Redis,
+        markets: Mapping[str, InstrumentMarket],
+        index: SimulatedIndex,
+        funding_interval: timedelta,
+        changed: asyncio.Event,
+    ) -> None:
+        self._pool = pool
+        self._redis = redis
+        self._markets = markets
+        self._index = index
+        self._funding_interval = funding_interval
+        self._changed = changed
+        self._nudged = asyncio.Event()
+
+    def nudge(self) -> None:
+        """Price again now: an operator has held or released an index."""
+        self._nudged.set()
+
+    async def run(self, interval_seconds: float) -> None:
+        """Price everything each interval until cancelled; an outage of a server skips rounds."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + interval_seconds
+            try:
+                await self.update(datetime.now(UTC))
+            except (RedisError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                log.warning("This round of mark prices is skipped", exc_info=True)
+            try:
+                async with asyncio.timeout_at(due):
+                    await self._nudged.wait()
+            except TimeoutError:
+                continue
+            self._nudged.clear()
+
+    async def update(self, now: datetime) -> None:
+        """One round: history and events in one transaction, then the documents in Redis."""
+        held = await self._held_prices()
+        index = self._index.step(held)
+        async with self._pool.acquire() as conn, conn.transaction():
+            rates = {row["instrument_id"]: row["rate"] for row in await conn.fetch(_LAST_RATES)}
+            marks = {
+                name: self._price(market, index[name], rates.get(name), now, is_held=name in held)
+                for name, market in self._markets.items()
+            }
+            await conn.execute(_INSERT, *_history(marks, now))
+            events = {name: _event(name, mark, now) for name, mark in marks.items()}
+            await emit(conn, list(events.values()))
+        await self._redis.mset({mark_key(name): _encode(event) for name, event in events.items()})
+        next_funding = iso(mark_price.next_funding_time(now, self._funding_interval))
+        for name, market in self._markets.items():
+            rate = rates.get(name)
+            market.mark = events[name]
+            market.funding = Funding(None if rate is None else plain(rate), next_funding)
+        self._changed.set()
+
+    async def _held_prices(self) -> dict[str, Decimal]:
+        names = list(self._markets)
+        values = cast(list[bytes | None], await self._redis.mget([held_price_key(name) for name in names]))
+        return {name: Decimal(value.decode()) for name, value in zip(names, values, strict=True) if value is not None}
+
+    def _price(
+        self, market: InstrumentMarket, index: Decimal, rate: Decimal | None, now: datetime, *, is_held: bool
+    ) -> MarkPrice:
+        notional = mark_price.impact_notional(1 / Decimal(market.instrument.max_leverage))
+        bid = mark_price.impact_price(market.bids(), notional)
+        ask = mark_price.impact_price(market.asks(), notional)
+        until_funding = mark_price.next_funding_time(now, self._funding_interval) - now
+        basis = mark_price.funding_basis(rate or ZERO, until_funding, self._funding_interval)
+        # A held price is meant exactly: neither book nor funding may move the mark away from it.
+        limit = ZERO if is_held else mark_price.MARK_DEVIATION_MAX
+        return mark_price.calculate(index, mark_price.fair_price(bid, ask, index), basis, limit)
+
+
+async def last_index_prices(pool: Pool) -> dict[str, Decimal]:
+    """The index levels of the last run."""
+    return {row["instrument_id"]: row["index_price"] for row in await pool.fetch(_LAST_INDEX)}
+
+
+def _history(marks: Mapping[str, MarkPrice], now: datetime) -> list[object]:
+    rows = [
+        (name, m.index_price, m.mark_price, m.fair_price, m.premium_index, m.funding_basis) for name, m in marks.items()
+    ]
+    names, *figures = columns(rows, 6)
+    return [names, now, SOURCE, *figures]
+
+
+def _event(instrument_id: str, mark: MarkPrice, now: datetime) -> MarkPriceUpdated:
+    return MarkPriceUpdated(
+        instrument_id=instrument_id,
+        index_price=plain(mark.index_price),
+        mark_price=plain(mark.mark_price),
+        fair_price=plain(mark.fair_price),
+        premium_index=plain(mark.premium_index),
+        funding_basis=plain(mark.funding_basis),
+        calculated_at=iso(now),
+        source=SOURCE,
+    )

@@ -1,0 +1,72 @@
+"""One active process out of many: whoever holds a Postgres advisory lock works, the others stand by."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+import asyncpg
+
+from storage.db import Connection, Pool
+
+log = logging.getLogger(__name__)
+
+RELAY_LOCK = 7_203_201
+MARKET_LOCK = 7_203_202
+STANDBY_SECONDS = 1.0
+
+OUTAGES = (
+    OSError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.InterfaceError,
+)
+
+Work = Callable[[Connection], Awaitable[None]]
+
+
+async def run_as_leader(pool: Pool, lock: int, stop: asyncio.Event, work: Work) -> None:
+    """Run `work` while this process holds `lock`, until `stop` is set; take over when another leader goes.
+
+    The lock lives on one connection, which `work` is given: when it dies, `work` is cancelled at once, since another
+    process may lead from then on. Database outages are waited out; what else `work` raises is raised here.
+    """
+    while not stop.is_set():
+        try:
+            async with pool.acquire() as conn:
+                if await conn.fetchval("SELECT pg_try_advisory_lock($1)", lock):
+                    log.info("Leading under lock %d", lock)
+                    await _work_while_connected(conn, stop, work)
+        except* OUTAGES as outages:
+            log.warning("Postgres is away or lock %d is lost: %s", lock, outages.exceptions[0])
+        await _wait(stop, STANDBY_SECONDS)
+
+
+async def _work_while_connected(conn: Connection, stop: asyncio.Event, work: Work) -> None:
+    lost = asyncio.Event()
+
+    def connection_lost(_: object) -> None:
+        lost.set()
+
+    conn.add_termination_listener(connection_lost)
+    tasks = [
+        asyncio.ensure_future(work(conn)),
+        asyncio.ensure_future(lost.wait()),
+        asyncio.ensure_future(stop.wait()),
+    ]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        conn.remove_termination_listener(connection_lost)
+        for task in tasks:
+            task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    if isinstance(outcomes[0], Exception):
+        raise outcomes[0]
+
+
+async def _wait(stop: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(stop.wait(), seconds)
+    except TimeoutError:
+        return

@@ -1,0 +1,75 @@
+"""One Redis subscriber connection with many channels, which comes back after every outage."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisError
+
+log = logging.getLogger(__name__)
+
+RECONNECT_SECONDS = 0.2
+POLL_SECONDS = 5.0
+
+
+class Subscriber:
+    """Calls `on_message(channel, payload)` for every message of its channels, in order.
+
+    `on_subscribed(channel)` is called when the server confirmed a channel, also again after each reconnect:
+    whatever was published before that may have been missed.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        channels: Iterable[str],
+        on_message: Callable[[str, bytes], None],
+        on_subscribed: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._redis = redis
+        self._channels = set(channels)
+        self._on_message = on_message
+        self._on_subscribed = on_subscribed
+        self._added = asyncio.Event()
+
+    def add(self, channel: str) -> None:
+        """Subscribe to `channel` as well, soon; `on_subscribed` tells when."""
+        if channel not in self._channels:
+            self._channels.add(channel)
+            self._added.set()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        while True:
+            pubsub = self._redis.pubsub()
+            try:
+                active = set(self._channels)
+                await pubsub.subscribe(*active)
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._subscribe_added(pubsub, active))
+                    tasks.create_task(self._read(pubsub))
+            except* (RedisError, OSError) as group:
+                log.warning("Redis subscriptions are interrupted: %s", group.exceptions[0])
+            finally:
+                await pubsub.aclose()  # type: ignore[no-untyped-call]  # redis ships no annotation for it
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _subscribe_added(self, pubsub: PubSub, active: set[str]) -> None:
+        while True:
+            self._added.clear()
+            if added := self._channels - active:
+                await pubsub.subscribe(*added)
+                active |= added
+            await self._added.wait()
+
+    async def _read(self, pubsub: PubSub) -> None:
+        while True:
+            message = await pubsub.get_message(timeout=POLL_SECONDS)
+            if message is None:
+                continue
+            if message["type"] == "message":
+                self._on_message(message["channel"].decode(), message["data"])
+            elif message["type"] == "subscribe":
+                self._on_subscribed(message["channel"].decode())

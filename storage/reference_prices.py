@@ -1,0 +1,61 @@
+"""Latest public prices from Redis, for services that need a reference: protection prices, price bands."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import cast
+
+import msgspec
+from redis.asyncio import Redis
+
+from storage.market_keys import mark_key, snapshot_key
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencePrice:
+    """`mark` as of `calculated_at`; the best quotes, None while that side of the book is empty."""
+
+    mark: Decimal
+    best_bid: Decimal | None
+    best_ask: Decimal | None
+    calculated_at: datetime
+
+
+class _Mark(msgspec.Struct, rename="camel"):
+    mark_price: Decimal
+    calculated_at: datetime
+
+
+class _Quotes(msgspec.Struct, rename="camel"):
+    best_bid: Decimal | None
+    best_ask: Decimal | None
+
+
+class _TickerMessage(msgspec.Struct):
+    data: _Quotes
+
+
+_decode_mark = msgspec.json.Decoder(_Mark).decode
+_decode_ticker = msgspec.json.Decoder(_TickerMessage).decode
+
+
+async def read_reference_prices(redis: Redis, instrument_ids: Sequence[str]) -> dict[str, ReferencePrice]:
+    """One MGET; instruments the market process has not priced yet are absent. Raises redis errors."""
+    if not instrument_ids:
+        return {}
+    marks = [mark_key(instrument_id) for instrument_id in instrument_ids]
+    tickers = [snapshot_key("tickers", instrument_id) for instrument_id in instrument_ids]
+    values = cast(list[bytes | None], await redis.mget(marks + tickers))
+    count = len(instrument_ids)
+    return {
+        instrument_id: _reference(mark, ticker)
+        for instrument_id, mark, ticker in zip(instrument_ids, values[:count], values[count:], strict=True)
+        if mark is not None and ticker is not None
+    }
+
+
+def _reference(mark_document: bytes, ticker_message: bytes) -> ReferencePrice:
+    mark = _decode_mark(mark_document)
+    quotes = _decode_ticker(ticker_message).data
+    return ReferencePrice(mark.mark_price, quotes.best_bid, quotes.best_ask, mark.calculated_at)
