@@ -1,0 +1,81 @@
+"""The engine's two logs in Postgres: commands in, events out."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import asyncpg
+
+from domain.instruments import Instrument
+from domain.matching import AnyCommand, AnyEvent, Trade, decode_command, encode
+from engine import lease as leases
+from engine.lease import Lease
+from engine.outgoing import TradeRow, business_event, trade_row
+from storage.db import Connection
+from storage.outbox import emit
+
+_READ = "SELECT seq, payload FROM matching.commands WHERE instrument_id = $1 AND seq > $2 ORDER BY seq LIMIT $3"
+
+
+# What a statement may raise when the server is away, restarting, or refuses it. TimeoutError is an OSError.
+DATABASE_ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a run of commands up to `command_seq` led to: events from `first_seq` on and the command of each."""
+
+    command_seq: int
+    first_seq: int
+    events: list[AnyEvent]
+    causes: list[int]
+
+    @cached_property
+    def payloads(self) -> list[bytes]:
+        """Every event encoded, once: the same bytes go to the log and to the subscribers."""
+        return [encode(event) for event in self.events]
+
+    @property
+    def last_seq(self) -> int:
+        """The seq of the last event; one below `first_seq` if there is none."""
+        return self.first_seq + len(self.events) - 1
+
+
+async def read_commands(conn: Connection, instrument_id: str, after_seq: int, limit: int) -> list[AnyCommand]:
+    """The commands that follow `after_seq`. The log is gapless: the first of them has seq `after_seq` + 1."""
+    rows = await conn.fetch(_READ, instrument_id, after_seq, limit)
+    last_seq = after_seq + len(rows)
+    assert not rows or rows[-1][0] == last_seq, f"Expected command {last_seq} of {instrument_id}, was {rows[-1][0]}"
+    return [decode_command(payload) for _, payload in rows]
+
+
+async def write_batch(conn: Connection, lease: Lease, instrument: Instrument, batch: Batch) -> None:
+    """Make a batch true, all of it or nothing. Raises LeaseLostError or a database error; then nothing is written
+    (or, if the connection broke at the commit, possibly everything: the cursor tells).
+    """
+    async with conn.transaction():
+        await leases.advance(conn, lease, batch.command_seq, batch.last_seq)
+        if batch.events:
+            await _copy_events(conn, instrument.instrument_id, batch)
+            await _copy_trades(conn, instrument, batch)
+            await emit(conn, [business_event(instrument, event) for event in batch.events])
+
+
+async def _copy_events(conn: Connection, instrument_id: str, batch: Batch) -> None:
+    rows = zip(batch.causes, batch.payloads, strict=True)
+    await conn.copy_records_to_table(
+        "events",
+        schema_name="matching",
+        columns=["instrument_id", "seq", "command_seq", "payload"],
+        records=[
+            (instrument_id, seq, cause, payload.decode()) for seq, (cause, payload) in enumerate(rows, batch.first_seq)
+        ],
+    )
+
+
+async def _copy_trades(conn: Connection, instrument: Instrument, batch: Batch) -> None:
+    sequenced = enumerate(batch.events, batch.first_seq)
+    rows = [trade_row(instrument, seq, event) for seq, event in sequenced if isinstance(event, Trade)]
+    if rows:
+        await conn.copy_records_to_table(
+            "trade_tickers", schema_name="matching", columns=TradeRow._fields, records=rows
+        )

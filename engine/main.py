@@ -1,0 +1,96 @@
+"""The engine process: one runner per instrument, and beside them wake-ups, publisher and signaller."""
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Sequence
+
+import asyncpg
+from redis.asyncio import Redis
+from temporalio.client import Client
+
+from activities.instruments import read_instruments
+from clients import connect_temporal, open_redis
+from domain.instruments import Instrument
+from engine.publisher import Publisher
+from engine.runner import Runner
+from engine.signaller import Signaller
+from engine.wakeups import Wakeups
+from settings import Settings
+from storage.db import Pool, open_pool
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Owns `instruments` from `run` until `stop`. `owner` tells this process from every other one."""
+
+    def __init__(
+        self, pool: Pool, redis: Redis, settings: Settings, instruments: Sequence[Instrument], owner: str | None = None
+    ) -> None:
+        owner = owner or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+        async def connect() -> Client:
+            return await connect_temporal(settings)
+
+        publisher = Publisher(redis)
+        signaller = Signaller(pool, connect, [instrument.instrument_id for instrument in instruments])
+        self._runners = {
+            instrument.instrument_id: Runner(pool, instrument, owner, publisher, signaller)
+            for instrument in instruments
+        }
+        self._helpers = (publisher, signaller, Wakeups(pool, self._runners))
+
+    async def run(self) -> None:
+        """Match until stopped; then every lease is released."""
+        # A helper that fails takes the process down, for the supervisor to start anew: half an engine helps nobody.
+        async with asyncio.TaskGroup() as group:
+            helpers = [group.create_task(helper.run()) for helper in self._helpers]
+            async with asyncio.TaskGroup() as runners:
+                for runner in self._runners.values():
+                    runners.create_task(runner.run())
+            for task in helpers:
+                task.cancel()
+
+    def stop(self) -> None:
+        """Finish the batches at hand and return from `run`."""
+        for runner in self._runners.values():
+            runner.stop()
+
+
+async def serve(settings: Settings) -> None:
+    """Run an engine until SIGTERM or SIGINT. Raises RuntimeError for an instrument that does not exist."""
+    instruments = choose(await _read_instruments(settings), settings.engine_instruments)
+    # A connection for every runner, one for the wake-ups and one for the signaller.
+    pool = await open_pool(settings.require_database_url(), size_max=len(instruments) + 2, name="engine")
+    redis = open_redis(settings)
+    try:
+        engine = Engine(pool, redis, settings, instruments)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, engine.stop)
+        await engine.run()
+        log.info("Stopped")
+    finally:
+        await redis.aclose()
+        await pool.close()
+
+
+async def _read_instruments(settings: Settings) -> dict[str, Instrument]:
+    conn = await asyncpg.connect(settings.require_database_url())
+    try:
+        return await read_instruments(conn)
+    finally:
+        await conn.close()
+
+
+def choose(instruments: dict[str, Instrument], wanted: str) -> list[Instrument]:
+    """The instruments named in `wanted`, comma-separated; all if it is empty. Raises RuntimeError for others."""
+    names = [name.strip() for name in wanted.split(",") if name.strip()] or list(instruments)
+    unknown = sorted(set(names) - set(instruments))
+    if unknown:
+        raise RuntimeError(f"Expected instruments out of {sorted(instruments)}, was {unknown}")
+    return [instruments[name] for name in dict.fromkeys(names)]
