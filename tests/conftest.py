@@ -1,0 +1,118 @@
+"""Fixtures shared by all tests: real Postgres, Valkey and Temporal, started once per run when a test asks for them."""
+
+import itertools
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+from redis.asyncio import Redis
+from temporalio.client import Client
+
+from clients import open_redis
+from settings import Settings
+from stack import servers
+from storage.db import Pool, open_pool
+from tests.servers import migrate, running
+
+# Made when the server starts, because a namespace made later is only usable seconds after.
+NAMESPACES = [f"test-{number}" for number in range(120)]
+# A test's data dies with the run: durability would only cost time.
+POSTGRES_SETTINGS = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "shared_buffers": "128MB"}
+TEMPLATE = "template_exchange"
+
+
+@pytest.fixture(scope="session")
+def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="session")
+async def postgres_url(server_folder: Path) -> AsyncIterator[str]:
+    """A running Postgres with one migrated database, the template of every test's own."""
+    server = servers.postgres(server_folder, POSTGRES_SETTINGS)
+    async with running([server], server_folder):
+        connection = await asyncpg.connect(server.url)
+        await connection.execute(f"CREATE DATABASE {TEMPLATE}")
+        migrate(_with_database(server.url, TEMPLATE))
+        await connection.close()
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+async def valkey_url(server_folder: Path) -> AsyncIterator[str]:
+    server = servers.valkey(server_folder)
+    async with running([server], server_folder):
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+async def temporal_address(server_folder: Path) -> AsyncIterator[str]:
+    server = servers.temporal(None, servers.free_port(), None, NAMESPACES)
+    async with running([server], server_folder):
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def numbers() -> Iterator[int]:
+    """0, 1, 2, … over the whole run: names for what a test must not share."""
+    return itertools.count()
+
+
+@pytest.fixture
+async def database_url(postgres_url: str, numbers: Iterator[int]) -> AsyncIterator[str]:
+    """A database of the test's own, migrated and empty but for the seeded rows."""
+    name = f"exchange_{next(numbers)}"
+    connection = await asyncpg.connect(postgres_url)
+    await connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    yield _with_database(postgres_url, name)
+    await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await connection.close()
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator[Pool]:
+    opened = await open_pool(database_url)
+    yield opened
+    opened.terminate()
+
+
+@pytest.fixture
+async def redis_url(valkey_url: str) -> str:
+    """The test run's Valkey, empty."""
+    async with Redis.from_url(valkey_url) as client:
+        await client.flushall()
+    return valkey_url
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    async with open_redis(Settings(redis_url=redis_url)) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> Iterator[str]:
+    return iter(NAMESPACES)
+
+
+@pytest.fixture
+async def temporal(temporal_address: str, namespaces: Iterator[str]) -> Client:
+    """A client in a namespace of the test's own, with the exchange's search attributes."""
+    return await Client.connect(temporal_address, namespace=next(namespaces))
+
+
+@pytest.fixture
+def settings(database_url: str, redis_url: str, temporal: Client, tmp_path: Path) -> Settings:
+    """Settings that point to this test's database, Valkey and namespace."""
+    return Settings(
+        database_url=database_url,
+        redis_url=redis_url,
+        temporal_address=temporal.service_client.config.target_host,
+        temporal_namespace=temporal.namespace,
+        state_dir=tmp_path,
+    )
+
+
+def _with_database(url: str, name: str) -> str:
+    return url.replace("/postgres?", f"/{name}?", 1)
