@@ -26,22 +26,18 @@ def initial_margin(notional: Decimal, leverage: int) -> Decimal:
 
 
 def order_margin(
-    position_notional: Decimal,
-    bid_notional: Decimal,
-    ask_notional: Decimal,
-    leverage: int,
-    taker_fee_rate: Decimal,
+    position_notional: Decimal, bid_notional: Decimal, ask_notional: Decimal, leverage: int, fees: Decimal = ZERO
 ) -> Decimal:
     """Margin that open orders need beside the position's own, rounded up to 8 decimals.
 
-    One-way rule: max(|position + bids|, |position - asks|) / leverage, less the position's share of it, plus
-    the taker fee on everything open, so that a fill at its bound is always paid for. `position_notional` is
-    signed and at entry price, `bid_notional` and `ask_notional` are the open rests at their bound prices.
+    One-way rule: max(|position + bids|, |position - asks|) / leverage, less the position's share of it, plus the
+    `fees` that the orders may cost. `position_notional` is signed and at entry price, `bid_notional` and
+    `ask_notional` (>= 0) are the open rests at their bound prices.
     Source of the rule: Binance Futures, margin requirement in one-way mode.
     """
     held = abs(position_notional)
     worst = max(abs(position_notional + bid_notional), abs(position_notional - ask_notional), held)
-    return round_up((worst - held) / leverage + (bid_notional + ask_notional) * taker_fee_rate)
+    return round_up((worst - held) / leverage + fees)
 
 
 def tier_of(notional: Decimal, tiers: Sequence[Tier]) -> Tier:
@@ -102,7 +98,7 @@ def liquidation_price(
 
 
 def bankruptcy_price(signed_quantity: Decimal, entry_notional: Decimal, margin: Decimal) -> Decimal | None:
-    """Price at which isolated equity is zero, fees not included: entry -/+ margin / q; None when flat or not above 0."""
+    """Price at which isolated equity is zero, fees not included: entry -/+ margin / q. None when flat or <= 0."""
     quantity = abs(signed_quantity)
     if not quantity:
         return None

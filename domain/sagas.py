@@ -12,9 +12,11 @@ LEDGER_AUDIT = "LedgerAuditWorkflow"
 
 CHECK_ORDERS = "risk.check_orders"
 RELEASE_ORDERS = "risk.release_orders"
+UNFREEZE_FUNDS = "ledger.unfreeze_funds"
 FREEZE_FUNDS = "ledger.freeze_funds"
 ACCEPT_ORDERS = "orders.accept"
 REQUEST_CANCELS = "orders.request_cancels"
+CANCEL_UNCOVERED = "orders.cancel_uncovered"
 
 APPLY_TRADES = "positions.apply_trades"
 APPLY_RISK_EVENTS = "risk.apply_events"
@@ -25,6 +27,7 @@ ACKNOWLEDGE = "matching.acknowledge"
 
 AUDIT = "ledger.audit"
 ADVANCE_SIGNAL = "advance"
+CURSOR_GAP = "CursorGap"
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,51 @@ class OrderBatch:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a step said of each order: those that may go on, and why the others may not."""
+class Refusal:
+    """An order that may not go on, and why (a contract failure reason)."""
 
-    passed: list[int] = field(default_factory=list)
-    failed: dict[int, str] = field(default_factory=dict)
+    order_id: int
+    reason: str
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Final word on a batch: `accepted` orders are in the command log, `failed` ones carry their reason."""
+class StepRequest:
+    """One step over some orders of a saga. A refused order may be tried again, in another round."""
 
     saga_id: str
     round: int
+    order_ids: list[int]
+
+    @property
+    def step_id(self) -> str:
+        """Names the step's stored result."""
+        return f"{self.saga_id}:{self.round}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step said of each order: may go on, may not, or must wait for another saga of the same user."""
+
     passed: list[int] = field(default_factory=list)
-    failed: dict[int, str] = field(default_factory=dict)
+    refused: list[Refusal] = field(default_factory=list)
+    busy: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The last step of a placement: `passed` orders go to the engine, `refused` ones end as FAILED."""
+
+    saga_id: str
+    passed: list[int]
+    refused: list[Refusal]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a saga ended: how many orders the engine got, and the refusals."""
+
+    accepted: int
+    refused: list[Refusal] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -59,6 +92,7 @@ class SettlementInput:
 
     instrument_id: str
     target_seq: int = 0
+    settled_seq: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +106,34 @@ class EventRange:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far settlement has got (`settled_seq`) and how far the engine has (`engine_seq`)."""
+    """How far settlement has got in full (`settled_seq`), in its first step (`applied_seq`), and the engine."""
 
     settled_seq: int
+    applied_seq: int
     engine_seq: int
+
+
+@dataclass(frozen=True)
+class Uncovered:
+    """Users whose open orders in an instrument are no longer backed by money."""
+
+    instrument_id: str
+    user_ids: list[int]
+
+
+@dataclass(frozen=True)
+class AuditCheck:
+    """One invariant: whether it holds, and what was found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """All invariants of the ledger at one moment (`checked_at`: ISO-8601 UTC)."""
+
+    ok: bool
+    checked_at: str
+    checks: list[AuditCheck]

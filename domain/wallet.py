@@ -19,6 +19,11 @@ class Wallet:
     position_margin: Decimal = ZERO
     order_short: Decimal = ZERO
 
+    @property
+    def reserved(self) -> Decimal:
+        """What is held for this instrument."""
+        return self.order_margin + self.position_margin
+
 
 @dataclass(frozen=True, slots=True)
 class Settled:

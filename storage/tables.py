@@ -282,7 +282,9 @@ exposures = Table(
     _col("margin_mode", Text(), default="'ISOLATED'"),
     _col("signed_quantity", AMOUNT, default="0"),
     _col("entry_notional", AMOUNT, default="0"),
+    _col("bid_quantity", AMOUNT, default="0"),
     _col("bid_notional", AMOUNT, default="0"),
+    _col("ask_quantity", AMOUNT, default="0"),
     _col("ask_notional", AMOUNT, default="0"),
     _col("open_orders", Integer(), default="0"),
     _col("order_margin", AMOUNT, default="0"),
@@ -290,7 +292,9 @@ exposures = Table(
     _col("pending_step", Text(), null=True),
     _updated(),
     CheckConstraint(
-        "bid_notional >= 0 AND ask_notional >= 0 AND open_orders >= 0 AND order_margin >= 0", name="positive"
+        "bid_quantity >= 0 AND bid_notional >= 0 AND ask_quantity >= 0 AND ask_notional >= 0 AND open_orders >= 0"
+        " AND order_margin >= 0",
+        name="positive",
     ),
     schema="risk",
     postgresql_with={"fillfactor": 70},
@@ -403,7 +407,8 @@ ledger_entries = Table(
     _col("instrument_id", Text(), null=True),
     _col("delta_available", AMOUNT),
     _col("delta_reserved", AMOUNT, default="0"),
-    _col("balance_after", AMOUNT),
+    # Available of a user after this row; a system account's rows carry no running balance.
+    _col("balance_after", AMOUNT, null=True),
     _created(),
     Index("ix_ledger_entries_user_id", "user_id", "entry_id", postgresql_where=text("user_id IS NOT NULL")),
     schema="ledger",

@@ -6,10 +6,11 @@ VIEWS: dict[str, str] = {
         "SELECT order_id, user_id, instrument_id, side, type, time_in_force, price, bound_price, quantity,"
         " filled_quantity, filled_notional, status, is_liquidation FROM orders.orders"
     ),
+    "orders.v_open_sagas": "SELECT workflow_id, kind, order_ids FROM orders.sagas WHERE NOT done",
     "orders.v_cursors": "SELECT instrument_id, applied_seq FROM orders.cursors",
     "risk.v_exposures": (
-        "SELECT user_id, instrument_id, leverage, margin_mode, signed_quantity, entry_notional, order_margin,"
-        " open_orders, pending_step FROM risk.exposures"
+        "SELECT user_id, instrument_id, leverage, margin_mode, signed_quantity, entry_notional, bid_quantity,"
+        " bid_notional, ask_quantity, ask_notional, order_margin, open_orders, pending_step FROM risk.exposures"
     ),
     "risk.v_steps": "SELECT step_id, result FROM risk.steps",
     "risk.v_cursors": "SELECT instrument_id, applied_seq FROM risk.cursors",

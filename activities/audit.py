@@ -1,0 +1,189 @@
+"""The ledger's invariants, checked over one snapshot of all services.
+
+What is between two steps at that moment (a fill applied to positions and not yet booked, a check not yet frozen)
+is either reckoned with exactly or left to the next look; nothing is allowed a tolerance.
+"""
+
+import asyncio
+import logging
+from datetime import UTC, datetime
+
+from temporalio import activity
+
+from domain.clock import iso
+from domain.sagas import AUDIT, AuditCheck, AuditReport
+from storage.db import Connection, Pool
+
+logger = logging.getLogger(__name__)
+
+LOOKS_MAX = 10
+PAUSE_SECONDS = 0.3
+STATEMENT_TIMEOUT_SECONDS = 300
+
+# Each query lists offenders: no row means the invariant holds.
+STRICT_CHECKS = {
+    "journals_sum_to_zero": """
+        SELECT reference_type || ' ' || reference_id || ' ' || asset, sum(delta_available + delta_reserved)
+        FROM ledger.ledger_entries GROUP BY reference_type, reference_id, asset
+        HAVING sum(delta_available + delta_reserved) <> 0""",
+    "journals_have_two_postings": """
+        SELECT reference_type || ' ' || reference_id,
+               count(*) FILTER (WHERE delta_available <> 0) + count(*) FILTER (WHERE delta_reserved <> 0)
+        FROM ledger.ledger_entries GROUP BY reference_type, reference_id
+        HAVING count(*) FILTER (WHERE delta_available <> 0) + count(*) FILTER (WHERE delta_reserved <> 0) < 2""",
+    "entries_belong_to_journals": """
+        SELECT e.reference_type || ' ' || e.reference_id, count(*) FROM ledger.ledger_entries e
+        LEFT JOIN ledger.journals j USING (reference_type, reference_id)
+        WHERE j.reference_id IS NULL GROUP BY 1""",
+    "balances_equal_entries": """
+        SELECT 'user:' || b.user_id || ' ' || b.asset,
+               b.available - coalesce(e.available, 0) + b.reserved - coalesce(e.reserved, 0)
+        FROM ledger.ledger_balances b
+        FULL JOIN (SELECT user_id, asset, sum(delta_available) AS available, sum(delta_reserved) AS reserved
+                   FROM ledger.ledger_entries WHERE user_id IS NOT NULL GROUP BY user_id, asset) e
+        USING (user_id, asset)
+        WHERE (coalesce(b.available, 0), coalesce(b.reserved, 0))
+              <> (coalesce(e.available, 0), coalesce(e.reserved, 0))
+        UNION ALL
+        SELECT account || ' ' || asset, coalesce(s.balance, 0) - coalesce(e.balance, 0)
+        FROM ledger.system_balances s
+        FULL JOIN (SELECT account, asset, sum(delta_available) AS balance FROM ledger.ledger_entries
+                   WHERE user_id IS NULL GROUP BY account, asset) e USING (account, asset)
+        WHERE coalesce(s.balance, 0) <> coalesce(e.balance, 0)""",
+    "reserved_equals_margins": """
+        SELECT 'user:' || user_id || ' ' || asset, b.reserved - coalesce(h.held, 0)
+        FROM ledger.ledger_balances b
+        FULL JOIN (SELECT user_id, asset, sum(order_margin + position_margin) AS held
+                   FROM ledger.margin_holds GROUP BY user_id, asset) h USING (user_id, asset)
+        WHERE coalesce(b.reserved, 0) <> coalesce(h.held, 0)""",
+    "positions_sum_to_zero": """
+        SELECT instrument_id, sum(signed_quantity) FROM positions.v_positions
+        GROUP BY instrument_id HAVING sum(signed_quantity) <> 0""",
+    # Sum of unrealised profit at any mark = - sum of signed entry notional, as the quantities sum to zero. What the
+    # ledger has not booked yet is known from the fills past its cursor.
+    "clearing_plus_unrealized_is_zero": """
+        SELECT i.quote_asset, coalesce(max(s.balance), 0) + sum(x.amount)
+        FROM (SELECT instrument_id, CASE WHEN signed_quantity < 0 THEN -entry_notional ELSE entry_notional END AS amount
+              FROM positions.v_positions
+              UNION ALL
+              SELECT f.instrument_id, -f.realized_pnl FROM positions.v_fills f
+              JOIN ledger.v_cursors c USING (instrument_id) WHERE f.seq > c.applied_seq) x
+        JOIN matching.v_instruments i USING (instrument_id)
+        LEFT JOIN ledger.system_balances s ON s.account = 'exchange:clearing' AND s.asset = i.quote_asset
+        GROUP BY i.quote_asset HAVING coalesce(max(s.balance), 0) + sum(x.amount) <> 0""",
+    "trades_have_two_sides": """
+        SELECT t.instrument_id || ' trade ' || t.trade_id, count(f.trade_id)
+        FROM matching.v_trades t JOIN positions.v_cursors c ON c.instrument_id = t.instrument_id
+        LEFT JOIN positions.v_fills f ON f.instrument_id = t.instrument_id AND f.seq = t.seq
+        WHERE t.seq <= c.applied_seq GROUP BY t.instrument_id, t.trade_id HAVING count(f.trade_id) <> 2
+        UNION ALL
+        SELECT f.instrument_id || ' fill without trade ' || f.trade_id, count(*)
+        FROM positions.v_fills f LEFT JOIN matching.v_trades t ON t.trade_id = f.trade_id
+        WHERE t.trade_id IS NULL GROUP BY f.instrument_id, f.trade_id""",
+    "trades_are_booked_once": """
+        SELECT 'trade ' || coalesce(t.trade_id, e.trade_id), coalesce(t.fee, 0) - coalesce(e.fee, 0)
+        FROM (SELECT t.trade_id::text AS trade_id, t.maker_fee + t.taker_fee AS fee FROM matching.v_trades t
+              JOIN ledger.v_cursors c USING (instrument_id) WHERE t.seq <= c.applied_seq) t
+        FULL JOIN (SELECT reference_id AS trade_id, sum(delta_available) AS fee FROM ledger.ledger_entries
+                   WHERE account = 'exchange:fees' AND reference_type = 'TRADE' GROUP BY reference_id) e
+        USING (trade_id) WHERE coalesce(t.fee, 0) <> coalesce(e.fee, 0)""",
+    "funding_sums_to_zero": """
+        SELECT asset, sum(delta_available) FROM ledger.ledger_entries
+        WHERE reference_type = 'FUNDING'
+          AND (user_id IS NOT NULL OR account IN ('exchange:funding', 'exchange:rounding'))
+        GROUP BY asset HAVING sum(delta_available + delta_reserved) <> 0""",
+    "nobody_is_negative": """
+        SELECT 'user:' || user_id || ' ' || asset, least(available, reserved) FROM ledger.ledger_balances
+        WHERE available < 0 OR reserved < 0""",
+}
+
+# These compare services that are written one after the other, so they hold for users who are between no two steps.
+# The second column says whether the row offends (TRUE) or cannot be judged in this snapshot (FALSE).
+SETTLED_CHECKS = {
+    "ledger_holds_what_positions_need": """
+        SELECT 'user:' || user_id || ' ' || instrument_id,
+               (c.applied_seq = l.applied_seq AND c.confirmed_seq = c.applied_seq)
+        FROM positions.v_positions p FULL JOIN ledger.v_margin_holds h USING (user_id, instrument_id)
+        JOIN positions.v_cursors c USING (instrument_id) JOIN ledger.v_cursors l USING (instrument_id)
+        WHERE coalesce(p.margin, 0) <> coalesce(h.position_margin, 0)""",
+    "ledger_holds_what_orders_need": """
+        SELECT 'user:' || user_id || ' ' || instrument_id,
+               (r.applied_seq = l.applied_seq AND NOT EXISTS (
+                   SELECT 1 FROM orders.v_open_sagas s JOIN orders.v_orders o ON o.order_id = ANY (s.order_ids)
+                   WHERE s.kind = 'PLACE' AND o.user_id = coalesce(e.user_id, h.user_id)))
+        FROM risk.v_exposures e FULL JOIN ledger.v_margin_holds h USING (user_id, instrument_id)
+        JOIN risk.v_cursors r USING (instrument_id) JOIN ledger.v_cursors l USING (instrument_id)
+        WHERE coalesce(e.order_margin, 0) <> coalesce(h.order_margin + h.order_short, 0)""",
+    "accepted_orders_are_backed": """
+        SELECT 'user:' || user_id || ' ' || instrument_id,
+               (r.applied_seq = c.applied_seq AND NOT EXISTS (
+                   SELECT 1 FROM orders.v_open_sagas s JOIN orders.v_orders x ON x.order_id = ANY (s.order_ids)
+                   WHERE s.kind = 'PLACE' AND x.user_id = coalesce(e.user_id, o.user_id)))
+        FROM (SELECT user_id, instrument_id, count(*) AS open_orders,
+                     coalesce(sum((quantity - filled_quantity) * bound_price) FILTER (WHERE side = 'BUY'), 0) AS bids,
+                     coalesce(sum((quantity - filled_quantity) * bound_price) FILTER (WHERE side = 'SELL'), 0) AS asks
+              FROM orders.v_orders WHERE status IN ('ACCEPTED', 'PLACED', 'PARTIALLY_FILLED', 'CANCEL_REQUESTED')
+              GROUP BY user_id, instrument_id) o
+        FULL JOIN risk.v_exposures e USING (user_id, instrument_id)
+        JOIN orders.v_cursors c USING (instrument_id) JOIN risk.v_cursors r USING (instrument_id)
+        WHERE (coalesce(o.bids, 0), coalesce(o.asks, 0), coalesce(o.open_orders, 0))
+              <> (coalesce(e.bid_notional, 0), coalesce(e.ask_notional, 0), coalesce(e.open_orders, 0))""",
+    "positions_equal_exposures": """
+        SELECT 'user:' || user_id || ' ' || instrument_id, c.applied_seq = r.applied_seq
+        FROM positions.v_positions p FULL JOIN risk.v_exposures e USING (user_id, instrument_id)
+        JOIN positions.v_cursors c USING (instrument_id) JOIN risk.v_cursors r USING (instrument_id)
+        WHERE (coalesce(p.signed_quantity, 0), coalesce(p.entry_notional, 0))
+              <> (coalesce(e.signed_quantity, 0), coalesce(e.entry_notional, 0))""",
+}
+
+
+class AuditActivities:
+    """The audit as an activity."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    @activity.defn(name=AUDIT)
+    async def audit(self) -> AuditReport:
+        """Check every invariant; what is broken is logged as an error for the operator."""
+        report = await run_audit(self._pool)
+        for check in report.checks:
+            if not check.ok:
+                logger.error("ALERT ledger audit failed: %s: %s", check.name, check.detail)
+        return report
+
+
+async def run_audit(pool: Pool) -> AuditReport:
+    """The invariants of the ledger now. Rows in motion are looked at again, up to LOOKS_MAX times."""
+    checks = await _look(pool, STRICT_CHECKS)
+    open_checks = dict(SETTLED_CHECKS)
+    for look in range(LOOKS_MAX):
+        looked = await _look(pool, open_checks)
+        for check in looked:
+            in_motion = check.ok and bool(check.detail)
+            if not in_motion or look == LOOKS_MAX - 1:
+                checks.append(check)
+                del open_checks[check.name]
+        if not open_checks:
+            break
+        await asyncio.sleep(PAUSE_SECONDS)
+    return AuditReport(all(check.ok for check in checks), iso(datetime.now(UTC)), checks)
+
+
+async def _look(pool: Pool, queries: dict[str, str]) -> list[AuditCheck]:
+    """One snapshot: every query sees the same moment."""
+    async with pool.acquire() as conn, conn.transaction(isolation="repeatable_read", readonly=True):
+        return [await _check(conn, name, query) for name, query in queries.items()]
+
+
+async def _check(conn: Connection, name: str, query: str) -> AuditCheck:
+    rows = await conn.fetch(query, timeout=STATEMENT_TIMEOUT_SECONDS)
+    offenders = [row for row in rows if row[1] is not False]
+    if offenders:
+        shown = ", ".join(f"{row[0]}: {_figure(row[1])}" for row in offenders[:5])
+        return AuditCheck(name, ok=False, detail=f"{len(offenders)} offenders: {shown}")
+    return AuditCheck(name, ok=True, detail=f"{len(rows)} in motion" if rows else "")
+
+
+def _figure(value: object) -> str:
+    return "differs" if value is True else f"{value}"

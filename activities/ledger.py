@@ -1,0 +1,436 @@
+"""The ledger service: double-entry bookkeeping of every movement of money.
+
+A journal is named by (reference_type, reference_id), which can exist once. Its rows sum to zero per asset: a user's
+row carries two postings (available and reserved), a system account's row one. Balances are updated in the same
+transaction, from the same rows.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import TypeVar
+
+import asyncpg
+import msgspec
+from temporalio import activity
+
+from domain.events import (
+    BusinessEvent,
+    FundsFrozen,
+    FundsFrozenFailed,
+    FundsUnfrozen,
+    InsuranceFundRequired,
+    LedgerEntryCreated,
+)
+from domain.money import ZERO, plain
+from domain.problems import Problem
+from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest
+from domain.steps import CheckResult, MarginMoves, settle_step
+from domain.wallet import Wallet, freeze, settle
+from storage import outbox
+from storage.db import Connection, Pool, columns
+from storage.once import advance_cursor, first_result, store_result
+from storage.outbox import UserPush
+
+T = TypeVar("T")
+
+FEES = "exchange:fees"
+INSURANCE_FUND = "exchange:insurance_fund"
+CLEARING = "exchange:clearing"
+DEPOSITS = "external:deposits"
+
+ENTRY_COLUMNS = [
+    "reference_type",
+    "reference_id",
+    "entry_type",
+    "account",
+    "user_id",
+    "asset",
+    "instrument_id",
+    "delta_available",
+    "delta_reserved",
+    "balance_after",
+]
+
+
+@dataclass(slots=True)
+class Account:
+    """A user's balance in one asset while a batch is worked on."""
+
+    available: Decimal = ZERO
+    reserved: Decimal = ZERO
+
+
+@dataclass(slots=True)
+class Hold:
+    """What is held for one instrument while a batch is worked on (see `domain.wallet.Wallet`)."""
+
+    asset: str
+    order_margin: Decimal = ZERO
+    position_margin: Decimal = ZERO
+    order_short: Decimal = ZERO
+
+
+@dataclass(slots=True)
+class Book:
+    """Journals being written, over balances that are locked: rows and balances cannot come apart."""
+
+    accounts: dict[tuple[int, str], Account] = field(default_factory=dict)
+    system: dict[tuple[str, str], Decimal] = field(default_factory=dict)
+    journals: list[tuple[str, str]] = field(default_factory=list)
+    entries: list[tuple[object, ...]] = field(default_factory=list)
+    events: list[BusinessEvent] = field(default_factory=list)
+    _reference: tuple[str, str] = ("", "")
+    _sums: dict[str, Decimal] = field(default_factory=dict)
+
+    def open_journal(self, reference_type: str, reference_id: str) -> None:
+        """Start a journal; the rows that follow belong to it."""
+        self.close_journal()
+        self._reference = (reference_type, reference_id)
+        self.journals.append(self._reference)
+
+    def close_journal(self) -> None:
+        """Raises AssertionError when the open journal does not sum to zero in every asset."""
+        assert not any(self._sums.values()), f"Expected journal {self._reference} to sum to 0, was {self._sums}"
+        self._sums.clear()
+
+    def post_user(
+        self,
+        user_id: int,
+        asset: str,
+        entry_type: str,
+        available: Decimal,
+        reserved: Decimal = ZERO,
+        instrument_id: str | None = None,
+    ) -> None:
+        """One row of a user: what `available` and `reserved` change by."""
+        account = self.accounts[user_id, asset]
+        account.available += available
+        account.reserved += reserved
+        self._sums[asset] = self._sums.get(asset, ZERO) + available + reserved
+        self.entries.append(
+            (
+                *self._reference,
+                entry_type,
+                f"user:{user_id}",
+                user_id,
+                asset,
+                instrument_id,
+                available,
+                reserved,
+                account.available,
+            )
+        )
+        self.events.append(
+            LedgerEntryCreated(
+                str(user_id),
+                instrument_id,
+                asset,
+                plain(available),
+                plain(reserved),
+                plain(account.available),
+                entry_type,
+                *self._reference,
+            )
+        )
+
+    def post_system(self, account: str, asset: str, entry_type: str, amount: Decimal) -> None:
+        """One row of a system account; no running balance, since all instruments book on these at the same time."""
+        self.system[account, asset] = self.system.get((account, asset), ZERO) + amount
+        self._sums[asset] = self._sums.get(asset, ZERO) + amount
+        self.entries.append((*self._reference, entry_type, account, None, asset, None, amount, ZERO, None))
+
+
+class LedgerActivities:
+    """Activities on the ledger service's own tables."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    @activity.defn(name=FREEZE_FUNDS)
+    async def freeze_funds(self, request: StepRequest) -> Outcome:
+        """Hold the margin that the check of the same step asked for: per user and instrument, all or nothing."""
+        step_id = f"freeze:{request.step_id}"
+        async with self._pool.acquire() as conn, conn.transaction():
+            done = await first_result(conn, "ledger", step_id, Outcome)
+            if done is None:
+                done = await _freeze(conn, request)
+                await store_result(conn, "ledger", step_id, done)
+        return done
+
+    @activity.defn(name=UNFREEZE_FUNDS)
+    async def unfreeze_funds(self, request: StepRequest) -> None:
+        """Compensation of `freeze_funds`, after `risk.release_orders` of the same step: bring holds in line."""
+        step_id = f"unfreeze:{request.step_id}"
+        async with self._pool.acquire() as conn, conn.transaction():
+            if await first_result(conn, "ledger", step_id, Outcome) is None:
+                await _unfreeze(conn, request)
+                await store_result(conn, "ledger", step_id, Outcome(request.order_ids))
+
+    @activity.defn(name=SETTLE)
+    async def settle(self, events: EventRange) -> list[int]:
+        """Book the fills of a range of engine events and divide every touched wallet anew.
+
+        Answers the users whose open orders are no longer covered in full, because a loss took the money.
+        """
+        async with self._pool.acquire() as conn, conn.transaction():
+            if await advance_cursor(conn, "ledger", events):
+                await _settle(conn, events)
+            rows = await conn.fetch(
+                "SELECT user_id FROM ledger.margin_holds WHERE instrument_id = $1 AND order_short > 0 ORDER BY user_id",
+                events.instrument_id,
+            )
+        return [row["user_id"] for row in rows]
+
+
+async def _freeze(conn: Connection, request: StepRequest) -> Outcome:
+    check = await _risk_step(conn, f"check:{request.step_id}", CheckResult)
+    margins = check.passed if check else []
+    needs: dict[tuple[int, str, str], Decimal] = {}
+    for m in margins:
+        key = (m.user_id, m.instrument_id, m.asset)
+        needs[key] = needs.get(key, ZERO) + m.amount
+    book = await _open_book(conn, ((user_id, asset) for user_id, _, asset in needs))
+    holds = await _lock_holds(conn, list(needs))
+    book.open_journal("ORDERS", request.step_id)
+    refused_keys = set()
+    for (user_id, instrument_id, asset), needed in needs.items():
+        account, hold = book.accounts[user_id, asset], holds[user_id, instrument_id]
+        if freeze(_wallet(account, hold), needed) is None:
+            refused_keys.add((user_id, instrument_id))
+        elif needed:
+            hold.order_margin += needed
+            book.post_user(user_id, asset, "ORDER_MARGIN", -needed, needed, instrument_id)
+    passed = [m for m in margins if (m.user_id, m.instrument_id) not in refused_keys]
+    failed = [m for m in margins if (m.user_id, m.instrument_id) in refused_keys]
+    book.events += [FundsFrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in passed]
+    book.events += [FundsFrozenFailed(m.order_id, str(m.user_id), m.asset, "INSUFFICIENT_FUNDS") for m in failed]
+    await _write(conn, book, holds)
+    return Outcome([m.order_id for m in passed], [Refusal(m.order_id, "INSUFFICIENT_FUNDS") for m in failed])
+
+
+async def _unfreeze(conn: Connection, request: StepRequest) -> None:
+    check = await _risk_step(conn, f"check:{request.step_id}", CheckResult)
+    release = await _risk_step(conn, f"release:{request.step_id}", MarginMoves)
+    frozen = msgspec.json.decode(
+        await conn.fetchval("SELECT result FROM ledger.steps WHERE step_id = $1", f"freeze:{request.step_id}"),
+        type=Outcome,
+    )
+    assert check is not None
+    assert release is not None
+    never_held = {refusal.order_id for refusal in frozen.refused}
+    changes: dict[tuple[int, str, str], Decimal] = {}
+    for move in release.moves:
+        key = (move.user_id, move.instrument_id, move.asset)
+        changes[key] = changes.get(key, ZERO) + move.amount
+    for margin in check.passed:
+        if margin.order_id in never_held:
+            key = (margin.user_id, margin.instrument_id, margin.asset)
+            changes[key] = changes.get(key, ZERO) + margin.amount
+    book = await _open_book(conn, ((user_id, asset) for user_id, _, asset in changes))
+    holds = await _lock_holds(conn, sorted(changes))
+    book.open_journal("ORDERS_RELEASED", request.step_id)
+    for (user_id, instrument_id, asset), change in sorted(changes.items()):
+        hold = holds[user_id, instrument_id]
+        settled = settle(_wallet(book.accounts[user_id, asset], hold), ZERO, hold.position_margin, change)
+        _move(book, (user_id, instrument_id), hold, settled.wallet)
+    book.events += [
+        FundsUnfrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount))
+        for m in release.ended
+        if m.order_id not in never_held
+    ]
+    await _write(conn, book, holds)
+
+
+async def _settle(conn: Connection, events: EventRange) -> None:
+    instrument_id = events.instrument_id
+    asset = await conn.fetchval(
+        "SELECT quote_asset FROM matching.v_instruments WHERE instrument_id = $1", instrument_id
+    )
+    fills = await conn.fetch(
+        "SELECT user_id, trade_id, realized_pnl, fee FROM positions.v_fills"
+        " WHERE instrument_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq, role",
+        instrument_id,
+        events.after_seq,
+        events.to_seq,
+    )
+    risk = await _risk_step(conn, settle_step(events), MarginMoves)
+    assert risk is not None, f"Expected the margin moves of {events}, risk has not applied them"
+    order_margins = {move.user_id: move.amount for move in risk.moves}
+    users = sorted({row["user_id"] for row in fills} | order_margins.keys())
+    book = await _open_book(conn, ((user_id, asset) for user_id in users))
+    holds = await _lock_holds(conn, [(user_id, instrument_id, asset) for user_id in users])
+    position_margins = await _position_margins(conn, instrument_id, users)
+
+    # Balances before the trades decide what can be held after them; the journals then say how it came about.
+    cash = dict.fromkeys(users, ZERO)
+    for row in fills:
+        cash[row["user_id"]] += row["realized_pnl"] - row["fee"]
+    settled = {}
+    for user_id in users:
+        hold = holds[user_id, instrument_id]
+        settled[user_id] = settle(
+            _wallet(book.accounts[user_id, asset], hold),
+            cash[user_id],
+            position_margins.get(user_id, ZERO),
+            order_margins.get(user_id, ZERO),
+        )
+    _post_trades(book, fills, asset, instrument_id)
+    book.open_journal("SETTLEMENT", f"{instrument_id}:{events.to_seq}")
+    for user_id in users:
+        if settled[user_id].insurance:
+            _draw_insurance(book, user_id, asset, instrument_id, settled[user_id].insurance)
+        _move(book, (user_id, instrument_id), holds[user_id, instrument_id], settled[user_id].wallet)
+    book.events += [FundsUnfrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in risk.ended if m.amount]
+    await _write(conn, book, holds)
+
+
+def _post_trades(book: Book, fills: Sequence[asyncpg.Record], asset: str, instrument_id: str) -> None:
+    trade_id = None
+    for row in fills:
+        if row["trade_id"] != trade_id:
+            trade_id = row["trade_id"]
+            book.open_journal("TRADE", str(trade_id))
+        user_id, pnl, fee = row["user_id"], row["realized_pnl"], row["fee"]
+        if pnl:
+            book.post_user(user_id, asset, "REALIZED_PNL", pnl, instrument_id=instrument_id)
+            book.post_system(CLEARING, asset, "REALIZED_PNL", -pnl)
+        if fee:
+            book.post_user(user_id, asset, "FEE", -fee, instrument_id=instrument_id)
+            book.post_system(FEES, asset, "FEE", fee)
+
+
+def _draw_insurance(book: Book, user_id: int, asset: str, instrument_id: str, amount: Decimal) -> None:
+    book.post_user(user_id, asset, "INSURANCE_FUND", amount, instrument_id=instrument_id)
+    book.post_system(INSURANCE_FUND, asset, "INSURANCE_FUND", -amount)
+    book.events.append(InsuranceFundRequired(str(user_id), instrument_id, asset, plain(amount)))
+
+
+def _move(book: Book, key: tuple[int, str], hold: Hold, wallet: Wallet) -> None:
+    """Post what `wallet` holds more or less than `hold`, and make the hold equal to it."""
+    change = wallet.reserved - hold.order_margin - hold.position_margin
+    if change:
+        book.post_user(key[0], hold.asset, "MARGIN", -change, change, key[1])
+    hold.order_margin, hold.position_margin = wallet.order_margin, wallet.position_margin
+    hold.order_short = wallet.order_short
+
+
+def _wallet(account: Account, hold: Hold) -> Wallet:
+    return Wallet(account.available, hold.order_margin, hold.position_margin, hold.order_short)
+
+
+async def _risk_step(conn: Connection, step_id: str, kind: type[T]) -> T | None:
+    stored = await conn.fetchval("SELECT result FROM risk.v_steps WHERE step_id = $1", step_id)
+    return None if stored is None else msgspec.json.decode(stored, type=kind)
+
+
+async def _position_margins(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, Decimal]:
+    rows = await conn.fetch(
+        "SELECT user_id, margin FROM positions.v_positions WHERE instrument_id = $1 AND user_id = ANY($2)",
+        instrument_id,
+        users,
+    )
+    return {row["user_id"]: row["margin"] for row in rows}
+
+
+async def _open_book(conn: Connection, owners: Iterable[tuple[int, str]]) -> Book:
+    """A book over the balances of `owners`, created when missing and locked in (user, asset) order."""
+    rows = sorted(set(owners))
+    await conn.execute(
+        "INSERT INTO ledger.ledger_balances (user_id, asset) SELECT * FROM unnest($1::bigint[], $2::text[])"
+        " ON CONFLICT DO NOTHING",
+        *columns(rows, 2),
+    )
+    balances = await conn.fetch(
+        "SELECT b.user_id, b.asset, b.available, b.reserved FROM ledger.ledger_balances b"
+        " JOIN unnest($1::bigint[], $2::text[]) AS k (user_id, asset) USING (user_id, asset)"
+        " ORDER BY b.user_id, b.asset FOR UPDATE OF b",
+        *columns(rows, 2),
+    )
+    return Book({(row[0], row[1]): Account(row[2], row[3]) for row in balances})
+
+
+async def _lock_holds(conn: Connection, keys: Sequence[tuple[int, str, str]]) -> dict[tuple[int, str], Hold]:
+    """Holds of (user, instrument, asset); their users' balances are locked already, which locks these too."""
+    rows = await conn.fetch(
+        "SELECT h.* FROM ledger.margin_holds h JOIN unnest($1::bigint[], $2::text[]) AS k (user_id, instrument_id)"
+        " USING (user_id, instrument_id)",
+        *columns([key[:2] for key in keys], 2),
+    )
+    holds = {(user_id, instrument_id): Hold(asset) for user_id, instrument_id, asset in keys}
+    for row in rows:
+        holds[row["user_id"], row["instrument_id"]] = Hold(
+            row["asset"], row["order_margin"], row["position_margin"], row["order_short"]
+        )
+    return holds
+
+
+async def _write(conn: Connection, book: Book, holds: dict[tuple[int, str], Hold]) -> None:
+    """Write journals, entries, balances, holds and events of a finished book."""
+    book.close_journal()
+    used = {(entry[0], entry[1]) for entry in book.entries}
+    await conn.copy_records_to_table(
+        "journals",
+        schema_name="ledger",
+        columns=["reference_type", "reference_id"],
+        records=[journal for journal in book.journals if journal in used],
+    )
+    await conn.copy_records_to_table(
+        "ledger_entries", schema_name="ledger", columns=ENTRY_COLUMNS, records=book.entries
+    )
+    await conn.execute(
+        "UPDATE ledger.ledger_balances b SET available = n.available, reserved = n.reserved, updated_at = now()"
+        " FROM unnest($1::bigint[], $2::text[], $3::numeric[], $4::numeric[])"
+        " AS n (user_id, asset, available, reserved)"
+        " WHERE b.user_id = n.user_id AND b.asset = n.asset",
+        *columns([(*key, a.available, a.reserved) for key, a in book.accounts.items()], 4),
+    )
+    await conn.execute(
+        "INSERT INTO ledger.margin_holds (user_id, instrument_id, asset, order_margin, position_margin, order_short)"
+        " SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::numeric[], $5::numeric[], $6::numeric[])"
+        " ON CONFLICT (user_id, instrument_id) DO UPDATE SET order_margin = excluded.order_margin,"
+        " position_margin = excluded.position_margin, order_short = excluded.order_short",
+        *columns([(*k, h.asset, h.order_margin, h.position_margin, h.order_short) for k, h in holds.items()], 6),
+    )
+    # Last, because everybody's fees end here: the row lock is held for as short as can be. Sorted against deadlocks.
+    await conn.execute(
+        "INSERT INTO ledger.system_balances AS s (account, asset, balance)"
+        " SELECT * FROM unnest($1::text[], $2::text[], $3::numeric[])"
+        " ON CONFLICT (account, asset) DO UPDATE SET balance = s.balance + excluded.balance, updated_at = now()",
+        *columns([(*key, amount) for key, amount in sorted(book.system.items())], 3),
+    )
+    pushes = [
+        UserPush(user_id, "balance", {"asset": asset, **balance_view(account.available, account.reserved)})
+        for (user_id, asset), account in book.accounts.items()
+    ]
+    await outbox.emit(conn, book.events, pushes)
+
+
+def balance_view(available: Decimal, reserved: Decimal) -> dict[str, str]:
+    """A balance as clients see it."""
+    return {"available": plain(available), "reserved": plain(reserved), "total": plain(available + reserved)}
+
+
+async def transfer_external(
+    conn: Connection, reference_type: str, reference: str, user_id: int, asset: str, amount: Decimal
+) -> bool:
+    """Deposit (`amount` > 0) or withdraw (< 0) once per (reference_type, reference); False when it was done before.
+
+    Raises Problem INSUFFICIENT_FUNDS when a withdrawal exceeds available, VALIDATION_FAILED when the reference
+    was used for something else.
+    """
+    step_id = f"{reference_type}:{reference}"
+    earlier = await first_result(conn, "ledger", step_id, tuple[int, str, Decimal])
+    if earlier is not None:
+        if earlier != (user_id, asset, amount):
+            raise Problem("VALIDATION_FAILED", f"Reference {reference} was used for another transfer")
+        return False
+    book = await _open_book(conn, [(user_id, asset)])
+    if book.accounts[user_id, asset].available + amount < 0:
+        raise Problem("INSUFFICIENT_FUNDS", f"Available {asset} does not cover {plain(-amount)}")
+    book.open_journal(reference_type, reference)
+    book.post_user(user_id, asset, reference_type, amount)
+    book.post_system(DEPOSITS, asset, reference_type, -amount)
+    await _write(conn, book, {})
+    await store_result(conn, "ledger", step_id, (user_id, asset, amount))
+    return True

@@ -1,0 +1,65 @@
+"""The matching service as the sagas see it: appending commands, acknowledging events."""
+
+from collections.abc import Mapping, Sequence
+
+from temporalio import activity
+
+from domain.matching import AnyCommand, encode
+from domain.sagas import ACKNOWLEDGE, EventRange, Progress
+from storage.db import Connection, Pool
+
+COMMANDS_CHANNEL = "matching_commands"
+SETTLEMENT_CONSUMER = "settlement"
+
+
+async def append_commands(conn: Connection, commands: Mapping[str, Sequence[AnyCommand]]) -> None:
+    """Append commands to each instrument's log, gapless and in the given order, in the caller's transaction.
+
+    Instruments are locked in order of their ids, so that two callers cannot wait for each other.
+    """
+    for instrument_id in sorted(commands):
+        batch = commands[instrument_id]
+        last_seq = await conn.fetchval(
+            "UPDATE matching.sequencers SET last_seq = last_seq + $2 WHERE instrument_id = $1 RETURNING last_seq",
+            instrument_id,
+            len(batch),
+        )
+        first_seq = last_seq - len(batch) + 1
+        await conn.copy_records_to_table(
+            "commands",
+            schema_name="matching",
+            columns=["instrument_id", "seq", "payload"],
+            records=[(instrument_id, first_seq + i, encode(command).decode()) for i, command in enumerate(batch)],
+        )
+        await conn.execute("SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, instrument_id)
+
+
+class MatchingActivities:
+    """Activities on the matching service's own tables."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    @activity.defn(name=ACKNOWLEDGE)
+    async def acknowledge(self, events: EventRange) -> Progress:
+        """Record that settlement has applied everything up to `to_seq`; answers how far the engine is.
+
+        The engine's position is read after the acknowledgement is committed: whatever the engine commits later,
+        it then sees this acknowledgement and signals (see `engine/signaller.py`).
+        """
+        settled = await self._pool.fetchval(
+            "INSERT INTO matching.consumers AS c (instrument_id, consumer, acked_seq) VALUES ($1, $2, $3)"
+            " ON CONFLICT (instrument_id, consumer)"
+            " DO UPDATE SET acked_seq = greatest(c.acked_seq, excluded.acked_seq), updated_at = now()"
+            " RETURNING acked_seq",
+            events.instrument_id,
+            SETTLEMENT_CONSUMER,
+            events.to_seq,
+        )
+        row = await self._pool.fetchrow(
+            "SELECT m.event_seq, p.applied_seq FROM matching.cursors m JOIN positions.v_cursors p USING (instrument_id)"
+            " WHERE instrument_id = $1",
+            events.instrument_id,
+        )
+        assert row is not None, f"Expected cursors of {events.instrument_id}"
+        return Progress(settled, row["applied_seq"], row["event_seq"])

@@ -1,0 +1,276 @@
+"""The orders service: from PENDING to the command log, and from engine events to the order's final state."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import asyncpg
+import msgspec
+from redis.asyncio import Redis
+from temporalio import activity
+
+from activities.engine_log import EngineLog, SequencedEvent
+from activities.instruments import read_instruments
+from activities.matching import append_commands
+from domain.clock import iso
+from domain.events import BusinessEvent, OrderCancelRequested, OrderCreated
+from domain.instruments import Instrument
+from domain.matching import AnyCommand, Cancel, Cancelled, Expired, Filled, New, Placed, Rejected, Trade
+from domain.money import ZERO, plain
+from domain.sagas import (
+    ACCEPT_ORDERS,
+    APPLY_ORDER_EVENTS,
+    CANCEL_UNCOVERED,
+    REQUEST_CANCELS,
+    Acceptance,
+    EventRange,
+    OrderBatch,
+    Outcome,
+    Uncovered,
+    Verdict,
+)
+from storage import outbox
+from storage.db import Connection, Pool, columns
+from storage.once import advance_cursor
+from storage.outbox import UserPush
+
+OPEN_STATUSES = ("PENDING", "ACCEPTED", "PLACED", "PARTIALLY_FILLED", "CANCEL_REQUESTED")
+IN_ENGINE_STATUSES = ("ACCEPTED", "PLACED", "PARTIALLY_FILLED")
+VERDICTS_CHANNEL = "orders:verdicts"
+ORDER_COLUMNS = (
+    "order_id, client_order_id, user_id, instrument_id, side, type, time_in_force, price, quantity, filled_quantity,"
+    " filled_notional, status, failure_reason, stp_mode, is_liquidation, created_at, updated_at"
+)
+
+
+def order_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, Any]:
+    """An order as its user sees it, from ORDER_COLUMNS."""
+    filled: Decimal = row["filled_quantity"]
+    price: Decimal | None = row["price"]
+    return {
+        "orderId": row["order_id"],
+        "clientOrderId": row["client_order_id"],
+        "userId": str(row["user_id"]),
+        "instrumentId": row["instrument_id"],
+        "side": row["side"],
+        "type": row["type"],
+        "timeInForce": row["time_in_force"],
+        "price": None if price is None else plain(price),
+        "quantity": plain(row["quantity"]),
+        "filledQuantity": plain(filled),
+        "averagePrice": average_price(row["filled_notional"], filled),
+        "status": row["status"],
+        "failureReason": row["failure_reason"],
+        "stpMode": row["stp_mode"],
+        "isLiquidation": row["is_liquidation"],
+        "createdAt": iso(row["created_at"]),
+        "updatedAt": iso(row["updated_at"]),
+    }
+
+
+def average_price(filled_notional: Decimal, filled_quantity: Decimal) -> str | None:
+    """Quote per base over all fills, 8 decimals; None before the first."""
+    if not filled_quantity:
+        return None
+    return plain((filled_notional / filled_quantity).quantize(Decimal("1e-8")))
+
+
+@dataclass(slots=True)
+class OrderChange:
+    """What a range of engine events does to one order: fills to add, and the state it reaches (None: still open)."""
+
+    filled_quantity: Decimal = ZERO
+    filled_notional: Decimal = ZERO
+    final_status: str | None = None
+    reason: str | None = None
+
+
+def fold_events(log: Iterable[SequencedEvent], instrument: Instrument) -> dict[int, OrderChange]:
+    """Engine events by order."""
+    changes: defaultdict[int, OrderChange] = defaultdict(OrderChange)
+    for _, event in log:
+        match event:
+            case Trade():
+                quantity = instrument.lots_to_quantity(event.quantity)
+                notional = instrument.ticks_to_price(event.price) * quantity
+                for order_id in (event.maker_order_id, event.taker_order_id):
+                    change = changes[order_id]
+                    change.filled_quantity += quantity
+                    change.filled_notional += notional
+            case Placed():
+                changes[event.order_id].reason = None
+            case Filled():
+                changes[event.order_id].final_status = "FILLED"
+            case Cancelled():
+                changes[event.order_id].final_status, changes[event.order_id].reason = "CANCELLED", event.reason
+            case Expired():
+                changes[event.order_id].final_status, changes[event.order_id].reason = "EXPIRED", event.reason
+            case Rejected():
+                changes[event.order_id].final_status, changes[event.order_id].reason = "REJECTED", event.reason
+    return dict(changes)
+
+
+class OrderActivities:
+    """Activities on the orders service's own tables."""
+
+    def __init__(self, pool: Pool, redis: Redis, log: EngineLog) -> None:
+        self._pool = pool
+        self._redis = redis
+        self._log = log
+
+    @activity.defn(name=ACCEPT_ORDERS)
+    async def accept(self, acceptance: Acceptance) -> Verdict:
+        """End the placement: ACCEPTED and in the command log, or FAILED with the reason; one transaction."""
+        async with self._pool.acquire() as conn, conn.transaction():
+            await _accept(conn, acceptance.passed)
+            await _fail(conn, acceptance)
+            await _close_saga(conn, acceptance.saga_id)
+        verdict = Verdict(len(acceptance.passed), acceptance.refused)
+        # A hint for the api process that waits; what counts is committed.
+        await self._redis.publish(
+            VERDICTS_CHANNEL, msgspec.json.encode({"sagaId": acceptance.saga_id, "verdict": verdict})
+        )
+        return verdict
+
+    @activity.defn(name=REQUEST_CANCELS)
+    async def request_cancels(self, batch: OrderBatch) -> Outcome:
+        """Append CANCEL commands for the orders the engine has; `busy` are those still on their way to it."""
+        async with self._pool.acquire() as conn, conn.transaction():
+            requested = await _request_cancels(conn, batch.order_ids)
+            waiting = await conn.fetch(
+                "SELECT order_id FROM orders.orders WHERE order_id = ANY($1) AND status = 'PENDING'", batch.order_ids
+            )
+            if not waiting:
+                await _close_saga(conn, batch.saga_id)
+        return Outcome(requested, busy=[row["order_id"] for row in waiting])
+
+    @activity.defn(name=APPLY_ORDER_EVENTS)
+    async def apply_events(self, events: EventRange) -> None:
+        """Fold a range of engine events into the orders and tell their users."""
+        async with self._pool.acquire() as conn, conn.transaction():
+            if await advance_cursor(conn, "orders", events):
+                instrument = (await read_instruments(conn))[events.instrument_id]
+                await _apply(conn, fold_events(await self._log.read(conn, events), instrument))
+
+    @activity.defn(name=CANCEL_UNCOVERED)
+    async def cancel_uncovered(self, uncovered: Uncovered) -> None:
+        """Request the cancellation of all open orders, in one instrument, of users whose money a loss took."""
+        async with self._pool.acquire() as conn, conn.transaction():
+            rows = await conn.fetch(
+                "SELECT order_id FROM orders.orders WHERE instrument_id = $1 AND user_id = ANY($2) AND status = ANY($3)"
+                " ORDER BY order_id",
+                uncovered.instrument_id,
+                uncovered.user_ids,
+                IN_ENGINE_STATUSES,
+            )
+            await _request_cancels(conn, [row["order_id"] for row in rows], "INSUFFICIENT_MARGIN")
+
+
+async def _accept(conn: Connection, order_ids: Sequence[int]) -> None:
+    rows = await conn.fetch(
+        "UPDATE orders.orders SET status = 'ACCEPTED', updated_at = now()"
+        " WHERE order_id = ANY($1) AND status = 'PENDING'"
+        " RETURNING order_id, user_id, instrument_id, side, type, time_in_force, price, bound_price, quantity,"
+        " stp_mode, is_liquidation, updated_at",
+        order_ids,
+    )
+    instruments = await read_instruments(conn)
+    commands: defaultdict[str, list[AnyCommand]] = defaultdict(list)
+    events: list[BusinessEvent] = []
+    for row in sorted(rows, key=lambda row: row["order_id"]):
+        commands[row["instrument_id"]].append(_new(row, instruments[row["instrument_id"]]))
+        events.append(
+            OrderCreated(
+                row["order_id"],
+                str(row["user_id"]),
+                row["instrument_id"],
+                row["side"],
+                row["type"],
+                None if row["price"] is None else plain(row["price"]),
+                plain(row["quantity"]),
+                row["is_liquidation"],
+            )
+        )
+    await outbox.emit(conn, events)
+    await append_commands(conn, commands)
+
+
+def _new(row: asyncpg.Record, instrument: Instrument) -> New:
+    return New(
+        at=unix_ms(row["updated_at"]),
+        order_id=row["order_id"],
+        user_id=row["user_id"],
+        side=row["side"],
+        type=row["type"],
+        time_in_force=row["time_in_force"],
+        price=instrument.price_to_ticks(row["bound_price"]),
+        quantity=instrument.quantity_to_lots(row["quantity"]),
+        stp_mode=row["stp_mode"],
+        liquidation=row["is_liquidation"],
+    )
+
+
+def unix_ms(moment: datetime) -> int:
+    """Unix milliseconds, rounded down."""
+    return int(moment.timestamp() * 1000)
+
+
+async def _fail(conn: Connection, acceptance: Acceptance) -> None:
+    rows = await conn.fetch(
+        "UPDATE orders.orders o SET status = 'FAILED', failure_reason = n.reason, updated_at = now()"
+        " FROM unnest($1::bigint[], $2::text[]) AS n (id, reason)"
+        f" WHERE order_id = n.id AND status = 'PENDING' RETURNING {ORDER_COLUMNS}",
+        *columns([(refusal.order_id, refusal.reason) for refusal in acceptance.refused], 2),
+    )
+    await outbox.emit(conn, pushes=_order_pushes(rows))
+
+
+async def _lock(conn: Connection, order_ids: Sequence[int]) -> None:
+    """Lock in order of ids, so that no two transactions wait for each other."""
+    await conn.execute("SELECT 1 FROM orders.orders WHERE order_id = ANY($1) ORDER BY order_id FOR UPDATE", order_ids)
+
+
+async def _close_saga(conn: Connection, saga_id: str) -> None:
+    await conn.execute("UPDATE orders.sagas SET done = TRUE WHERE workflow_id = $1 AND NOT done", saga_id)
+
+
+async def _request_cancels(conn: Connection, order_ids: Sequence[int], reason: str = "USER_REQUEST") -> list[int]:
+    await _lock(conn, order_ids)
+    rows = await conn.fetch(
+        "UPDATE orders.orders SET status = 'CANCEL_REQUESTED', updated_at = now()"
+        " WHERE order_id = ANY($1) AND status = ANY($2) RETURNING order_id, user_id, instrument_id, updated_at",
+        order_ids,
+        IN_ENGINE_STATUSES,
+    )
+    commands: defaultdict[str, list[AnyCommand]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["order_id"]):
+        commands[row["instrument_id"]].append(
+            Cancel(at=unix_ms(row["updated_at"]), order_id=row["order_id"], user_id=row["user_id"], reason=reason)
+        )
+    requested = sorted(row["order_id"] for row in rows)
+    await outbox.emit(conn, [OrderCancelRequested(order_id) for order_id in requested])
+    await append_commands(conn, commands)
+    return requested
+
+
+async def _apply(conn: Connection, changes: dict[int, OrderChange]) -> None:
+    await _lock(conn, list(changes))
+    rows = await conn.fetch(
+        "UPDATE orders.orders o SET filled_quantity = o.filled_quantity + n.quantity,"
+        " filled_notional = o.filled_notional + n.notional,"
+        " status = CASE WHEN n.final IS NOT NULL THEN n.final"
+        "   WHEN o.status = 'CANCEL_REQUESTED' THEN o.status"
+        "   WHEN o.filled_quantity + n.quantity > 0 THEN 'PARTIALLY_FILLED' ELSE 'PLACED' END,"
+        " failure_reason = coalesce(n.reason, o.failure_reason), updated_at = now()"
+        " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::text[], $5::text[])"
+        f" AS n (id, quantity, notional, final, reason) WHERE o.order_id = n.id RETURNING {ORDER_COLUMNS}",
+        *columns([(i, c.filled_quantity, c.filled_notional, c.final_status, c.reason) for i, c in changes.items()], 5),
+    )
+    await outbox.emit(conn, pushes=_order_pushes(rows))
+
+
+def _order_pushes(rows: Iterable[asyncpg.Record]) -> list[UserPush]:
+    return [UserPush(row["user_id"], "order", order_view(row)) for row in rows]

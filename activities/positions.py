@@ -1,0 +1,298 @@
+"""The positions service: what everybody holds, at which entry price, backed by which margin."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import asyncpg
+from redis.asyncio import Redis
+from temporalio import activity
+
+from activities.engine_log import EngineLog, SequencedEvent
+from activities.instruments import read_instruments
+from activities.risk import OPPOSITE, read_tiers
+from domain.clock import from_ms, iso
+from domain.events import BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
+from domain.margin import Tier, liquidation_price, maintenance_margin, margin_ratio, unrealized_pnl
+from domain.matching import Trade
+from domain.money import plain
+from domain.positions import Position, apply_fill
+from domain.sagas import APPLY_TRADES, CONFIRM_POSITIONS, EventRange
+from storage import outbox
+from storage.db import Connection, Pool, columns
+from storage.once import advance_cursor
+from storage.outbox import UserPush
+from storage.reference_prices import read_reference_prices
+
+FEE_STEP = Decimal("1e-8")
+EVENT_COLUMNS = [
+    "user_id",
+    "instrument_id",
+    "seq",
+    "role",
+    "type",
+    "status",
+    "trade_id",
+    "order_id",
+    "side",
+    "price",
+    "quantity",
+    "fee",
+    "realized_pnl",
+    "signed_quantity_after",
+    "entry_notional_after",
+    "created_at",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TradeSide:
+    """One user's half of a trade."""
+
+    role: str
+    user_id: int
+    order_id: int
+    side: str
+    fee: Decimal
+
+
+def sides_of(trade: Trade) -> tuple[TradeSide, TradeSide]:
+    """Maker and taker of a trade; fees in quote."""
+    return (
+        TradeSide(
+            "MAKER",
+            trade.maker_user_id,
+            trade.maker_order_id,
+            OPPOSITE[trade.taker_side],
+            trade.maker_fee * FEE_STEP,
+        ),
+        TradeSide("TAKER", trade.taker_user_id, trade.taker_order_id, trade.taker_side, trade.taker_fee * FEE_STEP),
+    )
+
+
+class PositionActivities:
+    """Activities on the positions service's own tables."""
+
+    def __init__(self, pool: Pool, redis: Redis, log: EngineLog) -> None:
+        self._pool = pool
+        self._redis = redis
+        self._log = log
+
+    @activity.defn(name=APPLY_TRADES)
+    async def apply_trades(self, events: EventRange) -> None:
+        """Fold the trades of a range of engine events into positions, one `position_events` row per side."""
+        async with self._pool.acquire() as conn, conn.transaction():
+            if await advance_cursor(conn, "positions", events):
+                await _apply(conn, events, await self._log.read(conn, events))
+
+    @activity.defn(name=CONFIRM_POSITIONS)
+    async def confirm(self, events: EventRange) -> None:
+        """After the ledger: take over the margin it really holds and the profit it booked, close what is flat."""
+        marks = await read_reference_prices(self._redis, [events.instrument_id])
+        mark = marks[events.instrument_id].mark if events.instrument_id in marks else None
+        async with self._pool.acquire() as conn, conn.transaction():
+            if await advance_cursor(conn, "positions", events, "confirmed_seq"):
+                await _confirm(conn, events, mark)
+
+
+async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]) -> None:
+    instrument_id = events.instrument_id
+    trades = [(seq, event) for seq, event in log if isinstance(event, Trade)]
+    if not trades:
+        return
+    instrument = (await read_instruments(conn))[instrument_id]
+    users = sorted({user for _, t in trades for user in (t.maker_user_id, t.taker_user_id)})
+    leverages = await _read_leverages(conn, instrument_id, users)
+    positions = await _lock(conn, instrument_id, users)
+    records: list[tuple[Any, ...]] = []
+    pushes: list[UserPush] = []
+    for seq, trade in trades:
+        price = instrument.ticks_to_price(trade.price)
+        quantity = instrument.lots_to_quantity(trade.quantity)
+        executed_at = from_ms(trade.at)
+        for half in sides_of(trade):
+            fill = apply_fill(
+                positions.get(half.user_id, Position()),
+                quantity if half.side == "BUY" else -quantity,
+                price,
+                leverages[half.user_id],
+            )
+            positions[half.user_id] = fill.position
+            records.append(
+                (
+                    half.user_id,
+                    instrument_id,
+                    seq,
+                    half.role,
+                    fill.kind,
+                    "APPLIED",
+                    trade.trade_id,
+                    half.order_id,
+                    half.side,
+                    price,
+                    quantity,
+                    half.fee,
+                    fill.realized_pnl,
+                    fill.position.signed_quantity,
+                    fill.position.entry_notional,
+                    executed_at,
+                )
+            )
+            pushes.append(UserPush(half.user_id, "fill", fill_view(dict(zip(EVENT_COLUMNS, records[-1], strict=True)))))
+    await conn.copy_records_to_table("position_events", schema_name="positions", columns=EVENT_COLUMNS, records=records)
+    await _save(conn, instrument_id, positions, leverages)
+    await outbox.emit(conn, pushes=pushes)
+
+
+def fill_view(row: Mapping[str, Any]) -> dict[str, object]:
+    """A fill as its user sees it, from the columns of a `position_events` row."""
+    return {
+        "tradeId": row["trade_id"],
+        "orderId": row["order_id"],
+        "instrumentId": row["instrument_id"],
+        "price": plain(row["price"]),
+        "quantity": plain(row["quantity"]),
+        "side": row["side"],
+        "role": row["role"],
+        "fee": plain(row["fee"]),
+        "realizedPnl": plain(row["realized_pnl"]),
+        "executedAt": iso(row["created_at"]),
+    }
+
+
+async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None) -> None:
+    tiers = (await read_tiers(conn))[events.instrument_id]
+    rows = await conn.fetch(
+        "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage, p.margin_mode, p.status,"
+        " p.realized_pnl + f.realized_pnl AS realized_pnl, coalesce(h.position_margin, 0) AS margin"
+        " FROM positions.positions p JOIN (SELECT user_id, sum(realized_pnl) AS realized_pnl"
+        "   FROM positions.position_events WHERE instrument_id = $1 AND seq > $2 AND seq <= $3 GROUP BY user_id) f"
+        " USING (user_id) LEFT JOIN ledger.v_margin_holds h USING (user_id, instrument_id)"
+        " WHERE p.instrument_id = $1 ORDER BY p.user_id FOR UPDATE OF p",
+        events.instrument_id,
+        events.after_seq,
+        events.to_seq,
+    )
+    changes = [
+        (
+            row["position_id"],
+            row["margin"],
+            row["realized_pnl"],
+            liquidation_price(row["signed_quantity"], row["entry_notional"], row["margin"], tiers),
+            _status(row),
+        )
+        for row in rows
+    ]
+    await conn.execute(
+        "UPDATE positions.positions p SET margin = n.margin, realized_pnl = n.realized_pnl,"
+        " liquidation_price = n.liquidation_price, status = n.status, updated_at = now()"
+        " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::numeric[], $5::text[])"
+        " AS n (position_id, margin, realized_pnl, liquidation_price, status) WHERE p.position_id = n.position_id",
+        *columns(changes, 5),
+    )
+    business: list[BusinessEvent] = []
+    pushes: list[UserPush] = []
+    for row, change in zip(rows, changes, strict=True):
+        view = position_view(
+            events.instrument_id, {**row, "liquidation_price": change[3], "status": change[4]}, mark, tiers
+        )
+        pushes.append(UserPush(row["user_id"], "position", view))
+        business += _events(row["user_id"], events.instrument_id, view)
+    await outbox.emit(conn, business, pushes)
+
+
+def _status(row: asyncpg.Record) -> str:
+    if not row["signed_quantity"]:
+        return "CLOSED"
+    return "OPEN" if row["status"] == "CLOSED" else str(row["status"])
+
+
+def _events(user_id: int, instrument_id: str, view: Mapping[str, Any]) -> list[BusinessEvent]:
+    found: list[BusinessEvent] = [
+        PositionUpdated(
+            str(user_id),
+            instrument_id,
+            view["side"],
+            view["quantity"] or "0",
+            view["entryPrice"],
+            view["markPrice"],
+            view["unrealizedPnl"],
+            view["liquidationPrice"],
+        ),
+        RiskUpdate(str(user_id), instrument_id, view["marginRatio"], view["liquidationPrice"], str(view["status"])),
+    ]
+    if view["status"] == "CLOSED":
+        found.append(PositionClosed(str(user_id), instrument_id, view["realizedPnl"] or "0"))
+    return found
+
+
+def position_view(
+    instrument_id: str, row: Mapping[str, Any], mark: Decimal | None, tiers: Sequence[Tier]
+) -> dict[str, Any]:
+    """A position as clients see it; what depends on the mark price is null while there is none."""
+    position = Position(row["signed_quantity"], row["entry_notional"], row["margin"])
+    liquidation = row["liquidation_price"]
+    unrealized = ratio = None
+    maintenance = None
+    if mark is not None:
+        unrealized = unrealized_pnl(position.signed_quantity, position.entry_notional, mark)
+        ratio = margin_ratio(position.signed_quantity, position.entry_notional, position.margin, mark)
+        maintenance = maintenance_margin(abs(position.signed_quantity) * mark, tiers)
+    return {
+        "instrumentId": instrument_id,
+        "side": position.side,
+        "quantity": plain(abs(position.signed_quantity)),
+        "entryPrice": _price(position.entry_price),
+        "markPrice": _price(mark),
+        "unrealizedPnl": _price(unrealized),
+        "realizedPnl": plain(row["realized_pnl"]),
+        "leverage": row["leverage"],
+        "marginMode": row["margin_mode"],
+        "margin": plain(position.margin),
+        "maintenanceMargin": _price(maintenance),
+        "marginRatio": _price(ratio),
+        "liquidationPrice": _price(liquidation),
+        "status": row["status"],
+    }
+
+
+def _price(value: Decimal | None) -> str | None:
+    return None if value is None else plain(value.quantize(FEE_STEP))
+
+
+async def _read_leverages(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, int]:
+    rows = await conn.fetch(
+        "SELECT user_id, leverage FROM risk.v_exposures WHERE instrument_id = $1 AND user_id = ANY($2)",
+        instrument_id,
+        users,
+    )
+    return {row["user_id"]: row["leverage"] for row in rows}
+
+
+async def _lock(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, Position]:
+    rows = await conn.fetch(
+        "SELECT user_id, signed_quantity, entry_notional, margin FROM positions.positions"
+        " WHERE instrument_id = $1 AND user_id = ANY($2) ORDER BY user_id FOR UPDATE",
+        instrument_id,
+        users,
+    )
+    return {row[0]: Position(row[1], row[2], row[3]) for row in rows}
+
+
+async def _save(
+    conn: Connection, instrument_id: str, positions: dict[int, Position], leverages: dict[int, int]
+) -> None:
+    rows = [
+        (user_id, p.signed_quantity, p.entry_notional, p.margin, leverages[user_id])
+        for user_id, p in sorted(positions.items())
+    ]
+    await conn.execute(
+        "INSERT INTO positions.positions (instrument_id, user_id, signed_quantity, entry_notional, margin, leverage)"
+        " SELECT $1, n.* FROM unnest($2::bigint[], $3::numeric[], $4::numeric[], $5::numeric[], $6::int[]) AS n"
+        " ON CONFLICT (user_id, instrument_id) DO UPDATE SET signed_quantity = excluded.signed_quantity,"
+        " entry_notional = excluded.entry_notional, margin = excluded.margin, leverage = excluded.leverage,"
+        " updated_at = now()",
+        instrument_id,
+        *columns(rows, 5),
+    )

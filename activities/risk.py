@@ -1,0 +1,353 @@
+"""The risk service: exposures, the margin that open orders need, limits.
+
+`exposures.order_margin` is what the orders of one user in one instrument require. Every change of it reaches the
+ledger exactly once: through `freeze_funds` for a check, through `settle` for engine events, through
+`unfreeze_funds` for a release.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+import asyncpg
+from temporalio import activity
+
+from activities.engine_log import EngineLog, SequencedEvent
+from activities.instruments import read_instruments
+from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPassed
+from domain.exposure import Exposure, Side
+from domain.instruments import Instrument
+from domain.margin import Tier, tier_of
+from domain.matching import Cancelled, Ended, Expired, Filled, Rejected, Trade
+from domain.money import ZERO, plain
+from domain.sagas import (
+    APPLY_RISK_EVENTS,
+    CHECK_ORDERS,
+    RELEASE_ORDERS,
+    EventRange,
+    Outcome,
+    Refusal,
+    StepRequest,
+)
+from domain.steps import CheckResult, MarginMove, MarginMoves, OrderMargin, settle_step
+from storage import outbox
+from storage.db import Connection, Pool, columns
+from storage.once import advance_cursor, first_result, store_result
+
+Key = tuple[int, str]
+OPPOSITE: dict[Side, Side] = {"BUY": "SELL", "SELL": "BUY"}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of one user in one instrument (quantity in base, notional in quote)."""
+
+    max_order_quantity: Decimal
+    max_position_notional: Decimal
+    max_open_orders: int
+
+
+def refusal_reason(
+    after: Exposure, quantity: Decimal, added_margin: Decimal, budget: Decimal, limits: Limits, tiers: Sequence[Tier]
+) -> str | None:
+    """Why an order that would lead to `after` may not go on, or None.
+
+    `added_margin` is what it needs of `budget`, the money its user has left (both quote).
+    """
+    if quantity > limits.max_order_quantity or after.open_orders > limits.max_open_orders:
+        return "RISK_LIMIT_EXCEEDED"
+    worst = after.worst_notional
+    if added_margin > 0 and (
+        worst > limits.max_position_notional or after.leverage > tier_of(worst, tiers).max_leverage
+    ):
+        return "RISK_LIMIT_EXCEEDED"
+    if added_margin > budget:
+        return "INSUFFICIENT_MARGIN"
+    return None
+
+
+class RiskActivities:
+    """Activities on the risk service's own tables."""
+
+    def __init__(self, pool: Pool, log: EngineLog) -> None:
+        self._pool = pool
+        self._log = log
+
+    @activity.defn(name=CHECK_ORDERS)
+    async def check_orders(self, request: StepRequest) -> Outcome:
+        """Admit the orders that limits and money allow, one after the other, and add them to the exposures."""
+        step_id = f"check:{request.step_id}"
+        async with self._pool.acquire() as conn, conn.transaction():
+            done = await first_result(conn, "risk", step_id, CheckResult)
+            if done is None:
+                done = await _check(conn, request)
+                await store_result(conn, "risk", step_id, done)
+        return Outcome([margin.order_id for margin in done.passed], done.refused, done.busy)
+
+    @activity.defn(name=RELEASE_ORDERS)
+    async def release_orders(self, request: StepRequest) -> None:
+        """Compensation of `check_orders`: take the orders out of the exposures again."""
+        step_id = f"release:{request.step_id}"
+        async with self._pool.acquire() as conn, conn.transaction():
+            if await first_result(conn, "risk", step_id, MarginMoves) is None:
+                await store_result(conn, "risk", step_id, await _release(conn, request))
+
+    @activity.defn(name=APPLY_RISK_EVENTS)
+    async def apply_events(self, events: EventRange) -> None:
+        """Fold a range of engine events into the exposures; the margin moves are stored for the ledger."""
+        async with self._pool.acquire() as conn, conn.transaction():
+            if await advance_cursor(conn, "risk", events):
+                moves = await _apply(conn, events, await self._log.read(conn, events))
+                await store_result(conn, "risk", settle_step(events), moves)
+
+
+async def _check(conn: Connection, request: StepRequest) -> CheckResult:
+    orders = await conn.fetch(
+        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price FROM orders.v_orders"
+        " WHERE order_id = ANY($1) ORDER BY order_id",
+        request.order_ids,
+    )
+    instruments = await read_instruments(conn)
+    keys = sorted({(row["user_id"], row["instrument_id"]) for row in orders})
+    await _create_missing(conn, keys, instruments)
+    exposures = await _lock(conn, keys)
+    waiting = await _unfrozen(conn, exposures)
+    limits = await _read_limits(conn, keys)
+    tiers = await read_tiers(conn)
+    budgets = await _read_available(conn, {key[0] for key in keys})
+
+    states = {key: _exposure(row) for key, row in exposures.items()}
+    margins = {key: row["order_margin"] for key, row in exposures.items()}
+    passed: list[OrderMargin] = []
+    refused: list[Refusal] = []
+    busy: list[int] = []
+    for order in orders:
+        key = (order["user_id"], order["instrument_id"])
+        if key in waiting:
+            busy.append(order["order_id"])
+            continue
+        instrument = instruments[key[1]]
+        purse = (key[0], instrument.quote_asset)
+        after = states[key].with_order(order["side"], order["quantity"], order["bound_price"])
+        margin = after.order_margin(instrument.taker_fee_rate)
+        added = margin - margins[key]
+        budget = budgets.get(purse, ZERO)
+        reason = refusal_reason(after, order["quantity"], added, budget, limits[key], tiers[key[1]])
+        if reason:
+            refused.append(Refusal(order["order_id"], reason))
+            continue
+        states[key], margins[key], budgets[purse] = after, margin, budget - added
+        passed.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, added))
+
+    touched = {(margin.user_id, margin.instrument_id) for margin in passed}
+    await _save(conn, {key: (states[key], margins[key]) for key in touched}, pending_step=request.step_id)
+    events: list[BusinessEvent] = [MarginPreCheckPassed(m.order_id, plain(m.amount)) for m in passed]
+    events += [MarginPreCheckFailed(r.order_id, r.reason) for r in refused]
+    await outbox.emit(conn, events)
+    return CheckResult(passed, refused, busy)
+
+
+async def _release(conn: Connection, request: StepRequest) -> MarginMoves:
+    orders = await conn.fetch(
+        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price FROM orders.v_orders"
+        " WHERE order_id = ANY($1) ORDER BY order_id",
+        request.order_ids,
+    )
+    instruments = await read_instruments(conn)
+    exposures = await _lock(conn, sorted({(row["user_id"], row["instrument_id"]) for row in orders}))
+    states = {key: _exposure(row) for key, row in exposures.items()}
+    margins = {key: row["order_margin"] for key, row in exposures.items()}
+    ended = []
+    for order in orders:
+        key = (order["user_id"], order["instrument_id"])
+        instrument = instruments[key[1]]
+        states[key] = states[key].without_order(order["side"], order["quantity"], order["bound_price"])
+        margin = states[key].order_margin(instrument.taker_fee_rate)
+        ended.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, margins[key] - margin))
+        margins[key] = margin
+    await _save(conn, {key: (states[key], margins[key]) for key in states}, pending_step=None)
+    await conn.execute("UPDATE risk.exposures SET pending_step = NULL WHERE pending_step = $1", request.step_id)
+    return MarginMoves(_moves(exposures, margins, instruments), ended)
+
+
+async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]) -> MarginMoves:
+    instrument_id = events.instrument_id
+    instruments = await read_instruments(conn)
+    instrument = instruments[instrument_id]
+    fills = {
+        (row["seq"], row["role"]): row
+        for row in await conn.fetch(
+            "SELECT seq, role, signed_quantity_after, entry_notional_after FROM positions.v_fills"
+            " WHERE instrument_id = $1 AND seq > $2 AND seq <= $3",
+            instrument_id,
+            events.after_seq,
+            events.to_seq,
+        )
+    }
+    exposures = await _lock(conn, [(user_id, instrument_id) for user_id in sorted(users_of(log))])
+    states = {key: _exposure(row) for key, row in exposures.items()}
+    margins = {key: row["order_margin"] for key, row in exposures.items()}
+    ended: list[OrderMargin] = []
+    for seq, event in log:
+        match event:
+            case Trade():
+                for role, user_id, side, bound in (
+                    ("MAKER", event.maker_user_id, OPPOSITE[event.taker_side], event.price),
+                    ("TAKER", event.taker_user_id, event.taker_side, event.taker_price),
+                ):
+                    key = (user_id, instrument_id)
+                    fill = fills[seq, role]
+                    states[key] = (
+                        states[key]
+                        .with_fill(side, instrument.lots_to_quantity(event.quantity), instrument.ticks_to_price(bound))
+                        .with_position(fill["signed_quantity_after"], fill["entry_notional_after"])
+                    )
+            case Filled():
+                key = (event.user_id, instrument_id)
+                states[key] = states[key].with_order_filled()
+            case Cancelled() | Expired() | Rejected():
+                key = (event.user_id, instrument_id)
+                before = states[key].order_margin(instrument.taker_fee_rate)
+                states[key] = _without(states[key], event, instrument)
+                freed = before - states[key].order_margin(instrument.taker_fee_rate)
+                ended.append(OrderMargin(event.order_id, *key, instrument.quote_asset, freed))
+            case _:
+                pass
+    for key, state in states.items():
+        margins[key] = state.order_margin(instrument.taker_fee_rate)
+    await _save(conn, {key: (states[key], margins[key]) for key in states})
+    return MarginMoves(_moves(exposures, margins, instruments), ended)
+
+
+def _without(state: Exposure, event: Ended, instrument: Instrument) -> Exposure:
+    return state.without_order(
+        event.side, instrument.lots_to_quantity(event.quantity), instrument.ticks_to_price(event.price)
+    )
+
+
+def users_of(log: list[SequencedEvent]) -> set[int]:
+    """Everybody whose orders or position a range of engine events touches."""
+    users = set()
+    for _, event in log:
+        if isinstance(event, Trade):
+            users.add(event.maker_user_id)
+            users.add(event.taker_user_id)
+        else:
+            users.add(event.user_id)
+    return users
+
+
+def _moves(
+    before: dict[Key, asyncpg.Record], margins: dict[Key, Decimal], instruments: dict[str, Instrument]
+) -> list[MarginMove]:
+    return [
+        MarginMove(*key, instruments[key[1]].quote_asset, margins[key] - row["order_margin"])
+        for key, row in before.items()
+        if margins[key] != row["order_margin"]
+    ]
+
+
+async def _create_missing(conn: Connection, keys: Sequence[Key], instruments: dict[str, Instrument]) -> None:
+    rows = [(user_id, name, instruments[name].default_leverage) for user_id, name in keys]
+    await conn.execute(
+        "INSERT INTO risk.exposures (user_id, instrument_id, leverage)"
+        " SELECT * FROM unnest($1::bigint[], $2::text[], $3::int[]) ON CONFLICT DO NOTHING",
+        *columns(rows, 3),
+    )
+
+
+async def _lock(conn: Connection, keys: Sequence[Key]) -> dict[Key, asyncpg.Record]:
+    """The exposures of `keys`, locked in (user, instrument) order so that no two transactions wait for each other."""
+    rows = await conn.fetch(
+        "SELECT e.* FROM risk.exposures e JOIN unnest($1::bigint[], $2::text[]) AS k (user_id, instrument_id)"
+        " USING (user_id, instrument_id) ORDER BY e.user_id, e.instrument_id FOR UPDATE OF e",
+        *columns(keys, 2),
+    )
+    return {(row["user_id"], row["instrument_id"]): row for row in rows}
+
+
+async def _unfrozen(conn: Connection, exposures: dict[Key, asyncpg.Record]) -> set[Key]:
+    """Keys whose last check the ledger does not hold in full yet; a new order must not be netted against it."""
+    pending = {key: row["pending_step"] for key, row in exposures.items() if row["pending_step"]}
+    if not pending:
+        return set()
+    frozen = await conn.fetch(
+        "SELECT step_id FROM ledger.v_steps WHERE step_id = ANY($1) AND (result -> 'refused')::text = '[]'",
+        [f"freeze:{step}" for step in set(pending.values())],
+    )
+    held = {row["step_id"].removeprefix("freeze:") for row in frozen}
+    return {key for key, step in pending.items() if step not in held}
+
+
+async def _read_limits(conn: Connection, keys: Sequence[Key]) -> dict[Key, Limits]:
+    rows = await conn.fetch(
+        "SELECT user_id, instrument_id, max_order_quantity, max_position_notional, max_open_orders"
+        " FROM risk.risk_limits WHERE instrument_id = ANY($1) AND (user_id IS NULL OR user_id = ANY($2))",
+        list({key[1] for key in keys}),
+        list({key[0] for key in keys}),
+    )
+    found = {(row["user_id"], row["instrument_id"]): Limits(*row[2:]) for row in rows}
+    return {key: found.get(key) or found[None, key[1]] for key in keys}
+
+
+async def read_tiers(conn: Connection | Pool) -> dict[str, list[Tier]]:
+    """Leverage tiers of every instrument, ascending."""
+    tiers: dict[str, list[Tier]] = defaultdict(list)
+    for row in await conn.fetch(
+        "SELECT instrument_id, notional_from, maintenance_margin_rate, cumulative, max_leverage"
+        " FROM risk.v_leverage_tiers ORDER BY instrument_id, tier"
+    ):
+        tiers[row[0]].append(Tier(*row[1:]))
+    return dict(tiers)
+
+
+async def _read_available(conn: Connection, user_ids: set[int]) -> dict[tuple[int, str], Decimal]:
+    rows = await conn.fetch(
+        "SELECT user_id, asset, available FROM ledger.v_balances WHERE user_id = ANY($1)", list(user_ids)
+    )
+    return {(row["user_id"], row["asset"]): row["available"] for row in rows}
+
+
+def _exposure(row: asyncpg.Record) -> Exposure:
+    return Exposure(
+        row["leverage"],
+        row["signed_quantity"],
+        row["entry_notional"],
+        row["bid_quantity"],
+        row["bid_notional"],
+        row["ask_quantity"],
+        row["ask_notional"],
+        row["open_orders"],
+    )
+
+
+async def _save(
+    conn: Connection, changed: dict[Key, tuple[Exposure, Decimal]], pending_step: str | None = None
+) -> None:
+    rows = [
+        (
+            *key,
+            e.signed_quantity,
+            e.entry_notional,
+            e.bid_quantity,
+            e.bid_notional,
+            e.ask_quantity,
+            e.ask_notional,
+            e.open_orders,
+            margin,
+        )
+        for key, (e, margin) in changed.items()
+    ]
+    await conn.execute(
+        "UPDATE risk.exposures e SET signed_quantity = n.signed_quantity, entry_notional = n.entry_notional,"
+        " bid_quantity = n.bid_quantity, bid_notional = n.bid_notional, ask_quantity = n.ask_quantity,"
+        " ask_notional = n.ask_notional, open_orders = n.open_orders, order_margin = n.order_margin,"
+        " pending_step = coalesce($11, e.pending_step), updated_at = now()"
+        " FROM unnest($1::bigint[], $2::text[], $3::numeric[], $4::numeric[], $5::numeric[], $6::numeric[],"
+        " $7::numeric[], $8::numeric[], $9::int[], $10::numeric[]) AS n (user_id, instrument_id, signed_quantity,"
+        " entry_notional, bid_quantity, bid_notional, ask_quantity, ask_notional, open_orders, order_margin)"
+        " WHERE e.user_id = n.user_id AND e.instrument_id = n.instrument_id",
+        *columns(rows, 10),
+        pending_step,
+    )

@@ -1,0 +1,76 @@
+"""What a user is exposed to in one instrument: the position and every open order."""
+
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Literal
+
+from domain.margin import order_margin
+from domain.money import ZERO
+
+Side = Literal["BUY", "SELL"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """Position at entry price and the open rests of orders at their bound prices; all but the position >= 0."""
+
+    leverage: int
+    signed_quantity: Decimal = ZERO
+    entry_notional: Decimal = ZERO
+    bid_quantity: Decimal = ZERO
+    bid_notional: Decimal = ZERO
+    ask_quantity: Decimal = ZERO
+    ask_notional: Decimal = ZERO
+    open_orders: int = 0
+
+    @property
+    def signed_notional(self) -> Decimal:
+        """Entry notional with the position's sign."""
+        return self.entry_notional if self.signed_quantity >= 0 else -self.entry_notional
+
+    @property
+    def worst_notional(self) -> Decimal:
+        """The largest position, in quote, that the open orders could lead to."""
+        position = self.signed_notional
+        return max(abs(position), abs(position + self.bid_notional), abs(position - self.ask_notional))
+
+    def with_order(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
+        """One more order open."""
+        return replace(self._moved(side, quantity, bound_price), open_orders=self.open_orders + 1)
+
+    def without_order(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
+        """An order ended with `quantity` unfilled."""
+        return replace(self._moved(side, -quantity, bound_price), open_orders=self.open_orders - 1)
+
+    def with_order_filled(self) -> "Exposure":
+        """An order ended because nothing of it is left (its fills are accounted for already)."""
+        return replace(self, open_orders=self.open_orders - 1)
+
+    def with_fill(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
+        """`quantity` of an order is filled and thus no longer open; the position follows by `with_position`."""
+        return self._moved(side, -quantity, bound_price)
+
+    def with_position(self, signed_quantity: Decimal, entry_notional: Decimal) -> "Exposure":
+        """The position as the positions service has it."""
+        return replace(self, signed_quantity=signed_quantity, entry_notional=entry_notional)
+
+    def order_margin(self, taker_fee_rate: Decimal) -> Decimal:
+        """Margin the open orders need, rounded up to 8 decimals (rule: `domain.margin.order_margin`).
+
+        Orders of a side that can only reduce the position reserve no fee: what they release pays it, so a user
+        without available money can always close.
+        """
+        opening = ZERO
+        if self.bid_quantity > max(ZERO, -self.signed_quantity):
+            opening += self.bid_notional
+        if self.ask_quantity > max(ZERO, self.signed_quantity):
+            opening += self.ask_notional
+        return order_margin(
+            self.signed_notional, self.bid_notional, self.ask_notional, self.leverage, opening * taker_fee_rate
+        )
+
+    def _moved(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
+        notional = quantity * bound_price
+        if side == "BUY":
+            return replace(self, bid_quantity=self.bid_quantity + quantity, bid_notional=self.bid_notional + notional)
+        return replace(self, ask_quantity=self.ask_quantity + quantity, ask_notional=self.ask_notional + notional)

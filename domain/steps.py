@@ -1,0 +1,46 @@
+"""Results that one service stores and another reads: by how much the margin of orders moved."""
+
+from decimal import Decimal
+
+import msgspec
+
+from domain.sagas import EventRange, Refusal
+
+
+class OrderMargin(msgspec.Struct, frozen=True):
+    """By how much one order (or its end) moved the margin required of its user in its instrument, in `asset`."""
+
+    order_id: int
+    user_id: int
+    instrument_id: str
+    asset: str
+    amount: Decimal
+
+
+class CheckResult(msgspec.Struct, frozen=True):
+    """Of `risk.check_orders`, under `check:{saga}:{round}`."""
+
+    passed: list[OrderMargin]
+    refused: list[Refusal]
+    busy: list[int]
+
+
+class MarginMove(msgspec.Struct, frozen=True):
+    """By how much the order margin required of a user in an instrument changed, all told, in `asset`."""
+
+    user_id: int
+    instrument_id: str
+    asset: str
+    amount: Decimal
+
+
+class MarginMoves(msgspec.Struct, frozen=True):
+    """Of `risk.release_orders` and `risk.apply_events`; `ended` are the orders that freed margin."""
+
+    moves: list[MarginMove]
+    ended: list[OrderMargin]
+
+
+def settle_step(events: EventRange) -> str:
+    """Name of the stored margin moves of a range of engine events."""
+    return f"settle:{events.instrument_id}:{events.to_seq}"

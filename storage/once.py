@@ -1,0 +1,60 @@
+"""Doing a thing once: cursors over the engine's log, and the first result of a batch step.
+
+Both are written in the transaction that has the effect, so that a repeat after any crash changes nothing.
+"""
+
+from typing import TypeVar
+
+import msgspec
+from temporalio.exceptions import ApplicationError
+
+from domain.sagas import CURSOR_GAP, EventRange
+from storage.db import Connection
+
+T = TypeVar("T")
+
+
+class CursorGapError(ApplicationError):
+    """A range of engine events does not fit where the service stands; the workflow has to look where that is."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, type=CURSOR_GAP, non_retryable=True)
+
+
+async def advance_cursor(conn: Connection, schema: str, events: EventRange, column: str = "applied_seq") -> bool:
+    """Claim `events` for the service of `schema` in the caller's transaction; False when they were applied before.
+
+    The row lock lets one transaction at a time work on an instrument. Raises CursorGapError when the service stands
+    anywhere else than before or after the whole range.
+    """
+    claimed = await conn.fetchval(
+        f"UPDATE {schema}.cursors SET {column} = $3 WHERE instrument_id = $1 AND {column} = $2 RETURNING TRUE",
+        events.instrument_id,
+        events.after_seq,
+        events.to_seq,
+    )
+    if claimed:
+        return True
+    stands_at = await conn.fetchval(
+        f"SELECT {column} FROM {schema}.cursors WHERE instrument_id = $1", events.instrument_id
+    )
+    if stands_at is None or stands_at < events.to_seq:
+        raise CursorGapError(
+            f"Expected {schema}.{column} of {events.instrument_id} at {events.after_seq}, was {stands_at}"
+        )
+    return False
+
+
+async def first_result(conn: Connection, schema: str, step_id: str, kind: type[T]) -> T | None:
+    """The stored result of a step done before; None the first time, when the step is then locked for this caller."""
+    # Two attempts of the same step may overlap (a time-out that was not a failure): the second one waits here.
+    await conn.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"{schema}:{step_id}")
+    stored = await conn.fetchval(f"SELECT result FROM {schema}.steps WHERE step_id = $1", step_id)
+    return None if stored is None else msgspec.json.decode(stored, type=kind)
+
+
+async def store_result(conn: Connection, schema: str, step_id: str, result: object) -> None:
+    """Keep the result of a step in the caller's transaction."""
+    await conn.execute(
+        f"INSERT INTO {schema}.steps (step_id, result) VALUES ($1, $2)", step_id, msgspec.json.encode(result).decode()
+    )

@@ -1,0 +1,48 @@
+"""How workflows run their steps: fast when all is well, visible to an operator when not."""
+
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from temporalio import workflow
+from temporalio.common import RetryPolicy
+from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_exception
+
+T = TypeVar("T")
+
+LOCAL_ATTEMPTS = RetryPolicy(initial_interval=timedelta(milliseconds=50), backoff_coefficient=3.0, maximum_attempts=4)
+VISIBLE_ATTEMPTS = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
+
+
+async def run_step(name: str, arg: Any, result: type[T], summary: str = "") -> T:
+    """Run an idempotent activity to its end, however long that takes.
+
+    First as a local activity (no round trip to the server). When a few quick attempts fail, as a regular one that
+    is retried for ever: the operator then sees it pending in the Temporal UI, with its last failure, and may mend
+    the cause, reset or cancel. A failure marked non-retryable is raised at once.
+    """
+    try:
+        return await workflow.execute_local_activity(  # type: ignore[no-any-return]  # name-based call: untyped
+            name,
+            arg,
+            result_type=result,
+            start_to_close_timeout=timedelta(seconds=5),
+            schedule_to_close_timeout=timedelta(seconds=8),
+            retry_policy=LOCAL_ATTEMPTS,
+            summary=summary or None,
+        )
+    except ActivityError as error:
+        if is_cancelled_exception(error) or _is_final(error):
+            raise
+        workflow.logger.warning("Step %s failed locally, retrying visibly: %s", name, error.cause)
+    return await workflow.execute_activity(  # type: ignore[no-any-return]  # name-based call: untyped
+        name,
+        arg,
+        result_type=result,
+        start_to_close_timeout=timedelta(seconds=30),
+        retry_policy=VISIBLE_ATTEMPTS,
+        summary=summary or None,
+    )
+
+
+def _is_final(error: ActivityError) -> bool:
+    return isinstance(error.cause, ApplicationError) and error.cause.non_retryable
