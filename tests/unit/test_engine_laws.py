@@ -1,0 +1,138 @@
+"""Laws that hold after every command of any log, and agreement with the reference book."""
+
+from collections import defaultdict
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from domain.instruments import SHIPPED
+from domain.matching import AnyCommand, AnyEvent, Cancel, CancelAll, Cancelled, Expired, New, Rejected, Trade, encode
+from engine.matcher import Matcher
+from tests.engine_commands import AT, random_commands
+from tests.reference_book import ReferenceMatcher
+
+# Few ids, users and prices: collisions, self-trades and duplicates are then frequent.
+ORDER_IDS = st.integers(1, 40)
+USERS = st.integers(1, 4)
+NEW_ORDERS = st.builds(
+    New,
+    at=st.integers(AT, AT + 9),
+    order_id=ORDER_IDS,
+    user_id=USERS,
+    side=st.sampled_from(["BUY", "SELL"]),
+    type=st.sampled_from(["LIMIT", "LIMIT", "LIMIT", "MARKET"]),
+    time_in_force=st.sampled_from(["GTC", "GTC", "GTC", "IOC", "FOK"]),
+    price=st.integers(97, 103),
+    quantity=st.integers(0, 12),
+    stp_mode=st.sampled_from(["EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH"]),
+    liquidation=st.booleans(),
+)
+CANCELS = st.builds(Cancel, at=st.just(AT), order_id=ORDER_IDS, user_id=USERS)
+CANCEL_ALLS = st.builds(CancelAll, at=st.just(AT), user_id=USERS)
+LOGS = st.lists(st.one_of(NEW_ORDERS, NEW_ORDERS, NEW_ORDERS, NEW_ORDERS, CANCELS, CANCEL_ALLS), max_size=80)
+
+
+def assert_same_book(matcher: Matcher, reference: ReferenceMatcher) -> None:
+    book = matcher.book
+    for side in (book.bids, book.asks):
+        fast = [(order.order_id, order.user_id, order.level.price, order.remaining) for order in book.resting(side)]
+        slow = [(order.order_id, order.user_id, order.price, order.remaining) for order in reference.queue(side.name)]
+        assert fast == slow
+
+
+def assert_sound(matcher: Matcher) -> None:
+    """Never crossed, no empty level, every sum and every index right."""
+    book = matcher.book
+    if book.bids.best is not None and book.asks.best is not None:
+        assert book.bids.best.price < book.asks.best.price
+    for side in (book.bids, book.asks):
+        levels = list(side.levels.values())
+        assert side.best is (levels[0] if levels else None)
+        for level in levels:
+            orders = list(level)
+            assert orders
+            assert level.lots == sum(order.remaining for order in orders)
+            assert all(order.remaining > 0 for order in orders)
+            assert level.last is orders[-1]
+            assert [order.ahead for order in orders] == [None, *orders[:-1]]
+    resting = {order.order_id: order for side in (book.bids, book.asks) for order in book.resting(side)}
+    assert book.orders == resting
+    assert {key: order for own in book.users.values() for key, order in own.items()} == resting
+    assert all(own and {order.user_id for order in own.values()} == {user} for user, own in book.users.items())
+
+
+@given(LOGS)
+@settings(max_examples=300, deadline=None)
+def test_the_engine_and_the_reference_book_agree_after_every_command(log: list[AnyCommand]) -> None:
+    matcher, reference = Matcher(SHIPPED[0]), ReferenceMatcher(SHIPPED[0])
+    for command in log:
+        assert matcher.apply(command) == reference.apply(command)
+        assert matcher.event_seq == reference.event_seq
+        assert_same_book(matcher, reference)
+        assert_sound(matcher)
+
+
+def test_the_engine_and_the_reference_book_agree_over_a_long_log() -> None:
+    matcher, reference = Matcher(SHIPPED[2]), ReferenceMatcher(SHIPPED[2])
+    kinds: set[tuple[str, str]] = set()
+    for command in random_commands(5_000, seed=7):
+        events = matcher.apply(command)
+        assert events == reference.apply(command)
+        kinds.update((type(event).__name__, getattr(event, "reason", "")) for event in events)
+    assert_same_book(matcher, reference)
+    # The log is worth something only if it has everything in it.
+    assert kinds >= {
+        ("Placed", ""),
+        ("Trade", ""),
+        ("Filled", ""),
+        ("Cancelled", "USER_REQUEST"),
+        ("Expired", "IOC"),
+        ("Expired", "FOK_NOT_FILLABLE"),
+        ("Expired", "SELF_TRADE"),
+        ("Expired", "PROTECTION_PRICE"),
+        ("Expired", "NO_LIQUIDITY"),
+    }
+
+
+def test_every_lot_submitted_is_filled_open_or_ended() -> None:
+    matcher = Matcher(SHIPPED[0])
+    submitted: dict[int, int] = defaultdict(int)
+    left: dict[int, int] = defaultdict(int)
+    for command in random_commands(5_000, seed=11):
+        if isinstance(command, New):
+            submitted[command.order_id] += command.quantity
+        for event in matcher.apply(command):
+            if isinstance(event, Trade):
+                left[event.maker_order_id] += event.quantity
+                left[event.taker_order_id] += event.quantity
+            elif isinstance(event, Cancelled | Expired | Rejected):
+                left[event.order_id] += event.quantity
+    for order in matcher.book.orders.values():
+        left[order.order_id] += order.remaining
+    assert left == submitted
+
+
+def test_the_same_log_gives_the_same_bytes() -> None:
+    def replay() -> list[bytes]:
+        matcher = Matcher(SHIPPED[0])
+        events: list[AnyEvent] = []
+        for command in random_commands(5_000, seed=3):
+            events += matcher.apply(command)
+        return [encode(event) for event in events]
+
+    first = replay()
+    assert len(first) > 5_000
+    assert replay() == first
+
+
+def test_no_taker_passes_over_a_better_or_an_earlier_order() -> None:
+    matcher = Matcher(SHIPPED[0])
+    traded_count = 0
+    for command in random_commands(3_000, seed=5):
+        book = matcher.book
+        opposite = book.asks if isinstance(command, New) and command.side == "BUY" else book.bids
+        queue = [order.order_id for order in book.resting(opposite) if order.user_id != command.user_id]
+        traded = [event.maker_order_id for event in matcher.apply(command) if isinstance(event, Trade)]
+        assert traded == queue[: len(traded)]
+        traded_count += len(traded)
+    assert traded_count > 500
