@@ -1,6 +1,6 @@
 """The real servers, from their wheels: how each is prepared, started, reached and stopped.
 
-A `Server` is data; whoever supervises it (the stack, or a test run) starts `command` and waits until `is_ready`.
+A `Server` is data; whoever supervises it (the stack, or a test run) starts its process and waits for its endpoint.
 Postgres and Valkey listen on a unix socket inside a folder that only their owner may enter; Temporal has TCP only.
 """
 
@@ -60,6 +60,9 @@ POSTGRES_SOCKET = ".s.PGSQL.5432"
 VALKEY_SOCKET = "valkey.sock"
 NOBODY = 65534
 
+# What the drivers raise while a server is away or still starting. TimeoutError is an OSError.
+NOT_READY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, RedisError, RPCError, RuntimeError)
+
 
 def _package_folder(name: str) -> Path:
     # Looked up, not imported: both packages bring a server manager that we do not use, and one writes files on import.
@@ -81,14 +84,29 @@ class StackError(Exception):
 
 
 @dataclass(frozen=True)
-class Server:
-    """One server to run in the foreground: `stop_signal` asks it to end cleanly."""
+class Process:
+    """A command to run in the foreground; `stop_signal` asks it to end cleanly."""
 
     name: str
     command: Sequence[str]
-    url: str
-    is_ready: Callable[[], Awaitable[bool]]
     stop_signal: signal.Signals = signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server answers. `probe` raises while it does not."""
+
+    name: str
+    url: str
+    probe: Callable[[], Awaitable[object]]
+
+
+@dataclass(frozen=True)
+class Server:
+    """One embedded server: what to run, and where it will answer."""
+
+    process: Process
+    endpoint: Endpoint
 
 
 def launcher(*options: str) -> list[str]:
@@ -106,25 +124,26 @@ def postgres(state: Path, settings: dict[str, str] | None = None) -> Server:
     if not data.exists():
         _initdb(data, identity)
     _check_postgres_version(data)
+    _forget_stale_pid(data)
     _own(data, identity)
-    socket_folder = _socket_folder(data, POSTGRES_SOCKET, identity)
+    sockets = socket_folder(data, POSTGRES_SOCKET, os.geteuid() if identity is None else identity.uid)
     options = [f"-c{name}={value}" for name, value in (POSTGRES_SETTINGS | (settings or {})).items()]
     command = [
         # Immediate shutdown: the postmaster takes its own children along, a bare kill would leave them for a moment.
         *launcher("--signal", str(int(signal.SIGQUIT)), *_identity_options(identity)),
         str(POSTGRES_BIN_PATH / "postgres"),
-        *("-D", str(data), "-k", str(socket_folder), "-h", "", "-p", "5432", *options),
+        *("-D", str(data), "-k", str(sockets), "-h", "", "-p", "5432", *options),
     ]
-    url = f"postgresql://postgres@/postgres?host={socket_folder}"
+    url = f"postgresql://postgres@/postgres?host={sockets}"
     # SIGINT is a fast shutdown; SIGTERM would wait for every client to leave.
-    return Server("postgres", command, url, lambda: _postgres_is_ready(url), signal.SIGINT)
+    return Server(Process("postgres", command, signal.SIGINT), postgres_at(url))
 
 
 def valkey(state: Path) -> Server:
     """Valkey with an append-only file in `state`/valkey, which is created when missing."""
     data = state / "valkey"
     data.mkdir(mode=0o700, exist_ok=True)
-    path = _socket_folder(data, VALKEY_SOCKET, None) / VALKEY_SOCKET
+    path = socket_folder(data, VALKEY_SOCKET, os.geteuid()) / VALKEY_SOCKET
     options = {
         "port": "0",
         "unixsocket": str(path),
@@ -139,7 +158,7 @@ def valkey(state: Path) -> Server:
     for name, value in options.items():
         command += [f"--{name}", value]
     url = f"unix://{path}"
-    return Server("valkey", command, url, lambda: _valkey_is_ready(url))
+    return Server(Process("valkey", command), valkey_at(url))
 
 
 def temporal(state: Path | None, port: int, ui_port: int | None, namespaces: Sequence[str] = ("default",)) -> Server:
@@ -162,20 +181,54 @@ def temporal(state: Path | None, port: int, ui_port: int | None, namespaces: Seq
         command += ["--search-attribute", f"{name}={kind}"]
     for key, value in TEMPORAL_DYNAMIC_CONFIG.items():
         command += ["--dynamic-config-value", f"{key}={value}"]
-    address = f"127.0.0.1:{port}"
-    return Server("temporal", command, address, lambda: _temporal_is_ready(address, namespaces[-1]))
+    return Server(Process("temporal", command), temporal_at(f"127.0.0.1:{port}", namespaces[-1]))
 
 
-async def wait_until_ready(server: Server, seconds: float) -> None:
-    """Returns when the server answers. Raises StackError after `seconds`."""
+def postgres_at(url: str) -> Endpoint:
+    """A PostgreSQL, ours or an external one."""
+
+    async def probe() -> None:
+        connection = await asyncpg.connect(url, timeout=5)
+        await connection.close()
+
+    return Endpoint("postgres", url, probe)
+
+
+def valkey_at(url: str) -> Endpoint:
+    """A Redis or Valkey, ours or an external one."""
+
+    async def probe() -> None:
+        async with Redis.from_url(url) as client:
+            await client.ping()
+
+    return Endpoint("valkey", url, probe)
+
+
+def temporal_at(address: str, namespace: str) -> Endpoint:
+    """A Temporal frontend that knows `namespace`, ours or an external one."""
+
+    async def probe() -> None:
+        client = await Client.connect(address, namespace=namespace)
+        # The frontend answers before it knows its namespaces.
+        await client.count_workflows()
+
+    return Endpoint("temporal", address, probe)
+
+
+async def wait_until_ready(endpoint: Endpoint, seconds: float) -> None:
+    """Returns when the server answers. Raises StackError, with its last words, after `seconds`."""
+    last = "no answer"
     try:
         async with asyncio.timeout(seconds):
             while True:
-                if await server.is_ready():
+                try:
+                    await endpoint.probe()
                     return
+                except NOT_READY as error:
+                    last = str(error).splitlines()[0] if str(error) else type(error).__name__
                 await asyncio.sleep(0.05)
     except TimeoutError:
-        raise StackError(f"{server.name} did not answer within {seconds:.0f} s") from None
+        raise StackError(f"{endpoint.name} is not ready after {seconds:.0f} s: {last}") from None
 
 
 def free_port() -> int:
@@ -186,42 +239,16 @@ def free_port() -> int:
         return port
 
 
-def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether we could listen on `host`:`port`."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
-
-
-async def _postgres_is_ready(url: str) -> bool:
+def why_not_listen(host: str, port: int) -> str | None:
+    """Why nothing of ours could listen on `host`:`port`; None when it could."""
     try:
-        connection = await asyncpg.connect(url, timeout=2)
-    except (OSError, TimeoutError, asyncpg.PostgresError):
-        return False
-    await connection.close()
-    return True
-
-
-async def _valkey_is_ready(url: str) -> bool:
-    async with Redis.from_url(url) as client:
-        try:
-            return bool(await client.ping())
-        except RedisError:
-            return False
-
-
-async def _temporal_is_ready(address: str, namespace: str) -> bool:
-    try:
-        client = await Client.connect(address, namespace=namespace)
-        # The frontend answers before it knows its namespaces.
-        await client.count_workflows()
-    except (RuntimeError, RPCError):
-        return False
-    return True
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 @dataclass(frozen=True)
@@ -280,6 +307,21 @@ def _check_postgres_version(data: Path) -> None:
         )
 
 
+def _forget_stale_pid(data: Path) -> None:
+    """Removes a pid file whose number now belongs to another program, which PostgreSQL would take for itself.
+
+    It happens after a reboot and in containers, where numbers repeat. A number that nobody has is left to PostgreSQL.
+    """
+    pid_file = data / "postmaster.pid"
+    try:
+        pid = pid_file.read_text(encoding="utf-8").split("\n", 1)[0]
+        if Path(f"/proc/{pid}/cwd").readlink() == data.resolve():
+            return
+    except OSError:
+        return
+    pid_file.unlink()
+
+
 def _own(folder: Path, identity: _Identity | None) -> None:
     """Gives root's database to the user that will run it; an ordinary user's is its own already."""
     if identity is None or folder.stat().st_uid == identity.uid:
@@ -288,12 +330,11 @@ def _own(folder: Path, identity: _Identity | None) -> None:
         os.chown(path, identity.uid, identity.uid, follow_symlinks=False)
 
 
-def _socket_folder(data: Path, name: str, identity: _Identity | None) -> Path:
+def socket_folder(data: Path, name: str, owner: int) -> Path:
     """The data folder itself, or a private one with a short name when the socket's path would be too long."""
     if len(os.fsencode(data / name)) <= SOCKET_PATH_BYTES:
         return data
     folder = Path("/tmp") / f"saga-exchange-{hashlib.sha256(os.fsencode(data)).hexdigest()[:16]}"
-    owner = os.geteuid() if identity is None else identity.uid
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
         os.chown(folder, owner, -1)

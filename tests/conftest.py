@@ -32,25 +32,25 @@ async def postgres_url(server_folder: Path) -> AsyncIterator[str]:
     """A running Postgres with one migrated database, the template of every test's own."""
     server = servers.postgres(server_folder, POSTGRES_SETTINGS)
     async with running([server], server_folder):
-        connection = await asyncpg.connect(server.url)
+        connection = await asyncpg.connect(server.endpoint.url)
         await connection.execute(f"CREATE DATABASE {TEMPLATE}")
-        migrate(_with_database(server.url, TEMPLATE))
+        migrate(_with_database(server.endpoint.url, TEMPLATE))
         await connection.close()
-        yield server.url
+        yield server.endpoint.url
 
 
 @pytest.fixture(scope="session")
 async def valkey_url(server_folder: Path) -> AsyncIterator[str]:
     server = servers.valkey(server_folder)
     async with running([server], server_folder):
-        yield server.url
+        yield server.endpoint.url
 
 
 @pytest.fixture(scope="session")
 async def temporal_address(server_folder: Path) -> AsyncIterator[str]:
     server = servers.temporal(None, servers.free_port(), None, NAMESPACES)
     async with running([server], server_folder):
-        yield server.url
+        yield server.endpoint.url
 
 
 @pytest.fixture(scope="session")

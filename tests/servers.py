@@ -21,13 +21,13 @@ async def running(servers: Sequence[Server], logs: Path) -> AsyncIterator[None]:
     children: list[tuple[Server, subprocess.Popen[bytes]]] = []
     try:
         for server in servers:
-            with (logs / f"{server.name}.log").open("wb") as log:
-                children.append((server, _start(server.command, log.fileno())))
-        await asyncio.gather(*(wait_until_ready(server, READY_SECONDS) for server in servers))
+            with (logs / f"{server.process.name}.log").open("wb") as log:
+                children.append((server, _start(server.process.command, log.fileno())))
+        await asyncio.gather(*(wait_until_ready(server.endpoint, READY_SECONDS) for server in servers))
         yield
     finally:
         for server, child in children:
-            child.send_signal(server.stop_signal)
+            child.send_signal(server.process.stop_signal)
         for _, child in children:
             _reap(child)
 
