@@ -139,13 +139,19 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                     executed_at,
                 )
             )
-            pushes.append(UserPush(half.user_id, "fill", fill_view(dict(zip(EVENT_COLUMNS, records[-1], strict=True)))))
+            pushes.append(
+                UserPush(
+                    half.user_id,
+                    "fill",
+                    fill_view({**dict(zip(EVENT_COLUMNS, records[-1], strict=True)), "executed_at": executed_at}),
+                )
+            )
     await conn.copy_records_to_table("position_events", schema_name="positions", columns=EVENT_COLUMNS, records=records)
     await _save(conn, instrument_id, positions, leverages)
     await outbox.emit(conn, pushes=pushes)
 
 
-def fill_view(row: Mapping[str, Any]) -> dict[str, object]:
+def fill_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, object]:
     """A fill as its user sees it, from the columns of a `position_events` row."""
     return {
         "tradeId": row["trade_id"],
@@ -157,7 +163,7 @@ def fill_view(row: Mapping[str, Any]) -> dict[str, object]:
         "role": row["role"],
         "fee": plain(row["fee"]),
         "realizedPnl": plain(row["realized_pnl"]),
-        "executedAt": iso(row["created_at"]),
+        "executedAt": iso(row["executed_at"]),
     }
 
 
@@ -228,7 +234,7 @@ def _events(user_id: int, instrument_id: str, view: Mapping[str, Any]) -> list[B
 
 
 def position_view(
-    instrument_id: str, row: Mapping[str, Any], mark: Decimal | None, tiers: Sequence[Tier]
+    instrument_id: str, row: Mapping[str, Any] | asyncpg.Record, mark: Decimal | None, tiers: Sequence[Tier]
 ) -> dict[str, Any]:
     """A position as clients see it; what depends on the mark price is null while there is none."""
     position = Position(row["signed_quantity"], row["entry_notional"], row["margin"])

@@ -21,6 +21,8 @@ from domain.instruments import Instrument
 from domain.margin import Tier, tier_of
 from domain.matching import Cancelled, Ended, Expired, Filled, Rejected, Trade
 from domain.money import ZERO, plain
+from domain.order_entry import NewOrder
+from domain.problems import Problem
 from domain.sagas import (
     APPLY_RISK_EVENTS,
     CHECK_ORDERS,
@@ -100,6 +102,47 @@ class RiskActivities:
             if await advance_cursor(conn, "risk", events):
                 moves = await _apply(conn, events, await self._log.read(conn, events))
                 await store_result(conn, "risk", settle_step(events), moves)
+
+
+async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | None]:
+    """The margin that `order` would need (quote) and why it would be refused, or None; as `check_orders` decides."""
+    request = order.request
+    key = (order.user_id, request.instrument_id)
+    instrument = (await read_instruments(conn))[request.instrument_id]
+    row = await conn.fetchrow("SELECT * FROM risk.exposures WHERE user_id = $1 AND instrument_id = $2", *key)
+    state = Exposure(instrument.default_leverage) if row is None else _exposure(row)
+    after = state.with_order(request.side, request.quantity, order.bound_price)
+    added = after.order_margin(instrument.taker_fee_rate) - state.order_margin(instrument.taker_fee_rate)
+    limits = (await _read_limits(conn, [key]))[key]
+    tiers = (await read_tiers(conn))[request.instrument_id]
+    budget = (await _read_available(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
+    return added, refusal_reason(after, request.quantity, added, budget, limits, tiers)
+
+
+async def set_leverage(conn: Connection, user_id: int, instrument: Instrument, leverage: int) -> None:
+    """Leverage of a user's future positions, in the caller's transaction.
+
+    Raises Problem VALIDATION_FAILED above the instrument's or the user's maximum, LEVERAGE_NOT_CHANGEABLE while
+    there is a position or an open order.
+    """
+    allowed = await conn.fetchval(
+        "SELECT max_leverage FROM risk.risk_limits WHERE instrument_id = $1 AND (user_id IS NULL OR user_id = $2)"
+        " ORDER BY user_id NULLS LAST LIMIT 1",
+        instrument.instrument_id,
+        user_id,
+    )
+    if leverage > min(allowed, instrument.max_leverage):
+        raise Problem("VALIDATION_FAILED", f"Expected a leverage of at most {min(allowed, instrument.max_leverage)}")
+    await _create_missing(conn, [(user_id, instrument.instrument_id)], {instrument.instrument_id: instrument})
+    changed = await conn.fetchval(
+        "UPDATE risk.exposures SET leverage = $3, updated_at = now() WHERE user_id = $1 AND instrument_id = $2"
+        " AND (leverage = $3 OR (signed_quantity = 0 AND open_orders = 0)) RETURNING TRUE",
+        user_id,
+        instrument.instrument_id,
+        leverage,
+    )
+    if not changed:
+        raise Problem("LEVERAGE_NOT_CHANGEABLE", "Close the position and cancel the open orders first")
 
 
 async def _check(conn: Connection, request: StepRequest) -> CheckResult:

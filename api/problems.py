@@ -1,7 +1,8 @@
 """Every error as an RFC 9457 problem document with a stable `code`, and nothing of our insides in it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import asyncpg
 import redis.exceptions
@@ -46,7 +47,13 @@ _TEMPORAL_OUTAGES = {RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED,
 
 def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The document of a problem; 429 and 503 carry Retry-After, 401 says how to authenticate."""
-    members = {
+    members = problem_members(problem)
+    return JSONResponse(members, problem.status, {**_headers(problem.code), **(headers or {})}, media_type=MEDIA_TYPE)
+
+
+def problem_members(problem: Problem) -> dict[str, Any]:
+    """The members of a problem's document."""
+    return {
         "type": _TYPE_PREFIX + problem.code.lower().replace("_", "-"),
         "title": problem.code.replace("_", " ").capitalize(),
         "status": problem.status,
@@ -54,7 +61,15 @@ def problem_response(problem: Problem, headers: Mapping[str, str] | None = None)
         "code": problem.code,
         **problem.extra,
     }
-    return JSONResponse(members, problem.status, {**_headers(problem.code), **(headers or {})}, media_type=MEDIA_TYPE)
+
+
+def invalid(errors: Iterable[Mapping[str, Any]], location_from: int = 0) -> Problem:
+    """VALIDATION_FAILED out of pydantic's errors: only place and rule, since the rejected input may be a password."""
+    listed = [
+        {"field": _field(item["loc"], location_from), "message": item["msg"].removeprefix("Value error, ")}
+        for item in errors
+    ]
+    return Problem("VALIDATION_FAILED", "The request is not valid", errors=listed)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -86,15 +101,11 @@ async def _business(_: Request, error: Exception) -> JSONResponse:
 
 async def _validation(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    # Only the place and the rule: the rejected input may be a password.
-    errors = [
-        {"field": _field(item["loc"]), "message": item["msg"].removeprefix("Value error, ")} for item in error.errors()
-    ]
-    return problem_response(Problem("VALIDATION_FAILED", "The request is not valid", errors=errors))
+    return problem_response(invalid(error.errors(), location_from=1))
 
 
-def _field(location: tuple[str | int, ...]) -> str:
-    return ".".join(str(part) for part in location[1:]) or str(location[0])
+def _field(location: tuple[str | int, ...], location_from: int) -> str:
+    return ".".join(str(part) for part in location[location_from:]) or ".".join(str(part) for part in location)
 
 
 async def _http(_: Request, error: Exception) -> JSONResponse:

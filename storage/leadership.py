@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 RELAY_LOCK = 7_203_201
 MARKET_LOCK = 7_203_202
+SWEEPER_LOCK = 7_203_203
 STANDBY_SECONDS = 1.0
 
 OUTAGES = (

@@ -33,8 +33,8 @@ VIEWS: dict[str, str] = {
         " margin_mode, liquidation_price, status FROM positions.positions"
     ),
     "positions.v_fills": (
-        "SELECT user_id, instrument_id, seq, role, trade_id, order_id, side, price, quantity, fee, realized_pnl,"
-        " signed_quantity_after, entry_notional_after FROM positions.position_events WHERE trade_id IS NOT NULL"
+        "SELECT event_id, user_id, instrument_id, seq, role, trade_id, order_id, side, price, quantity, fee,"
+        " realized_pnl, signed_quantity_after, entry_notional_after, created_at AS executed_at FROM positions.position_events WHERE trade_id IS NOT NULL"
     ),
     "positions.v_cursors": "SELECT instrument_id, applied_seq, confirmed_seq FROM positions.cursors",
     "matching.v_instruments": "SELECT * FROM matching.instruments",

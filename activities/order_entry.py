@@ -1,0 +1,98 @@
+"""Taking orders in: one transaction writes a batch as PENDING, with its saga and its OrderSubmitted events."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import asyncpg
+
+from activities.orders import ORDER_COLUMNS
+from activities.sagas import Saga, record_saga
+from domain.events import OrderSubmitted
+from domain.money import plain
+from domain.order_entry import NewOrder
+from domain.sagas import OrderBatch
+from storage import outbox
+from storage.db import Connection, columns
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """What became of a batch: ids in the order given (None: the client order id was used before), and its saga."""
+
+    order_ids: list[int | None]
+    saga: Saga | None
+
+
+async def take_in(conn: Connection, orders: Sequence[NewOrder], now: datetime) -> Intake:
+    """Write `orders` as PENDING in the caller's transaction."""
+    ids = [
+        row[0]
+        for row in await conn.fetch("SELECT nextval('orders.order_id_seq') FROM generate_series(1, $1)", len(orders))
+    ]
+    rows = [
+        (
+            order_id,
+            order.user_id,
+            order.request.instrument_id,
+            order.request.client_order_id,
+            order.request.side,
+            order.request.type,
+            order.request.time_in_force,
+            order.request.price,
+            order.bound_price,
+            order.request.quantity,
+            order.request.stp_mode,
+        )
+        for order_id, order in zip(ids, orders, strict=True)
+    ]
+    inserted = await conn.fetch(
+        "INSERT INTO orders.orders (order_id, user_id, instrument_id, client_order_id, side, type, time_in_force,"
+        " price, bound_price, quantity, stp_mode, created_at, updated_at)"
+        " SELECT n.*, $12, $12 FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[],"
+        " $7::text[], $8::numeric[], $9::numeric[], $10::numeric[], $11::text[]) AS n"
+        " ON CONFLICT (user_id, client_order_id) WHERE client_order_id IS NOT NULL DO NOTHING RETURNING order_id",
+        *columns(rows, 11),
+        now,
+    )
+    kept = {row["order_id"] for row in inserted}
+    order_ids = [order_id if order_id in kept else None for order_id in ids]
+    if not kept:
+        return Intake(order_ids, None)
+    accepted = [(order_id, order) for order_id, order in zip(ids, orders, strict=True) if order_id in kept]
+    saga = Saga("PLACE", OrderBatch(f"orders-{accepted[0][0]}-{len(accepted)}", [order_id for order_id, _ in accepted]))
+    await record_saga(conn, saga)
+    await outbox.emit(conn, [_submitted(order_id, order) for order_id, order in accepted])
+    return Intake(order_ids, saga)
+
+
+def _submitted(order_id: int, order: NewOrder) -> OrderSubmitted:
+    request = order.request
+    return OrderSubmitted(
+        order_id,
+        str(order.user_id),
+        request.instrument_id,
+        request.side,
+        request.type,
+        None if request.price is None else plain(request.price),
+        plain(request.quantity),
+    )
+
+
+async def find_by_client_ids(
+    conn: Connection, keys: Sequence[tuple[int, str]]
+) -> dict[tuple[int, str], asyncpg.Record]:
+    """Orders (ORDER_COLUMNS) by (user id, client order id)."""
+    rows = await conn.fetch(
+        f"SELECT {ORDER_COLUMNS} FROM orders.orders"
+        " JOIN unnest($1::bigint[], $2::text[]) AS k (user_id, client_order_id) USING (user_id, client_order_id)",
+        *columns(keys, 2),
+    )
+    return {(row["user_id"], row["client_order_id"]): row for row in rows}
+
+
+async def take_in_cancels(conn: Connection, order_ids: list[int], token: str) -> Saga:
+    """Write down the cancellation of orders in the caller's transaction; `token` tells requests apart."""
+    saga = Saga("CANCEL", OrderBatch(f"cancels-{order_ids[0]}-{len(order_ids)}-{token}", order_ids))
+    await record_saga(conn, saga)
+    return saga

@@ -1,0 +1,283 @@
+"""The desk of one api process: takes orders in, runs their sagas, answers with the engine's word on request."""
+
+import asyncio
+import logging
+import signal
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from redis.asyncio import Redis
+from temporalio.client import Client
+from temporalio.service import RPCError
+from temporalio.worker import UnsandboxedWorkflowRunner, Worker
+
+from activities.instruments import read_instruments
+from activities.order_entry import find_by_client_ids, take_in, take_in_cancels
+from activities.orders import ORDER_COLUMNS, OrderChange, average_price, order_view
+from activities.registry import order_activities
+from activities.sagas import Saga, start_saga
+from api.batcher import Answer, Lane
+from api.verdicts import Verdicts
+from clients import ORDERS_QUEUE
+from domain.clock import iso
+from domain.instruments import Instrument
+from domain.money import ZERO, plain
+from domain.order_entry import NewOrder, OrderRequest, Reference, bound_price
+from domain.problems import Problem
+from storage.db import Pool
+from storage.reference_prices import read_reference_prices
+from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
+
+log = logging.getLogger(__name__)
+
+LANES = 2
+BATCH_MAX = 1000
+WAITING_MAX = 20_000
+SAGA_SECONDS_MAX = 10.0
+PLACED_SECONDS_MAX = 5.0
+INSTRUMENTS_SECONDS = 1.0
+REFERENCE_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An order on its way in; `awaited` when its sender wants the engine's word."""
+
+    order: NewOrder
+    awaited: bool
+
+
+class OrderDesk:
+    """Group-commits placements and cancellations; hosts the worker on which their workflows start eagerly."""
+
+    def __init__(self, pool: Pool, redis: Redis, temporal: Client) -> None:
+        self._pool = pool
+        self._redis = redis
+        self._temporal = temporal
+        self._verdicts = Verdicts(redis)
+        self._instruments: dict[str, Instrument] = {}
+        self._references: dict[str, Reference] = {}
+        self._placements = [self._lane(self._place) for _ in range(LANES)]
+        self._cancels: Lane[int, None] = Lane(self._cancel, batch_max=BATCH_MAX, waiting_max=WAITING_MAX)
+
+    def _lane(self, work: Any) -> Lane[Entry, dict[str, Any]]:
+        return Lane(work, batch_max=BATCH_MAX, waiting_max=WAITING_MAX // LANES)
+
+    async def run(self, ready: asyncio.Event) -> None:
+        """Serve until cancelled; `ready` is set when orders can be taken."""
+        await self._read_instruments()
+        worker = Worker(
+            self._temporal,
+            task_queue=ORDERS_QUEUE,
+            workflows=[OrderPlacementWorkflow, OrderCancellationWorkflow],
+            activities=order_activities(self._pool, self._redis),
+            workflow_runner=UnsandboxedWorkflowRunner(),
+        )
+        async with worker, asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._verdicts.listen())
+            tasks.create_task(self._refresh_instruments())
+            tasks.create_task(self._refresh_references())
+            for lane in self._placements:
+                tasks.create_task(lane.run())
+            tasks.create_task(self._cancels.run())
+            ready.set()
+
+    def instrument(self, instrument_id: str) -> Instrument:
+        """Raises Problem INSTRUMENT_NOT_FOUND."""
+        found = self._instruments.get(instrument_id)
+        if found is None:
+            raise Problem("INSTRUMENT_NOT_FOUND", f"There is no instrument {instrument_id[:64]!r}")
+        return found
+
+    async def reference(self, instrument_id: str, *, fresh: bool) -> Reference:
+        """Prices for bounds. Raises Problem OVERLOADED while the instrument has never been priced."""
+        if fresh or instrument_id not in self._references:
+            await self._read_references()
+        found = self._references.get(instrument_id)
+        if found is None:
+            raise Problem("OVERLOADED", f"{instrument_id} has no mark price yet; try again shortly")
+        return found
+
+    async def check(self, user_id: int, request: OrderRequest) -> NewOrder:
+        """The order, if it may be taken in. Raises the problems of `domain.order_entry.bound_price`."""
+        instrument = self.instrument(request.instrument_id)
+        reference = await self.reference(request.instrument_id, fresh=request.type == "MARKET")
+        return NewOrder(user_id, request, bound_price(request, instrument, reference))
+
+    async def place(self, orders: Sequence[NewOrder], *, awaited: bool) -> Sequence[dict[str, Any] | Exception]:
+        """Take orders of one user in; answers are the orders (PENDING, or after the engine if `awaited`) or why not."""
+        lane = self._placements[orders[0].user_id % LANES]
+        placed = await lane.submit([Entry(order, awaited) for order in orders])
+        if not awaited:
+            return placed
+        return await asyncio.gather(*(self._await_engine(view) for view in placed))
+
+    async def cancel(self, order_ids: Sequence[int]) -> None:
+        """Hand in the cancellation of orders that were found open."""
+        if order_ids:
+            await self._cancels.submit(order_ids)
+
+    async def _place(self, entries: Sequence[Entry], answer: Answer[dict[str, Any]]) -> None:
+        now = datetime.now(UTC)
+        async with self._pool.acquire() as conn, conn.transaction():
+            intake = await take_in(conn, [entry.order for entry in entries], now)
+        for order_id, entry in zip(intake.order_ids, entries, strict=True):
+            if order_id is not None and entry.awaited:
+                self._verdicts.order(order_id)
+        first = self._verdicts.saga(intake.saga.batch.saga_id) if intake.saga else None
+        answer(await self._answers(entries, intake.order_ids, now))
+        if intake.saga and first:
+            try:
+                await self._start(intake.saga, entries[0].order if len(intake.saga.batch.order_ids) == 1 else None)
+                await asyncio.wait_for(first, SAGA_SECONDS_MAX)
+            except TimeoutError:
+                log.warning("Saga %s takes long; going on with the next batch", intake.saga.batch.saga_id)
+            finally:
+                self._verdicts.forget_saga(intake.saga.batch.saga_id)
+
+    async def _start(self, saga: Saga, single: NewOrder | None) -> None:
+        owner = (single.user_id, single.request.instrument_id) if single else None
+        try:
+            await start_saga(self._temporal, saga, eager=True, owner=owner)
+        except RPCError as error:
+            # The saga is written down: the sweeper starts it when Temporal is back.
+            log.warning("Saga %s could not be started, the sweeper will: %s", saga.batch.saga_id, error.message)
+
+    async def _answers(
+        self, entries: Sequence[Entry], order_ids: Sequence[int | None], now: datetime
+    ) -> list[dict[str, Any] | Exception]:
+        repeated = [
+            (entry.order.user_id, entry.order.request.client_order_id or "")
+            for entry, order_id in zip(entries, order_ids, strict=True)
+            if order_id is None
+        ]
+        first_ones: dict[tuple[int, str], Any] = {}
+        if repeated:
+            async with self._pool.acquire() as conn:
+                first_ones = await find_by_client_ids(conn, repeated)
+        answers: list[dict[str, Any] | Exception] = []
+        for entry, order_id in zip(entries, order_ids, strict=True):
+            if order_id is None:
+                row = first_ones[entry.order.user_id, entry.order.request.client_order_id or ""]
+                answers.append(
+                    Problem(
+                        "DUPLICATE_CLIENT_ORDER_ID",
+                        f"Order {row['order_id']} has this clientOrderId",
+                        order=order_view(row),
+                    )
+                )
+            else:
+                answers.append(pending_view(order_id, entry.order, now))
+        return answers
+
+    async def _await_engine(self, view: dict[str, Any] | Exception) -> dict[str, Any] | Exception:
+        if isinstance(view, Exception):
+            return view
+        order_id = view["orderId"]
+        try:
+            change = await asyncio.wait_for(self._verdicts.order(order_id), PLACED_SECONDS_MAX)
+        except TimeoutError:
+            row = await self._pool.fetchrow(f"SELECT {ORDER_COLUMNS} FROM orders.orders WHERE order_id = $1", order_id)
+            return view if row is None else order_view(row)
+        finally:
+            self._verdicts.forget_order(order_id)
+        return {**view, **_verdict_view(change), "updatedAt": iso(datetime.now(UTC))}
+
+    async def _cancel(self, order_ids: Sequence[int], answer: Answer[None]) -> None:
+        unique = sorted(set(order_ids))
+        async with self._pool.acquire() as conn, conn.transaction():
+            saga = await take_in_cancels(conn, unique, uuid.uuid4().hex[:12])
+        answer([None] * len(order_ids))
+        await self._start(saga, None)
+
+    async def _read_instruments(self) -> None:
+        self._instruments = await read_instruments(self._pool)
+        self._verdicts.know(self._instruments)
+
+    async def _read_references(self) -> None:
+        found = await read_reference_prices(self._redis, list(self._instruments))
+        self._references = {
+            instrument_id: Reference(price.mark, price.best_bid, price.best_ask)
+            for instrument_id, price in found.items()
+        }
+
+    async def _refresh_instruments(self) -> None:
+        while True:
+            await asyncio.sleep(INSTRUMENTS_SECONDS)
+            try:
+                await self._read_instruments()
+            except Exception as error:  # any outage: what was read last stays good until the next look
+                log.warning("Instruments could not be read: %r", error)
+
+    async def _refresh_references(self) -> None:
+        while True:
+            await asyncio.sleep(REFERENCE_SECONDS)
+            try:
+                await self._read_references()
+            except Exception as error:  # any outage: what was read last stays good until the next look
+                log.warning("Reference prices could not be read: %r", error)
+
+
+@asynccontextmanager
+async def open_desk(pool: Pool, redis: Redis, temporal: Client) -> AsyncIterator[OrderDesk]:
+    """A running desk. Should it fail, the whole process ends: its supervisor starts a new one."""
+    desk = OrderDesk(pool, redis, temporal)
+    ready = asyncio.Event()
+    task = asyncio.create_task(desk.run(ready))
+    task.add_done_callback(_end_process_on_failure)
+    waiting = asyncio.create_task(ready.wait())
+    await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        task.result()
+    try:
+        yield desk
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def _end_process_on_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("The order desk failed", exc_info=task.exception())
+        signal.raise_signal(signal.SIGTERM)
+
+
+def pending_view(order_id: int, order: NewOrder, now: datetime) -> dict[str, Any]:
+    """An order just taken in, as `activities.orders.order_view` shows it from its row."""
+    request = order.request
+    return order_view(
+        {
+            "order_id": order_id,
+            "client_order_id": request.client_order_id,
+            "user_id": order.user_id,
+            "instrument_id": request.instrument_id,
+            "side": request.side,
+            "type": request.type,
+            "time_in_force": request.time_in_force,
+            "price": request.price,
+            "quantity": request.quantity,
+            "filled_quantity": ZERO,
+            "filled_notional": ZERO,
+            "status": "PENDING",
+            "failure_reason": None,
+            "stp_mode": request.stp_mode,
+            "is_liquidation": False,
+            "created_at": now,
+            "updated_at": now,
+        }
+    )
+
+
+def _verdict_view(change: OrderChange) -> dict[str, Any]:
+    resting = "PARTIALLY_FILLED" if change.filled_quantity else "PLACED"
+    return {
+        "status": change.final_status or resting,
+        "failureReason": change.reason,
+        "filledQuantity": plain(change.filled_quantity),
+        "averagePrice": average_price(change.filled_notional, change.filled_quantity),
+    }

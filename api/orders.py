@@ -1,0 +1,278 @@
+"""Order entry, cancellation and look-up; a user's own fills."""
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+import asyncpg
+import msgspec
+from fastapi import APIRouter, Depends, Path, Query, Response
+from pydantic import Field, ValidationError
+
+from activities.orders import OPEN_STATUSES, ORDER_COLUMNS, order_view
+from activities.positions import fill_view
+from api.gateway import User, require_internal
+from api.models import ApiModel, Page, SafeText
+from api.problems import invalid, problem_members
+from api.state import AppState, State
+from domain.identity import Identity
+from domain.order_entry import NewOrder, OrderRequest
+from domain.problems import Problem
+
+router = APIRouter(tags=["orders"])
+
+BATCH_ORDERS_MAX = 500
+LIST_MAX = 500
+ID_MAX = 2**53 - 1
+_encode = msgspec.json.Encoder().encode
+
+OrderStatus = Literal[
+    "PENDING",
+    "ACCEPTED",
+    "PLACED",
+    "PARTIALLY_FILLED",
+    "FILLED",
+    "FAILED",
+    "REJECTED",
+    "CANCEL_REQUESTED",
+    "CANCELLED",
+    "EXPIRED",
+]
+OrderId = Annotated[int, Path(ge=1, le=ID_MAX)]
+Quantity = Annotated[Decimal, Field(gt=0, le=Decimal("1e9"), max_digits=38, decimal_places=18)]
+Price = Annotated[Decimal, Field(gt=0, le=Decimal("1e12"), max_digits=38, decimal_places=18)]
+Limit = Annotated[int, Query(ge=1, le=LIST_MAX)]
+Cursor = Annotated[int | None, Query(ge=1, le=2**63 - 1, description="nextCursor of the part before")]
+
+
+class OrderCreate(ApiModel):
+    """An order to place. `price` is quote per base and needed for LIMIT, `quantity` is in base."""
+
+    instrument_id: str = Field(max_length=64)
+    side: Literal["BUY", "SELL"]
+    type: Literal["LIMIT", "MARKET"]
+    quantity: Quantity
+    price: Price | None = None
+    time_in_force: Literal["GTC", "IOC", "FOK"] = "GTC"
+    stp_mode: Literal["EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH"] = "EXPIRE_TAKER"
+    client_order_id: Annotated[str, Field(min_length=1, max_length=36)] | None = None
+
+    def request(self) -> OrderRequest:
+        """The same, for the rules. A MARKET order never rests."""
+        return OrderRequest(
+            self.instrument_id,
+            self.side,
+            self.type,
+            self.quantity,
+            self.price,
+            "IOC" if self.type == "MARKET" and self.time_in_force == "GTC" else self.time_in_force,
+            self.stp_mode,
+            self.client_order_id,
+        )
+
+
+class OrderBatchCreate(ApiModel):
+    """Up to 500 orders, taken in in this order; each is answered on its own."""
+
+    orders: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=BATCH_ORDERS_MAX)]
+
+
+class OrderView(ApiModel):
+    """An order. `averagePrice` is over all fills; `failureReason` says why it failed or ended unfilled."""
+
+    order_id: int
+    client_order_id: str | None
+    user_id: str
+    instrument_id: str
+    side: str
+    type: str
+    time_in_force: str
+    price: str | None
+    quantity: str
+    filled_quantity: str
+    average_price: str | None
+    status: OrderStatus
+    failure_reason: str | None
+    stp_mode: str
+    is_liquidation: bool
+    created_at: datetime
+    updated_at: datetime
+
+
+class CancelView(ApiModel):
+    """A cancellation on its way to the engine; the order's state tells how it ends."""
+
+    order_id: int
+    status: Literal["CANCEL_REQUESTED"] = "CANCEL_REQUESTED"
+
+
+class FillView(ApiModel):
+    """One side of a trade. Price in quote per base, fee and realised profit in quote."""
+
+    trade_id: int
+    order_id: int
+    instrument_id: str
+    price: str
+    quantity: str
+    side: str
+    role: Literal["MAKER", "TAKER"]
+    fee: str
+    realized_pnl: str
+    executed_at: datetime
+
+
+Wait = Annotated[Literal["placed"] | None, Query(description="`placed`: answer after the engine did")]
+
+
+@router.post("/api/orders", response_model=OrderView)
+async def place_order(state: State, user: User, order: OrderCreate, wait: Wait = None) -> Response:
+    """Take an order in: PENDING at once, its saga follows."""
+    checked = await state.desk.check(user.user_id, order.request())
+    answer = (await state.desk.place([checked], awaited=wait is not None))[0]
+    if isinstance(answer, Exception):
+        raise answer
+    return _json(answer)
+
+
+@router.post("/api/orders/batch")
+async def place_orders(state: State, user: User, batch: OrderBatchCreate, wait: Wait = None) -> Response:
+    """Take up to 500 orders in; `results` has an order or a problem document for each, in the same order."""
+    results = [await _checked(state, user, item) for item in batch.orders]
+    good = [result for result in results if not isinstance(result, Exception)]
+    placed = iter(await state.desk.place(good, awaited=wait is not None)) if good else iter(())
+    answers = [result if isinstance(result, Exception) else next(placed) for result in results]
+    return _json({"results": [_result(answer) for answer in answers]})
+
+
+async def _checked(state: AppState, user: Identity, item: dict[str, Any]) -> NewOrder | Exception:
+    try:
+        return await state.desk.check(user.user_id, OrderCreate.model_validate(item).request())
+    except ValidationError as error:
+        return invalid(error.errors())
+    except Problem as problem:
+        return problem
+
+
+def _result(answer: dict[str, Any] | Exception) -> dict[str, Any]:
+    if isinstance(answer, Problem):
+        return problem_members(answer)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+@router.get("/api/orders/{order_id}", response_model=OrderView)
+async def get_order(state: State, user: User, order_id: OrderId) -> Response:
+    """One of the caller's orders."""
+    return _json(order_view(await _own_order(state, user, order_id)))
+
+
+@router.get("/api/orders", response_model=Page[OrderView])
+async def list_orders(
+    state: State,
+    user: User,
+    instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None,
+    status: Annotated[OrderStatus | None, Query()] = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> Response:
+    """The caller's orders, newest first."""
+    rows = await state.pool.fetch(
+        f"SELECT {ORDER_COLUMNS} FROM orders.orders WHERE user_id = $1"
+        " AND ($2::text IS NULL OR instrument_id = $2) AND ($3::text IS NULL OR status = $3)"
+        " AND ($4::bigint IS NULL OR order_id < $4) ORDER BY order_id DESC LIMIT $5",
+        user.user_id,
+        instrument_id,
+        status,
+        cursor,
+        limit,
+    )
+    return _page([order_view(row) for row in rows], rows[-1]["order_id"] if len(rows) == limit else None)
+
+
+@router.delete("/api/orders/{order_id}")
+async def cancel_order(state: State, user: User, order_id: OrderId) -> CancelView:
+    """Request the cancellation of one of the caller's orders."""
+    return await _cancel(state, await _own_order(state, user, order_id))
+
+
+@router.delete("/api/orders")
+async def cancel_orders(
+    state: State, user: User, instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None
+) -> Page[CancelView]:
+    """Request the cancellation of all the caller's open orders, of one instrument or of all."""
+    if instrument_id is not None:
+        state.desk.instrument(instrument_id)
+    rows = await state.pool.fetch(
+        "SELECT order_id FROM orders.orders WHERE user_id = $1 AND ($2::text IS NULL OR instrument_id = $2)"
+        " AND status = ANY($3) ORDER BY order_id DESC",
+        user.user_id,
+        instrument_id,
+        OPEN_STATUSES,
+    )
+    await state.desk.cancel([row["order_id"] for row in rows])
+    return Page(items=[CancelView(order_id=row["order_id"]) for row in rows])
+
+
+class MatchingCancel(ApiModel):
+    """The order to take out of the book."""
+
+    order_id: Annotated[int, Field(ge=1, le=ID_MAX)]
+
+
+@router.post("/api/matching/cancel", dependencies=[Depends(require_internal)])
+async def cancel_any_order(state: State, cancel: MatchingCancel) -> CancelView:
+    """Request the cancellation of anybody's order; for the exchange's own services."""
+    row = await state.pool.fetchrow(f"SELECT {ORDER_COLUMNS} FROM orders.orders WHERE order_id = $1", cancel.order_id)
+    if row is None:
+        raise _not_found(cancel.order_id)
+    return await _cancel(state, row)
+
+
+@router.get("/api/trades", response_model=Page[FillView])
+async def list_trades(
+    state: State,
+    user: User,
+    instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> Response:
+    """The caller's own fills, newest first."""
+    rows = await state.pool.fetch(
+        "SELECT * FROM positions.v_fills WHERE user_id = $1 AND ($2::text IS NULL OR instrument_id = $2)"
+        " AND ($3::bigint IS NULL OR event_id < $3) ORDER BY event_id DESC LIMIT $4",
+        user.user_id,
+        instrument_id,
+        cursor,
+        limit,
+    )
+    return _page([fill_view(row) for row in rows], rows[-1]["event_id"] if len(rows) == limit else None)
+
+
+async def _own_order(state: AppState, user: Identity, order_id: int) -> asyncpg.Record:
+    row = await state.pool.fetchrow(
+        f"SELECT {ORDER_COLUMNS} FROM orders.orders WHERE order_id = $1 AND user_id = $2", order_id, user.user_id
+    )
+    if row is None:
+        raise _not_found(order_id)
+    return row
+
+
+def _not_found(order_id: int) -> Problem:
+    return Problem("ORDER_NOT_FOUND", f"There is no order {order_id}")
+
+
+async def _cancel(state: AppState, row: asyncpg.Record) -> CancelView:
+    if row["status"] not in OPEN_STATUSES:
+        raise Problem("ORDER_NOT_CANCELLABLE", f"Order {row['order_id']} is {row['status']}")
+    if row["status"] != "CANCEL_REQUESTED":
+        await state.desk.cancel([row["order_id"]])
+    return CancelView(order_id=row["order_id"])
+
+
+def _json(document: object) -> Response:
+    return Response(_encode(document), media_type="application/json")
+
+
+def _page(items: list[dict[str, Any]], cursor: int | None) -> Response:
+    return _json({"items": items, "nextCursor": None if cursor is None else str(cursor)})

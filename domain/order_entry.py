@@ -1,0 +1,94 @@
+"""What an order must be to be taken in: steps of the instrument, bounds, protection price. No state is asked."""
+
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+
+from domain.instruments import Instrument
+from domain.matching import OrderType, Side, StpMode, TimeInForce
+from domain.problems import Problem
+
+MARKET_PROTECTION = Decimal("0.05")
+PRICE_BAND = Decimal("0.5")
+QUANTITY_MAX = Decimal("1e9")
+
+
+@dataclass(frozen=True, slots=True)
+class OrderRequest:
+    """An order as a user asks for it; `price` in quote (None for MARKET), `quantity` in base."""
+
+    instrument_id: str
+    side: Side
+    type: OrderType
+    quantity: Decimal
+    price: Decimal | None = None
+    time_in_force: TimeInForce = "GTC"
+    stp_mode: StpMode = "EXPIRE_TAKER"
+    client_order_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewOrder:
+    """A request that passed the checks of `domain.order_entry`, with its user and bound price."""
+
+    user_id: int
+    request: OrderRequest
+    bound_price: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Prices that bounds are taken from: mark, and the best quotes where there are any (quote per base)."""
+
+    mark: Decimal
+    best_bid: Decimal | None = None
+    best_ask: Decimal | None = None
+
+
+def bound_price(request: OrderRequest, instrument: Instrument, reference: Reference) -> Decimal:
+    """The worst price the order may trade at: its limit, or for MARKET the protection price; a whole tick.
+
+    A limit has to lie within PRICE_BAND of mark. Protection is MARKET_PROTECTION beyond the best opposite quote
+    (mark if there is none), rounded inwards, and never outside the band.
+    Raises Problem INSTRUMENT_NOT_TRADING, VALIDATION_FAILED, PRICE_NOT_ON_TICK, QUANTITY_NOT_ON_LOT, MIN_NOTIONAL
+    or PRICE_OUT_OF_BAND.
+    """
+    if instrument.state != "TRADING":
+        raise Problem("INSTRUMENT_NOT_TRADING", f"{instrument.instrument_id} is {instrument.state}")
+    if not 0 < request.quantity <= QUANTITY_MAX:
+        raise Problem("VALIDATION_FAILED", f"Expected 0 < quantity <= {QUANTITY_MAX:f}, was {request.quantity}")
+    instrument.quantity_to_lots(request.quantity)
+    low, high = reference.mark * (1 - PRICE_BAND), reference.mark * (1 + PRICE_BAND)
+    if request.type == "MARKET":
+        if request.price is not None:
+            raise Problem("VALIDATION_FAILED", "A MARKET order has no price")
+        bound = _protection_price(request.side, instrument, reference, low, high)
+    else:
+        bound = _limit_price(request, instrument, low, high)
+    if bound * request.quantity < instrument.min_notional:
+        raise Problem(
+            "MIN_NOTIONAL", f"Expected a notional of at least {instrument.min_notional} {instrument.quote_asset}"
+        )
+    return bound
+
+
+def _limit_price(request: OrderRequest, instrument: Instrument, low: Decimal, high: Decimal) -> Decimal:
+    if request.price is None or request.price <= 0:
+        raise Problem("VALIDATION_FAILED", "A LIMIT order needs a price above 0")
+    if request.price > high:
+        raise Problem("PRICE_OUT_OF_BAND", f"Expected a price of at most {high:f}, was {request.price}")
+    instrument.price_to_ticks(request.price)
+    if request.price < low:
+        raise Problem("PRICE_OUT_OF_BAND", f"Expected a price of at least {low:f}, was {request.price}")
+    return request.price
+
+
+def _protection_price(side: Side, instrument: Instrument, reference: Reference, low: Decimal, high: Decimal) -> Decimal:
+    if side == "BUY":
+        bound = min((reference.best_ask or reference.mark) * (1 + MARKET_PROTECTION), high)
+        return _to_tick(bound, instrument.tick_size, ROUND_FLOOR)
+    bound = max((reference.best_bid or reference.mark) * (1 - MARKET_PROTECTION), low)
+    return _to_tick(bound, instrument.tick_size, ROUND_CEILING)
+
+
+def _to_tick(price: Decimal, tick_size: Decimal, rounding: str) -> Decimal:
+    return (price / tick_size).to_integral_value(rounding) * tick_size

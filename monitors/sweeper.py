@@ -1,0 +1,42 @@
+"""The sweeper: starts order sagas that were written down and whose start was lost with their process."""
+
+import asyncio
+import logging
+from datetime import timedelta
+
+from temporalio.client import Client
+from temporalio.service import RPCError
+
+from activities.sagas import stalled_sagas, start_saga
+from storage.db import Connection, Pool
+from storage.leadership import SWEEPER_LOCK, run_as_leader
+
+log = logging.getLogger(__name__)
+
+STALLED_AFTER = timedelta(seconds=5)
+SWEEP_SECONDS = 2.0
+SWEEP_MAX = 200
+
+
+async def run_sweeper(pool: Pool, client: Client, stop: asyncio.Event) -> None:
+    """Sweep until `stop`, while this process leads."""
+
+    async def sweep_for_ever(_: Connection) -> None:
+        while True:
+            try:
+                await sweep(pool, client)
+            except RPCError as error:
+                log.warning("Temporal is away, sweeping later: %s", error.message)
+            await asyncio.sleep(SWEEP_SECONDS)
+
+    await run_as_leader(pool, SWEEPER_LOCK, stop, sweep_for_ever)
+
+
+async def sweep(pool: Pool, client: Client) -> int:
+    """Start what has stalled; how many workflows that were."""
+    started = 0
+    for saga in await stalled_sagas(pool, STALLED_AFTER, SWEEP_MAX):
+        if await start_saga(client, saga, eager=False):
+            log.warning("Saga %s had no workflow, started it", saga.batch.saga_id)
+            started += 1
+    return started

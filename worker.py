@@ -1,0 +1,83 @@
+"""The worker process: Temporal workers of all task queues, the schedules, and the monitors."""
+
+import asyncio
+import logging
+import signal
+
+import uvloop
+from temporalio.client import Client
+from temporalio.worker import UnsandboxedWorkflowRunner, Worker
+
+from activities.registry import operations_activities, order_activities, register_schedules, settlement_activities
+from clients import OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE, connect_temporal, open_redis
+from monitors.relay import run_relay
+from monitors.sweeper import run_sweeper
+from settings import Settings, get_settings
+from storage.db import Pool, open_pool
+from workflows.audit import LedgerAuditWorkflow
+from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
+from workflows.registration import RegistrationResumerWorkflow, UserRegistrationWorkflow
+from workflows.settlement import SettlementWorkflow
+
+log = logging.getLogger("worker")
+
+
+def build_workers(client: Client, pool: Pool, settings: Settings) -> list[Worker]:
+    """One worker per task queue. Unsandboxed: the sandbox costs 20 ms of CPU per workflow, and tests run in it."""
+    redis = open_redis(settings)
+    runner = UnsandboxedWorkflowRunner()
+    return [
+        Worker(
+            client,
+            task_queue=ORDERS_QUEUE,
+            workflows=[OrderPlacementWorkflow, OrderCancellationWorkflow],
+            activities=order_activities(pool, redis),
+            workflow_runner=runner,
+        ),
+        Worker(
+            client,
+            task_queue=SETTLEMENT_QUEUE,
+            workflows=[SettlementWorkflow],
+            activities=settlement_activities(pool, redis),
+            workflow_runner=runner,
+        ),
+        Worker(
+            client,
+            task_queue=OPERATIONS_QUEUE,
+            workflows=[UserRegistrationWorkflow, RegistrationResumerWorkflow, LedgerAuditWorkflow],
+            activities=operations_activities(pool),
+            workflow_runner=runner,
+        ),
+    ]
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """Work until `stop` is set; an error that cannot be waited out ends the process, and its supervisor restarts it."""
+    pool = await open_pool(settings.require_database_url(), size_max=20, name="worker")
+    client = await connect_temporal(settings)
+    await register_schedules(client)
+    async with asyncio.TaskGroup() as tasks:
+        for worker in build_workers(client, pool, settings):
+            tasks.create_task(_run_worker(worker, stop))
+        tasks.create_task(run_relay(pool, open_redis(settings), stop))
+        tasks.create_task(run_sweeper(pool, client, stop))
+    await pool.close()
+
+
+async def _run_worker(worker: Worker, stop: asyncio.Event) -> None:
+    async with worker:
+        await stop.wait()
+
+
+async def main() -> None:
+    """Entry: run until SIGTERM or SIGINT."""
+    settings = get_settings()
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await run(settings, stop)
+
+
+if __name__ == "__main__":
+    uvloop.run(main())
