@@ -62,9 +62,15 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
         else:
             feed.on_hint(payload)
 
+    def republish(_: str) -> None:
+        # The server may have restarted empty, or forgotten what it was sent last.
+        for market in markets.values():
+            market.break_chains()
+        changed.set()
+
     channels = [HELD_PRICE_CHANNEL, *(f"engine:{instrument_id}" for instrument_id in markets)]
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(Subscriber(redis, channels, receive).run())
+        tasks.create_task(Subscriber(redis, channels, receive, republish).run())
         tasks.create_task(feed.follow_log())
         tasks.create_task(marks.run(settings.mark_price_interval_seconds))
         tasks.create_task(publish_changes(redis, markets.values(), changed))

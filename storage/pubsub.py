@@ -29,40 +29,22 @@ class Subscriber:
         on_subscribed: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._redis = redis
-        self._channels = set(channels)
+        self._channels = tuple(channels)
         self._on_message = on_message
         self._on_subscribed = on_subscribed
-        self._added = asyncio.Event()
-
-    def add(self, channel: str) -> None:
-        """Subscribe to `channel` as well, soon; `on_subscribed` tells when."""
-        if channel not in self._channels:
-            self._channels.add(channel)
-            self._added.set()
 
     async def run(self) -> None:
         """Serve until cancelled."""
         while True:
             pubsub = self._redis.pubsub()
             try:
-                active = set(self._channels)
-                await pubsub.subscribe(*active)
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._subscribe_added(pubsub, active))
-                    tasks.create_task(self._read(pubsub))
-            except* (RedisError, OSError) as group:
-                log.warning("Redis subscriptions are interrupted: %s", group.exceptions[0])
+                await pubsub.subscribe(*self._channels)
+                await self._read(pubsub)
+            except (RedisError, OSError) as error:
+                log.warning("Redis subscriptions are interrupted: %s", error)
             finally:
                 await pubsub.aclose()  # type: ignore[no-untyped-call]  # redis ships no annotation for it
             await asyncio.sleep(RECONNECT_SECONDS)
-
-    async def _subscribe_added(self, pubsub: PubSub, active: set[str]) -> None:
-        while True:
-            self._added.clear()
-            if added := self._channels - active:
-                await pubsub.subscribe(*added)
-                active |= added
-            await self._added.wait()
 
     async def _read(self, pubsub: PubSub) -> None:
         while True:

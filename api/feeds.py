@@ -1,0 +1,53 @@
+"""What feeds the sockets of one api process: one Redis subscriber and one stream reader for all of them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from activities.instruments import read_instruments
+from activities.sessions import REVOKED_CHANNEL
+from api.market_feed import MarketFeed
+from api.sessions import SessionGuard
+from api.user_feed import UserFeed
+from storage.db import Pool
+from storage.pubsub import Subscriber
+
+
+@dataclass(frozen=True)
+class Feeds:
+    """Public and private messages."""
+
+    market: MarketFeed
+    user: UserFeed
+
+
+@asynccontextmanager
+async def open_feeds(pool: Pool, redis: Redis, sessions: SessionGuard) -> AsyncIterator[Feeds]:
+    """Feeds that run until the block is left. Instruments are read once: a new one needs a restart."""
+    market = MarketFeed(redis, await read_instruments(pool))
+    user = UserFeed(redis, sessions)
+
+    def on_message(channel: str, payload: bytes) -> None:
+        if channel == REVOKED_CHANNEL:
+            user.on_revoked(payload.decode())
+        else:
+            market.on_message(channel, payload)
+
+    def on_subscribed(channel: str) -> None:
+        if channel == REVOKED_CHANNEL:
+            user.recheck_sessions()
+        else:
+            market.on_subscribed(channel)
+
+    subscriber = Subscriber(redis, [REVOKED_CHANNEL, *market.redis_channels], on_message, on_subscribed)
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(task) for task in (subscriber.run(), user.follow_stream(), user.check_sessions())]
+        try:
+            yield Feeds(market, user)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await market.close()

@@ -1,0 +1,151 @@
+"""WebSockets: `/ws/market` for public channels, `/ws/user` for a user's own messages."""
+
+import asyncio
+import logging
+from collections.abc import Collection
+
+import msgspec
+from fastapi import APIRouter, WebSocket
+from redis.exceptions import RedisError
+from starlette.websockets import WebSocketDisconnect
+
+from api.gateway import authenticate
+from api.market_feed import MarketFeed
+from api.socket_client import (
+    TRY_AGAIN_LATER_CLOSE,
+    UNAUTHENTICATED_CLOSE,
+    SocketClient,
+    close_socket,
+    error_message,
+    receive,
+)
+from api.state import AppState, State
+from api.user_feed import user_message
+from domain.problems import Problem
+from storage.leadership import OUTAGES
+from storage.market_keys import CHANNELS
+
+log = logging.getLogger(__name__)
+
+router = APIRouter()
+
+AUTH_SECONDS = 5.0
+JOIN_SECONDS = 5.0
+MARKET_QUEUE_MAX = 512
+# One batch of orders may push thousands of messages to its user at once.
+USER_QUEUE_MAX = 10_000
+
+
+class _Request(msgspec.Struct, rename="camel"):
+    op: str
+    channel: str = ""
+    instrument_id: str = ""
+    token: str = ""
+
+
+class _SnakeCaseRequest(msgspec.Struct):
+    instrument_id: str = ""
+
+
+_decode_request = msgspec.json.Decoder(_Request).decode
+_decode_snake_case = msgspec.json.Decoder(_SnakeCaseRequest).decode
+
+
+@router.websocket("/ws/market")
+async def market_socket(websocket: WebSocket, state: State) -> None:
+    """Subscribe and unsubscribe to any public channel."""
+    await _serve_market(websocket, state.feeds.market, CHANNELS)
+
+
+@router.websocket("/ws/market/{channel}")
+async def market_channel_socket(websocket: WebSocket, state: State, channel: str) -> None:
+    """One channel; `?instrumentId=` is subscribed at once."""
+    query = websocket.query_params
+    instrument_id = query.get("instrumentId") or query.get("instrument_id") or ""
+    first = _Request(op="subscribe", channel=channel, instrument_id=instrument_id)
+    await _serve_market(websocket, state.feeds.market, (channel,), first)
+
+
+@router.websocket("/ws/user")
+async def user_socket(websocket: WebSocket, state: State) -> None:
+    """A user's own messages, after `{"op":"auth","token":…}`; 4401 when that fails or the session ends."""
+    await websocket.accept()
+    try:
+        await _serve_user(websocket, state, await _first_token(websocket))
+    except WebSocketDisconnect:
+        return
+    except Problem as problem:
+        await close_socket(websocket, UNAUTHENTICATED_CLOSE, problem.detail)
+    except (RedisError, *OUTAGES) as error:
+        log.warning("A user socket cannot be served: %r", error)
+        await close_socket(websocket, TRY_AGAIN_LATER_CLOSE, "Try again later")
+
+
+async def _first_token(websocket: WebSocket) -> str:
+    try:
+        async with asyncio.timeout(AUTH_SECONDS):
+            request = _parse(await receive(websocket))
+    except TimeoutError:
+        raise Problem("UNAUTHENTICATED", f"No token came within {AUTH_SECONDS:g} seconds") from None
+    if request.op != "auth":
+        raise Problem("UNAUTHENTICATED", f"Expected op auth first, was {request.op!r}")
+    return request.token
+
+
+async def _serve_market(
+    websocket: WebSocket, feed: MarketFeed, channels: Collection[str], first: _Request | None = None
+) -> None:
+    await websocket.accept()
+    client = SocketClient(websocket, MARKET_QUEUE_MAX)
+
+    def on_message(raw: bytes) -> None:
+        try:
+            _change_subscription(feed, client, channels, _parse(raw))
+        except Problem as problem:
+            client.offer(error_message(problem))
+
+    try:
+        if first is not None:
+            on_message(msgspec.json.encode(first))
+        await client.serve(on_message)
+    finally:
+        feed.leave(client)
+
+
+def _change_subscription(feed: MarketFeed, client: SocketClient, channels: Collection[str], request: _Request) -> None:
+    change = {"subscribe": feed.subscribe, "unsubscribe": feed.unsubscribe}.get(request.op)
+    if change is None:
+        raise Problem("VALIDATION_FAILED", f"Expected op subscribe or unsubscribe, was {request.op!r}")
+    if request.channel in CHANNELS and request.channel not in channels:
+        raise Problem("VALIDATION_FAILED", f"This socket serves {', '.join(channels)} only")
+    change(client, request.channel, request.instrument_id)
+
+
+async def _serve_user(websocket: WebSocket, state: AppState, token: str) -> None:
+    client = SocketClient(websocket, USER_QUEUE_MAX)
+    feed = state.feeds.user
+
+    def on_message(_: bytes) -> None:
+        client.offer(error_message(Problem("VALIDATION_FAILED", "This socket is authenticated and takes no messages")))
+
+    identity = await authenticate(state, token)
+    try:
+        async with asyncio.timeout(JOIN_SECONDS):
+            await feed.join(client, identity)
+        # Asked again: a revocation between the first answer and joining went unheard.
+        await authenticate(state, token)
+        client.offer(user_message("auth", msgspec.json.encode({"userId": str(identity.user_id)})))
+        await client.serve(on_message)
+    finally:
+        feed.leave(client, identity)
+
+
+def _parse(raw: bytes) -> _Request:
+    try:
+        request = _decode_request(raw)
+        request.instrument_id = request.instrument_id or _decode_snake_case(raw).instrument_id
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Problem(
+            "VALIDATION_FAILED", f"Expected a JSON object with op, channel and instrumentId: {error}"
+        ) from error
+    return request

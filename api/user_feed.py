@@ -1,0 +1,148 @@
+"""Private messages to the sockets of this process, from the stream that the outbox relay fills."""
+
+import asyncio
+import logging
+from datetime import UTC, datetime
+from typing import cast
+
+import asyncpg
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from api.sessions import SessionGuard
+from api.socket_client import UNAUTHENTICATED_CLOSE, SocketClient
+from domain.events import USER_PUSH_TOPIC
+from domain.identity import Identity
+from domain.problems import Problem
+
+log = logging.getLogger(__name__)
+
+READ_ENTRIES_MAX = 1000
+READ_BLOCK_MS = 1000
+RETRY_SECONDS = 0.5
+# The relay repeats entries only right after a crash, so that a short memory of ids tells repeats.
+SEEN_IDS_MAX = 10_000
+RECHECK_SECONDS = 60.0
+
+
+# What the client library returns per entry: its id in the stream and its fields.
+_Entries = list[tuple[bytes, dict[bytes, bytes]]]
+
+
+class _Push(msgspec.Struct, rename="camel"):
+    user_id: int
+    channel: str
+    data: msgspec.Raw
+
+
+_decode_push = msgspec.json.Decoder(_Push).decode
+
+
+class UserFeed:
+    """Reads the stream once for all sockets, and only while there are any; closes those whose session ended."""
+
+    def __init__(self, redis: Redis, sessions: SessionGuard) -> None:
+        self._redis = redis
+        self._sessions = sessions
+        self._clients: dict[int, dict[SocketClient, Identity]] = {}
+        self._seen: dict[bytes, None] = {}
+        self._position: bytes | None = None
+        self._occupied = asyncio.Event()
+        self._positioned = asyncio.Event()
+        self._recheck = asyncio.Event()
+
+    async def join(self, client: SocketClient, identity: Identity) -> None:
+        """Send `client` what is pushed to its user after this returns."""
+        self._clients.setdefault(identity.user_id, {})[client] = identity
+        self._occupied.set()
+        await self._positioned.wait()
+
+    def leave(self, client: SocketClient, identity: Identity) -> None:
+        """Forget a client."""
+        clients = self._clients.get(identity.user_id, {})
+        clients.pop(client, None)
+        if not clients:
+            self._clients.pop(identity.user_id, None)
+        if not self._clients:
+            self._occupied.clear()
+
+    def on_revoked(self, session_id: str) -> None:
+        """Close the sockets of this session."""
+        for clients in self._clients.values():
+            for client, identity in clients.items():
+                if identity.session_id == session_id:
+                    client.close(UNAUTHENTICATED_CLOSE, "The session was revoked")
+
+    def recheck_sessions(self) -> None:
+        """Revocations may have been missed: look at every session soon."""
+        self._recheck.set()
+
+    async def follow_stream(self) -> None:
+        """Dispatch until cancelled; a Redis outage delays."""
+        while True:
+            await self._occupied.wait()
+            try:
+                await self._read_while_occupied()
+            except (RedisError, OSError) as error:
+                log.warning("User messages are delayed: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def check_sessions(self) -> None:
+        """Close the sockets of sessions that ended unheard, until cancelled: once a minute and after every doubt."""
+        while True:
+            try:
+                await asyncio.wait_for(self._recheck.wait(), RECHECK_SECONDS)
+            except TimeoutError:
+                log.debug("Routine check of sessions")
+            self._recheck.clear()
+            try:
+                await self._close_ended(datetime.now(UTC))
+            except (RedisError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+                log.warning("Sessions of open sockets cannot be checked: %s", error)
+
+    async def _read_while_occupied(self) -> None:
+        if self._position is None:
+            newest = cast(_Entries, await self._redis.xrevrange(USER_PUSH_TOPIC, count=1))
+            self._position = newest[0][0] if newest else b"0-0"
+        self._positioned.set()
+        while self._occupied.is_set():
+            for stream_id, fields in await self._read_after(self._position):
+                self._dispatch(fields)
+                self._position = stream_id
+        self._positioned.clear()
+        self._position = None
+
+    async def _read_after(self, position: bytes) -> _Entries:
+        reply = await self._redis.xread({USER_PUSH_TOPIC: position}, READ_ENTRIES_MAX, READ_BLOCK_MS)
+        return [entry for _, entries in cast(list[tuple[bytes, _Entries]], reply) for entry in entries]
+
+    def _dispatch(self, fields: dict[bytes, bytes]) -> None:
+        push = _decode_push(fields[b"data"])
+        clients = self._clients.get(push.user_id)
+        if not clients or self._is_repeat(fields[b"id"]):
+            return
+        text = user_message(push.channel, bytes(push.data))
+        for client in clients:
+            client.offer(text)
+
+    def _is_repeat(self, message_id: bytes) -> bool:
+        if message_id in self._seen:
+            return True
+        self._seen[message_id] = None
+        if len(self._seen) > SEEN_IDS_MAX:
+            del self._seen[next(iter(self._seen))]
+        return False
+
+    async def _close_ended(self, now: datetime) -> None:
+        open_sockets = [item for clients in self._clients.values() for item in clients.items()]
+        for client, identity in open_sockets:
+            try:
+                await self._sessions.require(identity.session_id, now)
+            except Problem as problem:
+                client.close(UNAUTHENTICATED_CLOSE, problem.detail)
+
+
+def user_message(channel: str, data: bytes) -> str:
+    """A message of `/ws/user`; `data` is JSON."""
+    return f'{{"channel":"{channel}","data":{data.decode()}}}'
