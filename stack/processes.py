@@ -1,0 +1,96 @@
+"""The processes of the exchange in start order, and what they are told through their environment."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from settings import Settings
+from stack import servers
+from stack.servers import Endpoint, Process, Server, StackError
+from stack.state import StateFolder
+
+TEMPORAL_PORT = 7233
+TEMPORAL_UI_PORT = 8233
+PORTS_TRIED = 100
+
+SERVICES = (
+    Process("engine", [*servers.launcher(), sys.executable, "-m", "engine"]),
+    Process("worker", [*servers.launcher(), sys.executable, "worker.py"]),
+    Process("market", [*servers.launcher(), sys.executable, "-m", "market"]),
+    Process("api", [*servers.launcher(), sys.executable, "-m", "api"]),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs: the embedded servers (those that no setting names), and where all three servers answer."""
+
+    embedded: Sequence[Server]
+    database: Endpoint
+    redis: Endpoint
+    temporal: Endpoint
+    temporal_ui_url: str | None
+
+    @property
+    def processes(self) -> list[Process]:
+        """Everything to supervise, in start order."""
+        return [*(server.process for server in self.embedded), *SERVICES]
+
+
+def make_plan(settings: Settings, state: StateFolder) -> Plan:
+    """Prepares the embedded servers that are needed. Raises StackError when one cannot run here."""
+    embedded: list[Server] = []
+
+    def embed(server: Server) -> Endpoint:
+        embedded.append(server)
+        return server.endpoint
+
+    namespace = settings.temporal_namespace
+    ui_url = None
+    if settings.database_url:
+        database = servers.postgres_at(settings.database_url)
+    else:
+        database = embed(servers.postgres(state.path))
+    redis = servers.valkey_at(settings.redis_url) if settings.redis_url else embed(servers.valkey(state.path))
+    if settings.temporal_address:
+        temporal = servers.temporal_at(settings.temporal_address, namespace)
+    else:
+        port, ui_port = _temporal_ports()
+        temporal = embed(servers.temporal(state.path, port, ui_port, [namespace]))
+        ui_url = f"http://127.0.0.1:{ui_port}"
+    return Plan(embedded, database, redis, temporal, ui_url)
+
+
+def addresses(settings: Settings, plan: Plan) -> dict[str, str]:
+    """The settings that lead a tool to the running servers."""
+    return {
+        "EXCHANGE_DATABASE_URL": plan.database.url,
+        "EXCHANGE_REDIS_URL": plan.redis.url,
+        "EXCHANGE_TEMPORAL_ADDRESS": plan.temporal.url,
+        "EXCHANGE_TEMPORAL_NAMESPACE": settings.temporal_namespace,
+    }
+
+
+def service_environment(
+    settings: Settings, state: StateFolder, plan: Plan, internal_token: str, jwt_key: Path
+) -> dict[str, str]:
+    """The environment of our processes: that of the stack with everything it found out or made."""
+    return {
+        **os.environ,
+        **addresses(settings, plan),
+        "EXCHANGE_STATE_DIR": str(state.path),
+        "EXCHANGE_INTERNAL_TOKEN": internal_token,
+        "EXCHANGE_JWT_PRIVATE_KEY_FILE": str(jwt_key),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _temporal_ports() -> tuple[int, int]:
+    """The usual pair of ports, or the next one that is free."""
+    for offset in range(PORTS_TRIED):
+        ports = TEMPORAL_PORT + offset, TEMPORAL_UI_PORT + offset
+        if all(servers.why_not_listen("127.0.0.1", port) is None for port in ports):
+            return ports
+    raise StackError(f"No free pair of ports for Temporal from {TEMPORAL_PORT} and {TEMPORAL_UI_PORT} on")
