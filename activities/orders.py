@@ -220,7 +220,7 @@ def unix_ms(moment: datetime) -> int:
 
 async def _fail(conn: Connection, acceptance: Acceptance) -> None:
     rows = await conn.fetch(
-        "UPDATE orders.orders o SET status = 'FAILED', failure_reason = n.reason, updated_at = now()"
+        "UPDATE orders.orders SET status = 'FAILED', failure_reason = n.reason, updated_at = now()"
         " FROM unnest($1::bigint[], $2::text[]) AS n (id, reason)"
         f" WHERE order_id = n.id AND status = 'PENDING' RETURNING {ORDER_COLUMNS}",
         *columns([(refusal.order_id, refusal.reason) for refusal in acceptance.refused], 2),
@@ -259,14 +259,13 @@ async def _request_cancels(conn: Connection, order_ids: Sequence[int], reason: s
 async def _apply(conn: Connection, changes: dict[int, OrderChange]) -> None:
     await _lock(conn, list(changes))
     rows = await conn.fetch(
-        "UPDATE orders.orders o SET filled_quantity = o.filled_quantity + n.quantity,"
-        " filled_notional = o.filled_notional + n.notional,"
-        " status = CASE WHEN n.final IS NOT NULL THEN n.final"
-        "   WHEN o.status = 'CANCEL_REQUESTED' THEN o.status"
-        "   WHEN o.filled_quantity + n.quantity > 0 THEN 'PARTIALLY_FILLED' ELSE 'PLACED' END,"
-        " failure_reason = coalesce(n.reason, o.failure_reason), updated_at = now()"
+        "UPDATE orders.orders SET filled_quantity = filled_quantity + n.traded,"
+        " filled_notional = filled_notional + n.paid,"
+        " status = CASE WHEN n.final IS NOT NULL THEN n.final WHEN status = 'CANCEL_REQUESTED' THEN status"
+        "   WHEN filled_quantity + n.traded > 0 THEN 'PARTIALLY_FILLED' ELSE 'PLACED' END,"
+        " failure_reason = coalesce(n.reason, failure_reason), updated_at = now()"
         " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::text[], $5::text[])"
-        f" AS n (id, quantity, notional, final, reason) WHERE o.order_id = n.id RETURNING {ORDER_COLUMNS}",
+        f" AS n (id, traded, paid, final, reason) WHERE order_id = n.id RETURNING {ORDER_COLUMNS}",
         *columns([(i, c.filled_quantity, c.filled_notional, c.final_status, c.reason) for i, c in changes.items()], 5),
     )
     await outbox.emit(conn, pushes=_order_pushes(rows))

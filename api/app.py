@@ -5,13 +5,25 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
 
-from api import auth, health, users
+from api import admin, auth, health, ledger, market, orders, positions, risk, sockets, users
 from api.gateway import Gateway
 from api.problems import add_handlers
 from api.state import open_state
 from settings import Settings
 
-ROUTERS: list[APIRouter] = [users.router, auth.router, health.router]
+ROUTERS: list[APIRouter] = [
+    users.router,
+    auth.router,
+    orders.router,
+    risk.router,
+    ledger.router,
+    positions.router,
+    admin.router,
+    market.router,
+    market.admin_router,
+    sockets.router,
+    health.router,
+]
 
 
 def create_app(settings: Settings) -> FastAPI:

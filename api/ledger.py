@@ -1,6 +1,5 @@
 """Balances and entries of a user; deposits and withdrawals by an operator."""
 
-from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -9,10 +8,9 @@ from pydantic import Field
 
 from activities.ledger import balance_view, transfer_external
 from api.gateway import Admin, ServedUserId, User
-from api.models import ApiModel, Page, SafeText, UserId
+from api.models import ApiModel, Page, SafeText, Timestamp, UserId
 from api.orders import Cursor, Limit
 from api.state import AppState, State
-from domain.clock import iso
 from domain.money import AMOUNT_STEP, plain
 from domain.problems import Problem
 
@@ -42,7 +40,7 @@ class EntryView(ApiModel):
     balance_after: str
     reference_type: str
     reference_id: str
-    created_at: datetime
+    created_at: Timestamp
 
 
 class Transfer(ApiModel):
@@ -103,7 +101,7 @@ async def list_entries(
             "balanceAfter": plain(row["balance_after"]),
             "referenceType": row["reference_type"],
             "referenceId": row["reference_id"],
-            "createdAt": iso(row["created_at"]),
+            "createdAt": row["created_at"],
         }
         for row in rows
     ]

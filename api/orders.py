@@ -1,6 +1,5 @@
 """Order entry, cancellation and look-up; a user's own fills."""
 
-from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ from pydantic import Field, ValidationError
 from activities.orders import OPEN_STATUSES, ORDER_COLUMNS, order_view
 from activities.positions import fill_view
 from api.gateway import User, require_internal
-from api.models import ApiModel, Page, SafeText
+from api.models import ApiModel, Page, SafeText, Timestamp
 from api.problems import invalid, problem_members
 from api.state import AppState, State
 from domain.identity import Identity
@@ -95,8 +94,8 @@ class OrderView(ApiModel):
     failure_reason: str | None
     stp_mode: str
     is_liquidation: bool
-    created_at: datetime
-    updated_at: datetime
+    created_at: Timestamp
+    updated_at: Timestamp
 
 
 class CancelView(ApiModel):
@@ -118,7 +117,7 @@ class FillView(ApiModel):
     role: Literal["MAKER", "TAKER"]
     fee: str
     realized_pnl: str
-    executed_at: datetime
+    executed_at: Timestamp
 
 
 Wait = Annotated[Literal["placed"] | None, Query(description="`placed`: answer after the engine did")]

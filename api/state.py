@@ -10,6 +10,8 @@ from redis.asyncio import Redis
 from starlette.requests import HTTPConnection
 from temporalio.client import Client
 
+from api.feeds import Feeds, open_feeds
+from api.order_desk import OrderDesk, open_desk
 from api.passwords import Passwords
 from api.sessions import SessionGuard
 from api.tokens import AccessTokens, load_private_key
@@ -29,6 +31,8 @@ class AppState:
     tokens: AccessTokens
     passwords: Passwords
     sessions: SessionGuard
+    feeds: Feeds
+    desk: OrderDesk
 
 
 @asynccontextmanager
@@ -45,7 +49,10 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
         redis = open_redis(settings)
         stack.push_async_callback(redis.aclose)
         temporal = await connect_temporal(settings)
-        yield AppState(settings, pool, redis, temporal, tokens, passwords, SessionGuard(pool, redis))
+        sessions = SessionGuard(pool, redis)
+        feeds = await stack.enter_async_context(open_feeds(pool, redis, sessions))
+        desk = await stack.enter_async_context(open_desk(pool, redis, temporal))
+        yield AppState(settings, pool, redis, temporal, tokens, passwords, sessions, feeds, desk)
 
 
 def app_state(connection: HTTPConnection) -> AppState:

@@ -397,7 +397,7 @@ journals = Table(
 ledger_entries = Table(
     "ledger_entries",
     metadata,
-    Column("entry_id", BigInteger, Identity(cache=1000), primary_key=True),
+    Column("entry_id", BigInteger, Identity(), primary_key=True),
     _col("reference_type", Text()),
     _col("reference_id", Text()),
     _col("entry_type", Text()),
@@ -446,7 +446,7 @@ positions = Table(
 position_events = Table(
     "position_events",
     metadata,
-    Column("event_id", BigInteger, Identity(cache=1000), primary_key=True),
+    Column("event_id", BigInteger, Identity(), primary_key=True),
     _col("user_id", BigInteger()),
     _col("instrument_id", Text()),
     _col("seq", BigInteger()),

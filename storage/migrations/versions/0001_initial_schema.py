@@ -97,7 +97,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "ledger_entries",
-        sa.Column("entry_id", sa.BigInteger(), sa.Identity(always=False, cache=1000), nullable=False),
+        sa.Column("entry_id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
         sa.Column("reference_type", sa.Text(), nullable=False),
         sa.Column("reference_id", sa.Text(), nullable=False),
         sa.Column("entry_type", sa.Text(), nullable=False),
@@ -374,7 +374,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "position_events",
-        sa.Column("event_id", sa.BigInteger(), sa.Identity(always=False, cache=1000), nullable=False),
+        sa.Column("event_id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
         sa.Column("user_id", sa.BigInteger(), nullable=False),
         sa.Column("instrument_id", sa.Text(), nullable=False),
         sa.Column("seq", sa.BigInteger(), nullable=False),
