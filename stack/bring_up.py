@@ -18,7 +18,8 @@ from stack.servers import SEARCH_ATTRIBUTES, StackError, launcher, wait_until_re
 from stack.state import StateFolder, write_private
 from stack.supervision import ROOT, Supervisor
 
-SERVER_SECONDS = 60
+EMBEDDED_SECONDS = 60
+EXTERNAL_SECONDS = 10
 STEP_SECONDS = 120
 SLOW_SECONDS = 60
 POLL_SECONDS = 0.1
@@ -42,8 +43,8 @@ async def bring_up(
     for server in plan.embedded:
         supervisor.start(server.process.name)
     await asyncio.gather(
-        _prepare_database(state, plan, environment),
-        wait_until_ready(plan.redis, SERVER_SECONDS),
+        _prepare_database(settings, state, plan, environment),
+        wait_until_ready(plan.redis, _patience(settings.redis_url)),
         _prepare_temporal(settings, plan),
     )
     await _step("Setting up the admin account", ["-m", "api.bootstrap"], state, environment)
@@ -56,18 +57,23 @@ async def bring_up(
     screen.say("ready  " + "  ".join(f"{name} {url}" for name, url in urls.items() if url))
 
 
-async def _prepare_database(state: StateFolder, plan: Plan, environment: Mapping[str, str]) -> None:
-    await wait_until_ready(plan.database, SERVER_SECONDS)
+async def _prepare_database(settings: Settings, state: StateFolder, plan: Plan, environment: Mapping[str, str]) -> None:
+    await wait_until_ready(plan.database, _patience(settings.database_url))
     await _step("Migrating the database", ["-m", "alembic", "upgrade", "head"], state, environment)
 
 
 async def _prepare_temporal(settings: Settings, plan: Plan) -> None:
-    await wait_until_ready(plan.temporal, SERVER_SECONDS)
+    await wait_until_ready(plan.temporal, _patience(settings.temporal_address))
     if settings.temporal_address:
         try:
             await _register_search_attributes(settings.temporal_address, settings.temporal_namespace)
         except RPCError as error:
             raise StackError(f"Cannot register search attributes in Temporal: {error.message}") from None
+
+
+def _patience(external: str | None) -> float:
+    """A server we have just started may have to recover first; an external one should be there."""
+    return EXTERNAL_SECONDS if external else EMBEDDED_SECONDS
 
 
 async def _register_search_attributes(address: str, namespace: str) -> None:
