@@ -60,7 +60,10 @@ async def take_in(conn: Connection, orders: Sequence[NewOrder], now: datetime) -
     if not kept:
         return Intake(order_ids, None)
     accepted = [(order_id, order) for order_id, order in zip(ids, orders, strict=True) if order_id in kept]
-    saga = Saga("PLACE", OrderBatch(f"orders-{accepted[0][0]}-{len(accepted)}", [order_id for order_id, _ in accepted]))
+    first_id, first = accepted[0]
+    batch = OrderBatch(f"orders-{first_id}-{len(accepted)}", [order_id for order_id, _ in accepted])
+    owner = (first.user_id, first.request.instrument_id) if len(accepted) == 1 else None
+    saga = Saga("PLACE", batch, owner)
     await record_saga(conn, saga)
     await outbox.emit(conn, [_submitted(order_id, order) for order_id, order in accepted])
     return Intake(order_ids, saga)

@@ -28,37 +28,67 @@ SEARCHABLE_ORDERS_MAX = 100
 
 @dataclass(frozen=True, slots=True)
 class Saga:
-    """One placement (kind PLACE) or cancellation (CANCEL) to be run as a workflow."""
+    """One placement (kind PLACE) or cancellation (CANCEL) to be run as a workflow.
+
+    `owner` is (user id, instrument id) of a single order where known: the Temporal UI finds it by them.
+    """
 
     kind: str
     batch: OrderBatch
+    owner: tuple[int, str] | None = None
 
 
 async def record_saga(conn: Connection, saga: Saga) -> None:
     """Write the saga down in the caller's transaction."""
     await conn.execute(
-        "INSERT INTO orders.sagas (workflow_id, kind, order_ids) VALUES ($1, $2, $3)",
+        "INSERT INTO orders.sagas (saga_id, workflow_id, kind, order_ids) VALUES ($1, $1, $2, $3)",
         saga.batch.saga_id,
         saga.kind,
         saga.batch.order_ids,
     )
 
 
-async def stalled_sagas(pool: Pool, older_than: timedelta, limit: int) -> list[Saga]:
-    """Sagas that should have ended by now, oldest first."""
+async def merge_sagas(pool: Pool, sagas: Sequence[Saga]) -> Saga | None:
+    """One saga for all of `sagas`, which are of one kind; None when the sweeper has taken them all.
+
+    The row of each says which workflow it belongs to before that is started, so that it cannot run in two.
+    """
+    if len(sagas) == 1:
+        return sagas[0]
+    kind, first = sagas[0].kind, sagas[0].batch
+    total = sum(len(saga.batch.order_ids) for saga in sagas)
+    workflow_id = f"{first.saga_id.split('-')[0]}-{first.order_ids[0]}-{total}{_suffix(first)}"
     rows = await pool.fetch(
-        "SELECT kind, workflow_id, order_ids FROM orders.sagas WHERE NOT done AND created_at < now() - $1::interval"
-        " ORDER BY created_at LIMIT $2",
+        "UPDATE orders.sagas SET workflow_id = $2 WHERE saga_id = ANY($1) AND NOT swept RETURNING order_ids",
+        [saga.batch.saga_id for saga in sagas],
+        workflow_id,
+    )
+    order_ids = sorted(order_id for row in rows for order_id in row["order_ids"])
+    return Saga(kind, OrderBatch(workflow_id, order_ids)) if order_ids else None
+
+
+async def sweep_up(pool: Pool, older_than: timedelta, limit: int) -> list[Saga]:
+    """Claim the sagas that should have ended by now, oldest first; from then on they are not merged with others."""
+    rows = await pool.fetch(
+        "UPDATE orders.sagas SET swept = TRUE WHERE NOT done AND workflow_id IN (SELECT workflow_id FROM orders.sagas"
+        " WHERE NOT done AND created_at < now() - $1::interval ORDER BY created_at LIMIT $2)"
+        " RETURNING workflow_id, kind, order_ids",
         older_than,
         limit,
     )
-    return [Saga(row["kind"], OrderBatch(row["workflow_id"], row["order_ids"])) for row in rows]
+    found: dict[str, Saga] = {}
+    for row in rows:
+        saga = found.setdefault(row["workflow_id"], Saga(row["kind"], OrderBatch(row["workflow_id"], [])))
+        saga.batch.order_ids.extend(row["order_ids"])
+    for saga in found.values():
+        saga.batch.order_ids.sort()
+    return list(found.values())
 
 
-async def start_saga(client: Client, saga: Saga, *, eager: bool, owner: tuple[int, str] | None = None) -> bool:
+async def start_saga(client: Client, saga: Saga, *, eager: bool) -> bool:
     """Start the saga's workflow; False when it runs already or has completed.
 
-    `owner` is (user id, instrument id) of a single order, for the Temporal UI. One that failed, was terminated or
+    One that failed, was terminated or
     timed out may be started again: every step answers what it did the first time.
     """
     try:
@@ -70,12 +100,18 @@ async def start_saga(client: Client, saga: Saga, *, eager: bool, owner: tuple[in
             id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY,
             id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
             request_eager_start=eager,
-            search_attributes=_search_attributes(saga.batch.order_ids, owner),
+            search_attributes=_search_attributes(saga.batch.order_ids, saga.owner),
             static_summary=f"{len(saga.batch.order_ids)} orders from {saga.batch.order_ids[0]}",
         )
     except WorkflowAlreadyStartedError:
         return False
     return True
+
+
+def _suffix(batch: OrderBatch) -> str:
+    """What tells two cancellations of the same order apart."""
+    token = batch.saga_id.split("-")[3:]
+    return f"-{token[0]}" if token else ""
 
 
 def _search_attributes(order_ids: Sequence[int], owner: tuple[int, str] | None) -> TypedSearchAttributes:

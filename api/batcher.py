@@ -1,15 +1,11 @@
-"""Group commit: what arrives while a batch is under way becomes the next batch. A batch never waits for company.
-
-Each lane runs one batch at a time and a user always has the same lane, so a user's orders reach the engine in the
-order in which they were sent.
-"""
+"""Group commit: what arrives while a batch is under way becomes the next batch. A batch never waits for company."""
 
 import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from domain.problems import Problem
 
@@ -23,11 +19,15 @@ Answer = Callable[[Sequence[Result | Exception]], None]
 @dataclass(slots=True)
 class _Submission(Generic[Item, Result]):
     items: Sequence[Item]
+    weight: int
     answer: asyncio.Future[Sequence[Result | Exception]] = field(default_factory=asyncio.Future)
 
 
 class Lane(Generic[Item, Result]):
-    """Runs `work(items, answer)` over ever new batches; `work` calls `answer` as soon as results are safe."""
+    """Runs `work(items, answer)` over ever new batches; `work` calls `answer` as soon as results are safe.
+
+    Submissions have a weight: a batch takes as many as fit in `batch_max` (always one), `waiting_max` may wait.
+    """
 
     def __init__(
         self,
@@ -40,18 +40,34 @@ class Lane(Generic[Item, Result]):
         self._batch_max = batch_max
         self._waiting_max = waiting_max
         self._waiting: deque[_Submission[Item, Result]] = deque()
-        self._waiting_items = 0
+        self._waiting_weight = 0
         self._arrived = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._has_room.set()
 
     async def submit(self, items: Sequence[Item]) -> Sequence[Result | Exception]:
         """Results of `items`, in their order, which stay together. Raises Problem OVERLOADED when too many wait."""
-        if self._waiting_items + len(items) > self._waiting_max:
+        if self._waiting_weight + len(items) > self._waiting_max:
             raise Problem("OVERLOADED", "Too many requests are waiting; try again shortly")
-        submission: _Submission[Item, Result] = _Submission(items)
+        return await self._put(_Submission(items, len(items)))
+
+    async def hand_over(self, item: Item, weight: int) -> None:
+        """Leave one item of `weight` here, as soon as there is room; nobody waits for its result."""
+        await self._has_room.wait()
+        self._put(_Submission([item], weight)).add_done_callback(_heard)
+
+    def _put(self, submission: _Submission[Item, Result]) -> "asyncio.Future[Sequence[Result | Exception]]":
         self._waiting.append(submission)
-        self._waiting_items += len(items)
+        self._weigh(submission.weight)
         self._arrived.set()
-        return await submission.answer
+        return submission.answer
+
+    def _weigh(self, change: int) -> None:
+        self._waiting_weight += change
+        if self._waiting_weight < self._waiting_max:
+            self._has_room.set()
+        else:
+            self._has_room.clear()
 
     async def run(self) -> None:
         """Work for ever; cancel to stop."""
@@ -61,19 +77,25 @@ class Lane(Generic[Item, Result]):
             try:
                 await self._work([item for s in submissions for item in s.items], _answering(submissions))
             except Exception as error:  # whatever it was, these callers must hear of it and the next batch must run
-                log.exception("A batch of %d failed", sum(len(s.items) for s in submissions))
+                log.exception("A batch of %d failed", sum(s.weight for s in submissions))
                 _fail(submissions, error)
 
     def _take(self) -> list[_Submission[Item, Result]]:
         taken: list[_Submission[Item, Result]] = []
-        count = 0
-        while self._waiting and (not taken or count + len(self._waiting[0].items) <= self._batch_max):
+        weight = 0
+        while self._waiting and (not taken or weight + self._waiting[0].weight <= self._batch_max):
             taken.append(self._waiting.popleft())
-            count += len(taken[-1].items)
-        self._waiting_items -= count
+            weight += taken[-1].weight
+        self._weigh(-weight)
         if not self._waiting:
             self._arrived.clear()
         return taken
+
+
+def _heard(answer: "asyncio.Future[Any]") -> None:
+    """Take note of a failure that `run` has logged already."""
+    if not answer.cancelled():
+        answer.exception()
 
 
 def _answering(submissions: Sequence[_Submission[Item, Result]]) -> Answer[Result]:

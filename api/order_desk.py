@@ -19,7 +19,7 @@ from activities.instruments import read_instruments
 from activities.order_entry import find_by_client_ids, take_in, take_in_cancels
 from activities.orders import ORDER_COLUMNS, OrderChange, average_price, order_view
 from activities.registry import order_activities
-from activities.sagas import Saga, start_saga
+from activities.sagas import Saga, merge_sagas, start_saga
 from api.batcher import Answer, Lane
 from api.verdicts import Verdicts
 from clients import ORDERS_QUEUE
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 LANES = 2
 BATCH_MAX = 1000
 WAITING_MAX = 20_000
+SAGA_WAITING_MAX = 5_000
 SAGA_SECONDS_MAX = 10.0
 PLACED_SECONDS_MAX = 5.0
 INSTRUMENTS_SECONDS = 1.0
@@ -51,6 +52,14 @@ class Entry:
     awaited: bool
 
 
+@dataclass(frozen=True, slots=True)
+class PlacementLane:
+    """The two stages of placement. A user always has the same lane, so their orders keep the order of sending."""
+
+    intake: Lane[Entry, dict[str, Any]]
+    sagas: Lane[Saga, None]
+
+
 class OrderDesk:
     """Group-commits placements and cancellations; hosts the worker on which their workflows start eagerly."""
 
@@ -61,11 +70,20 @@ class OrderDesk:
         self._verdicts = Verdicts(redis)
         self._instruments: dict[str, Instrument] = {}
         self._references: dict[str, Reference] = {}
-        self._placements = [self._lane(self._place) for _ in range(LANES)]
+        self._placements = [self._placement_lane() for _ in range(LANES)]
         self._cancels: Lane[int, None] = Lane(self._cancel, batch_max=BATCH_MAX, waiting_max=WAITING_MAX)
+        self._cancel_sagas: Lane[Saga, None] = Lane(self._start_cancels, batch_max=BATCH_MAX, waiting_max=WAITING_MAX)
 
-    def _lane(self, work: Any) -> Lane[Entry, dict[str, Any]]:
-        return Lane(work, batch_max=BATCH_MAX, waiting_max=WAITING_MAX // LANES)
+    def _placement_lane(self) -> PlacementLane:
+        """Orders are written down as they come; the sagas follow one at a time, each over all that waits by then."""
+        sagas: Lane[Saga, None] = Lane(self._run_placements, batch_max=BATCH_MAX, waiting_max=SAGA_WAITING_MAX)
+
+        async def take_in_next(entries: Sequence[Entry], answer: Answer[dict[str, Any]]) -> None:
+            saga = await self._take_in(entries, answer)
+            if saga is not None:
+                await sagas.hand_over(saga, len(saga.batch.order_ids))
+
+        return PlacementLane(Lane(take_in_next, batch_max=BATCH_MAX, waiting_max=WAITING_MAX // LANES), sagas)
 
     async def run(self, ready: asyncio.Event) -> None:
         """Serve until cancelled; `ready` is set when orders can be taken."""
@@ -82,8 +100,10 @@ class OrderDesk:
             tasks.create_task(self._refresh_instruments())
             tasks.create_task(self._refresh_references())
             for lane in self._placements:
-                tasks.create_task(lane.run())
+                tasks.create_task(lane.intake.run())
+                tasks.create_task(lane.sagas.run())
             tasks.create_task(self._cancels.run())
+            tasks.create_task(self._cancel_sagas.run())
             ready.set()
 
     def instrument(self, instrument_id: str) -> Instrument:
@@ -111,7 +131,7 @@ class OrderDesk:
     async def place(self, orders: Sequence[NewOrder], *, awaited: bool) -> Sequence[dict[str, Any] | Exception]:
         """Take orders of one user in; answers are the orders (PENDING, or after the engine if `awaited`) or why not."""
         lane = self._placements[orders[0].user_id % LANES]
-        placed = await lane.submit([Entry(order, awaited) for order in orders])
+        placed = await lane.intake.submit([Entry(order, awaited) for order in orders])
         if not awaited:
             return placed
         return await asyncio.gather(*(self._await_engine(view) for view in placed))
@@ -121,28 +141,41 @@ class OrderDesk:
         if order_ids:
             await self._cancels.submit(order_ids)
 
-    async def _place(self, entries: Sequence[Entry], answer: Answer[dict[str, Any]]) -> None:
+    async def _take_in(self, entries: Sequence[Entry], answer: Answer[dict[str, Any]]) -> Saga | None:
         now = datetime.now(UTC)
         async with self._pool.acquire() as conn, conn.transaction():
             intake = await take_in(conn, [entry.order for entry in entries], now)
         for order_id, entry in zip(intake.order_ids, entries, strict=True):
             if order_id is not None and entry.awaited:
                 self._verdicts.order(order_id)
-        first = self._verdicts.saga(intake.saga.batch.saga_id) if intake.saga else None
         answer(await self._answers(entries, intake.order_ids, now))
-        if intake.saga and first:
-            try:
-                await self._start(intake.saga, entries[0].order if len(intake.saga.batch.order_ids) == 1 else None)
-                await asyncio.wait_for(first, SAGA_SECONDS_MAX)
-            except TimeoutError:
-                log.warning("Saga %s takes long; going on with the next batch", intake.saga.batch.saga_id)
-            finally:
-                self._verdicts.forget_saga(intake.saga.batch.saga_id)
+        return intake.saga
 
-    async def _start(self, saga: Saga, single: NewOrder | None) -> None:
-        owner = (single.user_id, single.request.instrument_id) if single else None
+    async def _run_placements(self, waiting: Sequence[Saga], answer: Answer[None]) -> None:
+        saga = await merge_sagas(self._pool, waiting)
+        if saga is not None:
+            await self._run(saga)
+        answer([None] * len(waiting))
+
+    async def _run(self, saga: Saga) -> None:
+        verdict = self._verdicts.saga(saga.batch.saga_id)
         try:
-            await start_saga(self._temporal, saga, eager=True, owner=owner)
+            await self._start(saga)
+            await asyncio.wait_for(verdict, SAGA_SECONDS_MAX)
+        except TimeoutError:
+            log.warning("Saga %s takes long; going on with the next one", saga.batch.saga_id)
+        finally:
+            self._verdicts.forget_saga(saga.batch.saga_id)
+
+    async def _start_cancels(self, waiting: Sequence[Saga], answer: Answer[None]) -> None:
+        saga = await merge_sagas(self._pool, waiting)
+        if saga is not None:
+            await self._start(saga)
+        answer([None] * len(waiting))
+
+    async def _start(self, saga: Saga) -> None:
+        try:
+            await start_saga(self._temporal, saga, eager=True)
         except RPCError as error:
             # The saga is written down: the sweeper starts it when Temporal is back.
             log.warning("Saga %s could not be started, the sweeper will: %s", saga.batch.saga_id, error.message)
@@ -192,7 +225,7 @@ class OrderDesk:
         async with self._pool.acquire() as conn, conn.transaction():
             saga = await take_in_cancels(conn, unique, uuid.uuid4().hex[:12])
         answer([None] * len(order_ids))
-        await self._start(saga, None)
+        await self._cancel_sagas.hand_over(saga, len(unique))
 
     async def _read_instruments(self) -> None:
         self._instruments = await read_instruments(self._pool)

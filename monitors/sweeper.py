@@ -7,7 +7,7 @@ from datetime import timedelta
 from temporalio.client import Client
 from temporalio.service import RPCError
 
-from activities.sagas import stalled_sagas, start_saga
+from activities.sagas import start_saga, sweep_up
 from storage.db import Connection, Pool
 from storage.leadership import SWEEPER_LOCK, run_as_leader
 
@@ -35,7 +35,7 @@ async def run_sweeper(pool: Pool, client: Client, stop: asyncio.Event) -> None:
 async def sweep(pool: Pool, client: Client) -> int:
     """Start what has stalled; how many workflows that were."""
     started = 0
-    for saga in await stalled_sagas(pool, STALLED_AFTER, SWEEP_MAX):
+    for saga in await sweep_up(pool, STALLED_AFTER, SWEEP_MAX):
         if await start_saga(client, saga, eager=False):
             log.warning("Saga %s had no workflow, started it", saga.batch.saga_id)
             started += 1

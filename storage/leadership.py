@@ -58,10 +58,12 @@ async def _work_while_connected(conn: Connection, stop: asyncio.Event, work: Wor
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        conn.remove_termination_listener(connection_lost)
         for task in tasks:
             task.cancel()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        # A lost connection was taken from us by the pool, and its listeners with it.
+        if not lost.is_set():
+            conn.remove_termination_listener(connection_lost)
     if isinstance(outcomes[0], Exception):
         raise outcomes[0]
 

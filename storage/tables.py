@@ -202,17 +202,21 @@ orders = Table(
     postgresql_with={"fillfactor": 70},
 )
 
-# One row per placement or cancellation workflow, written before it is started: what the sweeper looks for.
+# One row per intake of orders or cancellations, written with them: what is still to be run as a workflow. Intakes
+# that wait together share a workflow; those that were left behind are swept up.
 sagas = Table(
     "sagas",
     metadata,
-    Column("workflow_id", Text, primary_key=True),
+    Column("saga_id", Text, primary_key=True),
+    _col("workflow_id", Text()),
     _col("kind", Text()),
     _col("order_ids", ARRAY(BigInteger)),
+    _col("swept", Boolean(), default="false"),
     _col("done", Boolean(), default="false"),
     _created(),
     CheckConstraint("kind IN ('PLACE', 'CANCEL')", name="kind"),
     Index("ix_sagas_open", "created_at", postgresql_where=text("NOT done")),
+    Index("ix_sagas_open_workflow", "workflow_id", postgresql_where=text("NOT done")),
     schema="orders",
 )
 

@@ -337,19 +337,29 @@ def upgrade() -> None:
     )
     op.create_table(
         "sagas",
+        sa.Column("saga_id", sa.Text(), nullable=False),
         sa.Column("workflow_id", sa.Text(), nullable=False),
         sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("order_ids", postgresql.ARRAY(sa.BigInteger()), nullable=False),
+        sa.Column("swept", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("done", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint("kind IN ('PLACE', 'CANCEL')", name=op.f("ck_sagas_kind")),
-        sa.PrimaryKeyConstraint("workflow_id", name=op.f("pk_sagas")),
+        sa.PrimaryKeyConstraint("saga_id", name=op.f("pk_sagas")),
         schema="orders",
     )
     op.create_index(
         "ix_sagas_open",
         "sagas",
         ["created_at"],
+        unique=False,
+        schema="orders",
+        postgresql_where=sa.text("NOT done"),
+    )
+    op.create_index(
+        "ix_sagas_open_workflow",
+        "sagas",
+        ["workflow_id"],
         unique=False,
         schema="orders",
         postgresql_where=sa.text("NOT done"),
