@@ -5,7 +5,9 @@ from datetime import UTC, datetime
 
 def iso(moment: datetime) -> str:
     """`moment` (aware) as ``2026-01-31T09:30:00.123Z``."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)
+    # Formatted without the offset, then with the Z that stands for it.
+    return utc.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
 
 
 def from_ms(unix_ms: int) -> datetime:

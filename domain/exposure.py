@@ -1,8 +1,10 @@
 """What a user is exposed to in one instrument: the position and every open order."""
 
-from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from domain.margin import order_margin
 from domain.money import ZERO
@@ -10,8 +12,7 @@ from domain.money import ZERO
 Side = Literal["BUY", "SELL"]
 
 
-@dataclass(frozen=True, slots=True)
-class Exposure:
+class Exposure(Struct, frozen=True):
     """Position at entry price and the open rests of orders at their bound prices; all but the position >= 0."""
 
     leverage: int

@@ -1,8 +1,9 @@
 """A one-way position and what a fill does to it: open, add, reduce, close, flip through zero."""
 
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
+
+from msgspec import Struct
 
 from domain.margin import initial_margin
 from domain.money import ZERO, round_down
@@ -10,8 +11,7 @@ from domain.money import ZERO, round_down
 FillKind = Literal["OPEN", "ADD", "REDUCE", "CLOSE", "FLIP"]
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(Struct, frozen=True):
     """`signed_quantity` > 0 is LONG. `entry_notional` >= 0 is what was paid for it, `margin` >= 0 what backs it."""
 
     signed_quantity: Decimal = ZERO
@@ -36,8 +36,7 @@ class Position:
         return self.entry_notional if self.signed_quantity >= 0 else -self.entry_notional
 
 
-@dataclass(frozen=True, slots=True)
-class Fill:
+class Fill(Struct, frozen=True):
     """What one fill did: the position after it, profit (+) or loss (-) realised before fees, and its kind."""
 
     position: Position
