@@ -8,6 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from stack.supervision import Status
 
@@ -35,7 +36,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """One line, above the table."""
-        self._console.print(text, markup=False)
+        self._console.print(Text(text))
         sys.stdout.flush()
 
     def show(self, statuses: Sequence[Status]) -> None:
@@ -67,7 +68,7 @@ class Screen:
             table.add_row(
                 status.name,
                 str(status.pid or ""),
-                f"[{_STYLES.get(status.state, 'red')}]{status.state}",
+                Text(status.state, style=_STYLES.get(status.state, "red")),
                 str(self._restarts.get(status.name, 0)),
                 _uptime(status),
             )

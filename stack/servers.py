@@ -253,7 +253,7 @@ def why_not_listen(host: str, port: int) -> str | None:
 
 @dataclass(frozen=True)
 class _Identity:
-    """As whom root runs PostgreSQL: in a user namespace as itself, or as an unprivileged user."""
+    """As whom root runs PostgreSQL: as itself under another number, or, where that is forbidden, as another user."""
 
     uid: int
     in_namespace: bool
@@ -286,7 +286,7 @@ def _initdb(data: Path, identity: _Identity | None) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         if identity is not None and not identity.in_namespace:
             raise StackError(
-                f"PostgreSQL does not run as root, and user {identity.uid} cannot use {POSTGRES_BIN_PATH} or {data}: "
+                f"PostgreSQL does not run as root, and nothing here lets root run it as user {identity.uid}: "
                 "start the exchange as an ordinary user, or set EXCHANGE_DATABASE_URL"
             )
         lines = outcome.stderr.strip().splitlines() or ["no message"]
