@@ -1,0 +1,29 @@
+"""One exchange per module: its processes take seconds to start."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.conftest import TEMPLATE
+from tests.exchange import Exchange, Trader, running_exchange
+
+
+@pytest.fixture(scope="module")
+async def exchange(
+    postgres_url: str, numbers: Iterator[int], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Exchange]:
+    name = f"exchange_{next(numbers)}"
+    connection = await asyncpg.connect(postgres_url)
+    await connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    folder: Path = tmp_path_factory.mktemp("exchange")
+    async with running_exchange(postgres_url.replace("/postgres?", f"/{name}?", 1), folder) as exchange:
+        yield exchange
+    await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await connection.close()
+
+
+@pytest.fixture(scope="module")
+async def admin(exchange: Exchange) -> Trader:
+    return await exchange.admin()

@@ -1,0 +1,283 @@
+"""A whole exchange for tests from outside: its own Valkey and Temporal, and the four real processes, each of which
+can be killed and started again. Only Postgres is the test run's, with a database of the exchange's own.
+"""
+
+import asyncio
+import os
+import subprocess
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from temporalio.client import Client
+
+from api.bootstrap import bootstrap
+from clients import open_redis
+from settings import Settings
+from stack import servers
+from stack.processes import SERVICES
+from stack.servers import free_port
+from storage.db import Pool, open_pool
+from tests.servers import ROOT
+
+BTC, ETH, SOL = "BTC-USDT-PERP", "ETH-USDT-PERP", "SOL-USDT-PERP"
+MARKS = {BTC: "60000", ETH: "3000", SOL: "150"}
+NAMESPACE = "exchange"
+PASSWORD = "correct horse battery"
+ADMIN_EMAIL = "admin@exchange.local"
+INTERNAL_TOKEN = "internal-token-of-the-tests"
+READY_SECONDS = 60
+# Statuses from which an order moves on by itself.
+MOVING = {"PENDING", "ACCEPTED", "CANCEL_REQUESTED"}
+
+
+@dataclass(frozen=True)
+class Trader:
+    """A signed-in user: `client` sends their token."""
+
+    user_id: str
+    client: httpx.AsyncClient
+
+    async def send(self, order: dict[str, Any], *, wait: bool = False) -> httpx.Response:
+        """POST an order as it is."""
+        return await self.client.post("/api/orders", json=order, params={"wait": "placed"} if wait else None)
+
+    async def place(self, side: str, quantity: str, price: str | None = None, **terms: Any) -> dict[str, Any]:
+        """Place an order (LIMIT with a price, else MARKET; BTC unless told) and wait for the engine; its view."""
+        kind = "MARKET" if price is None else "LIMIT"
+        order = {"instrumentId": BTC, "side": side, "type": kind, "quantity": quantity, "price": price, **terms}
+        answer = await self.send(order, wait=True)
+        assert answer.status_code == 200, answer.text
+        view: dict[str, Any] = answer.json()
+        return view
+
+    async def get(self, path: str, **query: Any) -> Any:
+        """The JSON of a GET that must succeed."""
+        answer = await self.client.get(path, params=query)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def order(self, order_id: int) -> dict[str, Any]:
+        """One of the trader's orders."""
+        view: dict[str, Any] = await self.get(f"/api/orders/{order_id}")
+        return view
+
+    async def pages(self, path: str, limit: int, **query: Any) -> list[dict[str, Any]]:
+        """Every item of a list, part by part."""
+        items: list[dict[str, Any]] = []
+        cursor = None
+        while True:
+            part = await self.get(path, limit=limit, **query, **({"cursor": cursor} if cursor else {}))
+            assert len(part["items"]) <= limit
+            items += part["items"]
+            cursor = part["nextCursor"]
+            if cursor is None:
+                return items
+
+    async def balance(self) -> tuple[Decimal, Decimal]:
+        """Available and reserved USDT."""
+        rows = await self.get("/api/ledger/balances")
+        return next(((Decimal(row["available"]), Decimal(row["reserved"])) for row in rows), (Decimal(0), Decimal(0)))
+
+    async def position(self, instrument_id: str = BTC) -> dict[str, Any]:
+        """The position in an instrument, which must exist."""
+        rows = await self.get("/api/positions")
+        found: dict[str, Any] = next(row for row in rows if row["instrumentId"] == instrument_id)
+        return found
+
+
+class Exchange:
+    """The processes of one exchange by name: temporal, engine, worker, market, api."""
+
+    def __init__(self, settings: Settings, commands: dict[str, Sequence[str]], logs: Path, pool: Pool) -> None:
+        self.settings = settings
+        self.pool = pool
+        self.logs = logs
+        self.client = httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30)
+        self._commands = commands
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._traders: list[httpx.AsyncClient] = [self.client]
+
+    @property
+    def url(self) -> str:
+        """Where the api listens."""
+        return f"http://127.0.0.1:{self.settings.api_port}"
+
+    def start(self, *names: str) -> None:
+        """Start processes; `until_ready` waits for them."""
+        for name in names:
+            with (self.logs / f"{name}.log").open("ab") as log:
+                self._children[name] = subprocess.Popen(
+                    self._commands[name],
+                    cwd=ROOT,
+                    env=_environment(self.settings),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+
+    def kill(self, name: str) -> None:
+        """kill -9."""
+        child = self._children.pop(name)
+        child.kill()
+        child.wait()
+
+    def is_running(self, name: str) -> bool:
+        """Whether the process has not ended by itself."""
+        return self._children[name].poll() is None
+
+    async def until_ready(self) -> None:
+        """Returns when the api serves, and every instrument has a mark price and an engine."""
+        await until(self._is_ready, READY_SECONDS, "the exchange to be ready")
+
+    async def _is_ready(self) -> bool:
+        for name in self._children:
+            assert self.is_running(name), f"{name} ended: {self.log(name)[-2000:]}"
+        try:
+            ready = await self.client.get("/health/ready")
+            marks = [await self.client.get(f"/api/market/mark-price/{name}") for name in MARKS]
+        except httpx.TransportError:
+            return False
+        owned = await self.pool.fetchval(
+            "SELECT bool_and(owner IS NOT NULL AND lease_until > clock_timestamp()) FROM matching.cursors"
+        )
+        return bool(owned) and all(answer.status_code == 200 for answer in [ready, *marks])
+
+    def log(self, name: str) -> str:
+        """What the process has said."""
+        return (self.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    async def sign_in(self, email: str, password: str = PASSWORD) -> Trader:
+        """A user who is registered already."""
+        answer = await self.client.post("/api/auth/login", json={"email": email, "password": password})
+        assert answer.status_code == 200, answer.text
+        headers = {"Authorization": f"Bearer {answer.json()['accessToken']}"}
+        client = httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30, headers=headers)
+        self._traders.append(client)
+        me = await client.get("/api/users/me")
+        return Trader(me.json()["userId"], client)
+
+    async def admin(self) -> Trader:
+        """The operator."""
+        return await self.sign_in(ADMIN_EMAIL)
+
+    async def trader(self, admin: Trader, deposit: str | None = None) -> Trader:
+        """A new user, with money if told."""
+        email = f"{uuid.uuid4().hex}@example.com"
+        answer = await self.client.post("/api/users", json={"email": email, "password": PASSWORD})
+        assert answer.status_code == 200, answer.text
+        trader = await self.sign_in(email)
+        if deposit is not None:
+            await self.deposit(admin, trader, deposit)
+        return trader
+
+    async def deposit(self, admin: Trader, trader: Trader, amount: str) -> None:
+        """Credit USDT."""
+        transfer = {"userId": trader.user_id, "asset": "USDT", "amount": amount, "reference": uuid.uuid4().hex}
+        answer = await admin.client.post("/api/ledger/deposits", json=transfer)
+        assert answer.status_code == 200, answer.text
+
+    async def hold_marks(self, admin: Trader) -> None:
+        """Stop the simulated index at MARKS."""
+        for name, price in MARKS.items():
+            answer = await admin.client.post(f"/api/admin/mark-price/{name}", json={"price": price})
+            assert answer.status_code == 200, answer.text
+
+    async def until_settled(self, seconds: float = 10) -> None:
+        """Returns when nothing moves: no saga is open, and every service has applied all that the engine did."""
+        await until(self._is_settled, seconds, "everything to be settled")
+
+    async def _is_settled(self) -> bool:
+        return bool(
+            await self.pool.fetchval(
+                "SELECT NOT EXISTS (SELECT FROM orders.sagas WHERE NOT done) AND bool_and("
+                "   s.last_seq = m.command_seq AND m.event_seq = p.confirmed_seq AND m.event_seq = r.applied_seq"
+                "   AND m.event_seq = l.applied_seq AND m.event_seq = o.applied_seq)"
+                " FROM matching.sequencers s JOIN matching.cursors m USING (instrument_id)"
+                " JOIN positions.cursors p USING (instrument_id) JOIN risk.cursors r USING (instrument_id)"
+                " JOIN ledger.cursors l USING (instrument_id) JOIN orders.cursors o USING (instrument_id)"
+            )
+        )
+
+    async def audit(self, admin: Trader) -> None:
+        """Fails unless every invariant of the ledger holds, with nothing in motion."""
+        report = await admin.get("/api/admin/ledger/audit")
+        assert report["ok"], report
+        assert not any(check["detail"] for check in report["checks"]), report
+
+    async def close(self) -> None:
+        """End every process and connection."""
+        for client in self._traders:
+            await client.aclose()
+        for name in list(self._children):
+            self.kill(name)
+
+
+@asynccontextmanager
+async def running_exchange(database_url: str, folder: Path) -> AsyncIterator[Exchange]:
+    """An exchange on an empty migrated database, its marks held; killed at the end."""
+    valkey, temporal = servers.valkey(folder), servers.temporal(folder, free_port(), None, [NAMESPACE])
+    settings = Settings(
+        database_url=database_url,
+        redis_url=valkey.endpoint.url,
+        temporal_address=temporal.endpoint.url,
+        temporal_namespace=NAMESPACE,
+        api_port=free_port(),
+        state_dir=folder,
+        admin_email=ADMIN_EMAIL,
+        admin_password=PASSWORD,
+        internal_token=INTERNAL_TOKEN,
+        jwt_private_key_file=_write_key(folder / "jwt.pem"),
+    )
+    commands = {server.process.name: server.process.command for server in (valkey, temporal)}
+    commands |= {process.name: process.command for process in SERVICES}
+    pool = await open_pool(database_url)
+    exchange = Exchange(settings, commands, folder, pool)
+    try:
+        exchange.start("valkey", "temporal")
+        await servers.wait_until_ready(valkey.endpoint, READY_SECONDS)
+        async with open_redis(settings) as redis:
+            await bootstrap(settings, pool, redis)
+        await servers.wait_until_ready(temporal.endpoint, READY_SECONDS)
+        exchange.start("engine", "worker", "market", "api")
+        await exchange.until_ready()
+        await exchange.hold_marks(await exchange.admin())
+        yield exchange
+    finally:
+        await exchange.close()
+        pool.terminate()
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float, what: str) -> None:
+    """Returns when the condition holds. Fails after `seconds`."""
+    clock = asyncio.get_running_loop().time
+    end = clock() + seconds
+    while not await condition():
+        assert clock() < end, f"Waited {seconds:g} s for {what}"
+        await asyncio.sleep(0.05)
+
+
+async def temporal_client(exchange: Exchange) -> Client:
+    """A client of the exchange's Temporal."""
+    return await Client.connect(exchange.settings.require_temporal_address(), namespace=NAMESPACE)
+
+
+def _write_key(path: Path) -> Path:
+    key = Ed25519PrivateKey.generate()
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return path
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """Our environment, with the exchange's settings from `settings` alone."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("EXCHANGE_")}
+    ours = {f"EXCHANGE_{name.upper()}": str(value) for name, value in settings if value is not None}
+    return others | ours | {"PYTHONUNBUFFERED": "1"}
