@@ -73,7 +73,7 @@ class OrderCreate(ApiModel):
 class OrderBatchCreate(ApiModel):
     """Up to 500 orders, taken in in this order; each is answered on its own."""
 
-    orders: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=BATCH_ORDERS_MAX)]
+    orders: Annotated[list[Any], Field(min_length=1, max_length=BATCH_ORDERS_MAX)]
 
 
 class OrderView(ApiModel):
@@ -143,7 +143,7 @@ async def place_orders(state: State, user: User, batch: OrderBatchCreate, wait: 
     return _json({"results": [_result(answer) for answer in answers]})
 
 
-async def _checked(state: AppState, user: Identity, item: dict[str, Any]) -> NewOrder | Exception:
+async def _checked(state: AppState, user: Identity, item: object) -> NewOrder | Exception:
     try:
         return await state.desk.check(user.user_id, OrderCreate.model_validate(item).request())
     except ValidationError as error:
