@@ -195,12 +195,12 @@ async def _freeze(conn: Connection, request: StepRequest) -> Outcome:
     book.open_journal("ORDERS", request.step_id)
     refused_keys = set()
     for (user_id, instrument_id, asset), needed in needs.items():
-        account, hold = book.accounts[user_id, asset], holds[user_id, instrument_id]
-        if freeze(_wallet(account, hold), needed) is None:
+        hold = holds[user_id, instrument_id]
+        frozen = freeze(_wallet(book.accounts[user_id, asset], hold), needed)
+        if frozen is None:
             refused_keys.add((user_id, instrument_id))
-        elif needed:
-            hold.order_margin += needed
-            book.post_user(user_id, asset, "ORDER_MARGIN", -needed, needed, instrument_id)
+        else:
+            _move(book, (user_id, instrument_id), hold, frozen, "ORDER_MARGIN")
     passed = [m for m in margins if (m.user_id, m.instrument_id) not in refused_keys]
     failed = [m for m in margins if (m.user_id, m.instrument_id) in refused_keys]
     book.events += [FundsFrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in passed]
@@ -306,11 +306,11 @@ def _draw_insurance(book: Book, user_id: int, asset: str, instrument_id: str, am
     book.events.append(InsuranceFundRequired(str(user_id), instrument_id, asset, plain(amount)))
 
 
-def _move(book: Book, key: tuple[int, str], hold: Hold, wallet: Wallet) -> None:
+def _move(book: Book, key: tuple[int, str], hold: Hold, wallet: Wallet, entry_type: str = "MARGIN") -> None:
     """Post what `wallet` holds more or less than `hold`, and make the hold equal to it."""
     change = wallet.reserved - hold.order_margin - hold.position_margin
     if change:
-        book.post_user(key[0], hold.asset, "MARGIN", -change, change, key[1])
+        book.post_user(key[0], hold.asset, entry_type, -change, change, key[1])
     hold.order_margin, hold.position_margin = wallet.order_margin, wallet.position_margin
     hold.order_short = wallet.order_short
 

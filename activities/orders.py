@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -15,7 +14,7 @@ from temporalio import activity
 from activities.engine_log import EngineLog, SequencedEvent
 from activities.instruments import read_instruments
 from activities.matching import append_commands
-from domain.clock import iso
+from domain.clock import iso, to_ms
 from domain.events import BusinessEvent, OrderCancelRequested, OrderCreated
 from domain.instruments import Instrument
 from domain.matching import AnyCommand, Cancel, Cancelled, Expired, Filled, New, Placed, Rejected, Trade
@@ -200,7 +199,7 @@ async def _accept(conn: Connection, order_ids: Sequence[int]) -> None:
 
 def _new(row: asyncpg.Record, instrument: Instrument) -> New:
     return New(
-        at=unix_ms(row["updated_at"]),
+        at=to_ms(row["updated_at"]),
         order_id=row["order_id"],
         user_id=row["user_id"],
         side=row["side"],
@@ -211,11 +210,6 @@ def _new(row: asyncpg.Record, instrument: Instrument) -> New:
         stp_mode=row["stp_mode"],
         liquidation=row["is_liquidation"],
     )
-
-
-def unix_ms(moment: datetime) -> int:
-    """Unix milliseconds, rounded down."""
-    return int(moment.timestamp() * 1000)
 
 
 async def _fail(conn: Connection, acceptance: Acceptance) -> None:
@@ -248,7 +242,7 @@ async def _request_cancels(conn: Connection, order_ids: Sequence[int], reason: s
     commands: defaultdict[str, list[AnyCommand]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["order_id"]):
         commands[row["instrument_id"]].append(
-            Cancel(at=unix_ms(row["updated_at"]), order_id=row["order_id"], user_id=row["user_id"], reason=reason)
+            Cancel(at=to_ms(row["updated_at"]), order_id=row["order_id"], user_id=row["user_id"], reason=reason)
         )
     requested = sorted(row["order_id"] for row in rows)
     await outbox.emit(conn, [OrderCancelRequested(order_id) for order_id in requested])

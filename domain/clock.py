@@ -1,6 +1,9 @@
-"""Times on the wire: ISO-8601 UTC with milliseconds."""
+"""Times on the wire (ISO-8601 UTC with milliseconds) and in the engine's log (Unix milliseconds)."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+
+_EPOCH = datetime.fromtimestamp(0, UTC)
+_MS = timedelta(milliseconds=1)
 
 
 def iso(moment: datetime) -> str:
@@ -14,3 +17,8 @@ def from_ms(unix_ms: int) -> datetime:
     """The aware UTC datetime of Unix milliseconds, exact."""
     seconds, ms = divmod(unix_ms, 1000)
     return datetime.fromtimestamp(seconds, UTC).replace(microsecond=ms * 1000)
+
+
+def to_ms(moment: datetime) -> int:
+    """Unix milliseconds of `moment` (aware), rounded down."""
+    return (moment - _EPOCH) // _MS

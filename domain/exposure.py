@@ -33,7 +33,7 @@ class Exposure(Struct, frozen=True):
     def worst_notional(self) -> Decimal:
         """The largest position, in quote, that the open orders could lead to."""
         position = self.signed_notional
-        return max(abs(position), abs(position + self.bid_notional), abs(position - self.ask_notional))
+        return max(abs(position), abs(position + self._opening_bids), abs(position - self._opening_asks))
 
     def with_order(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
         """One more order open."""
@@ -58,17 +58,21 @@ class Exposure(Struct, frozen=True):
     def order_margin(self, taker_fee_rate: Decimal) -> Decimal:
         """Margin the open orders need, rounded up to 8 decimals (rule: `domain.margin.order_margin`).
 
-        Orders of a side that can only reduce the position reserve no fee: what they release pays it, so a user
-        without available money can always close.
+        Orders of a side that can only reduce the position need nothing, at any price, and no fee: what they release
+        pays it, so a user without available money can always close.
         """
-        opening = ZERO
-        if self.bid_quantity > max(ZERO, -self.signed_quantity):
-            opening += self.bid_notional
-        if self.ask_quantity > max(ZERO, self.signed_quantity):
-            opening += self.ask_notional
-        return order_margin(
-            self.signed_notional, self.bid_notional, self.ask_notional, self.leverage, opening * taker_fee_rate
-        )
+        bids, asks = self._opening_bids, self._opening_asks
+        return order_margin(self.signed_notional, bids, asks, self.leverage, (bids + asks) * taker_fee_rate)
+
+    @property
+    def _opening_bids(self) -> Decimal:
+        """Notional of the bids; 0 when all of them together can only reduce a short position."""
+        return self.bid_notional if self.bid_quantity > max(ZERO, -self.signed_quantity) else ZERO
+
+    @property
+    def _opening_asks(self) -> Decimal:
+        """Notional of the asks; 0 when all of them together can only reduce a long position."""
+        return self.ask_notional if self.ask_quantity > max(ZERO, self.signed_quantity) else ZERO
 
     def _moved(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
         notional = quantity * bound_price

@@ -6,7 +6,6 @@ What a user pays rounds up, what a user gets rounds down, so that dust stays wit
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 AMOUNT_STEP = Decimal("0.00000001")
-AMOUNT_MAX = Decimal("1e18")
 ZERO = Decimal(0)
 
 

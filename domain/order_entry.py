@@ -48,7 +48,7 @@ def bound_price(request: OrderRequest, instrument: Instrument, reference: Refere
     """The worst price the order may trade at: its limit, or for MARKET the protection price; a whole tick.
 
     A limit has to lie within PRICE_BAND of mark. Protection is MARKET_PROTECTION beyond the best opposite quote
-    (mark if there is none), rounded inwards, and never outside the band.
+    (mark if there is none), rounded inwards, and never beyond the band.
     Raises Problem INSTRUMENT_NOT_TRADING, VALIDATION_FAILED, PRICE_NOT_ON_TICK, QUANTITY_NOT_ON_LOT, MIN_NOTIONAL
     or PRICE_OUT_OF_BAND.
     """

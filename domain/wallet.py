@@ -10,8 +10,9 @@ from domain.money import ZERO
 class Wallet:
     """A user's balance as one instrument sees it.
 
-    `order_margin` and `position_margin` are held for this instrument (part of `reserved`). `order_short` is the
-    part of the required order margin that could not be held when a loss had used up the money.
+    `order_margin` and `position_margin` are held for this instrument (part of `reserved`). `order_short` is what the
+    orders require beyond `order_margin`: above 0 when a loss has used up the money, below 0 when settlement freed
+    margin that a freeze still on its way will then not have to hold.
     """
 
     available: Decimal = ZERO
@@ -34,10 +35,19 @@ class Settled:
 
 
 def freeze(wallet: Wallet, amount: Decimal) -> Wallet | None:
-    """Hold `amount` more (>= 0) as order margin; None when available does not cover it, and nothing changes."""
-    if amount > wallet.available:
+    """Require `amount` more (>= 0) for orders and hold it, less what was freed in advance.
+
+    None when available does not cover it, and nothing changes.
+    """
+    held = max(ZERO, amount + min(wallet.order_short, ZERO))
+    if held > wallet.available:
         return None
-    return replace(wallet, available=wallet.available - amount, order_margin=wallet.order_margin + amount)
+    return replace(
+        wallet,
+        available=wallet.available - held,
+        order_margin=wallet.order_margin + held,
+        order_short=wallet.order_short + amount - held,
+    )
 
 
 def settle(wallet: Wallet, cash: Decimal, position_margin: Decimal, order_margin_delta: Decimal) -> Settled:
@@ -46,16 +56,13 @@ def settle(wallet: Wallet, cash: Decimal, position_margin: Decimal, order_margin
     First the position gets `position_margin`, then open orders get what they required before plus
     `order_margin_delta`, the rest is available. What cannot be held for orders is kept as `order_short` (their
     cancellation follows); what is missing altogether the insurance fund pays.
-    Raises ValueError when the order margin required would be negative: the caller's deltas are wrong.
     """
     required = wallet.order_margin + wallet.order_short + order_margin_delta
-    if required < 0:
-        raise ValueError(f"Expected required order margin >= 0, was {required}")
     total = wallet.available + wallet.order_margin + wallet.position_margin + cash
     insurance = max(ZERO, -total)
     total += insurance
     held_position = min(position_margin, total)
-    held_orders = min(required, total - held_position)
+    held_orders = max(ZERO, min(required, total - held_position))
     return Settled(
         Wallet(total - held_position - held_orders, held_orders, held_position, required - held_orders), insurance
     )

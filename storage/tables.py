@@ -381,9 +381,10 @@ margin_holds = Table(
     _col("asset", Text()),
     _col("order_margin", AMOUNT, default="0"),
     _col("position_margin", AMOUNT, default="0"),
-    # Required order margin that a loss left uncovered; those orders are being cancelled.
+    # Required order margin that is not held: > 0 when a loss left it uncovered (those orders are being cancelled),
+    # < 0 when it was freed before its freeze came.
     _col("order_short", AMOUNT, default="0"),
-    CheckConstraint("order_margin >= 0 AND position_margin >= 0 AND order_short >= 0", name="positive"),
+    CheckConstraint("order_margin >= 0 AND position_margin >= 0", name="positive"),
     schema="ledger",
     postgresql_with={"fillfactor": 70},
 )

@@ -128,9 +128,7 @@ def upgrade() -> None:
         sa.Column("order_margin", sa.Numeric(precision=38, scale=8), server_default=sa.text("0"), nullable=False),
         sa.Column("position_margin", sa.Numeric(precision=38, scale=8), server_default=sa.text("0"), nullable=False),
         sa.Column("order_short", sa.Numeric(precision=38, scale=8), server_default=sa.text("0"), nullable=False),
-        sa.CheckConstraint(
-            "order_margin >= 0 AND position_margin >= 0 AND order_short >= 0", name=op.f("ck_margin_holds_positive")
-        ),
+        sa.CheckConstraint("order_margin >= 0 AND position_margin >= 0", name=op.f("ck_margin_holds_positive")),
         sa.PrimaryKeyConstraint("user_id", "instrument_id", name=op.f("pk_margin_holds")),
         schema="ledger",
         postgresql_with={"fillfactor": 70},

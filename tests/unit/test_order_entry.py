@@ -1,0 +1,105 @@
+"""What an order must be to be taken in."""
+
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from domain.instruments import SHIPPED, Instrument
+from domain.order_entry import MARKET_PROTECTION, PRICE_BAND, QUANTITY_MAX, OrderRequest, Reference, bound_price
+from domain.problems import Problem
+
+BTC, ETH, SOL = SHIPPED
+MARK = Reference(Decimal(60_000))
+PRICES = st.decimals("1", 100_000, places=8)
+REFERENCES = st.builds(Reference, PRICES, st.none() | PRICES, st.none() | PRICES)
+
+
+def limit(price: str = "60000", quantity: str = "1", **terms: Any) -> OrderRequest:
+    return OrderRequest(
+        BTC.instrument_id, terms.pop("side", "BUY"), "LIMIT", Decimal(quantity), Decimal(price), **terms
+    )
+
+
+def market(side: Any, quantity: str = "1", instrument: Instrument = BTC) -> OrderRequest:
+    return OrderRequest(instrument.instrument_id, side, "MARKET", Decimal(quantity))
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (limit(quantity="0"), "VALIDATION_FAILED"),
+        (limit(quantity="-1"), "VALIDATION_FAILED"),
+        (limit(quantity=str(QUANTITY_MAX + 1)), "VALIDATION_FAILED"),
+        (limit(quantity="0.0005"), "QUANTITY_NOT_ON_LOT"),
+        (limit(quantity="1.0001"), "QUANTITY_NOT_ON_LOT"),
+        (limit(price="60000.05"), "PRICE_NOT_ON_TICK"),
+        (limit(price="0"), "VALIDATION_FAILED"),
+        (limit(price="-60000"), "VALIDATION_FAILED"),
+        (replace(limit(), price=None), "VALIDATION_FAILED"),
+        (replace(market("BUY"), price=Decimal(60_000)), "VALIDATION_FAILED"),
+        (limit(price="90000.1"), "PRICE_OUT_OF_BAND"),
+        (limit(price="29999.9"), "PRICE_OUT_OF_BAND"),
+        (limit(price="90000.1", side="SELL"), "PRICE_OUT_OF_BAND"),
+        (limit(price="1e30"), "PRICE_OUT_OF_BAND"),
+    ],
+)
+def test_an_order_that_breaks_a_rule_is_refused_with_its_code(request_: OrderRequest, code: str) -> None:
+    with pytest.raises(Problem) as refused:
+        bound_price(request_, BTC, MARK)
+    assert refused.value.code == code
+
+
+@pytest.mark.parametrize("state", ["HALTED", "CANCEL_ONLY"])
+def test_an_instrument_that_does_not_trade_takes_nothing(state: str) -> None:
+    with pytest.raises(Problem, match="INSTRUMENT_NOT_TRADING"):
+        bound_price(limit(), replace(BTC, state=state), MARK)
+
+
+@pytest.mark.parametrize("request_", [limit(price="4000", quantity="0.001"), market("SELL", "0.001")])
+def test_a_notional_below_the_minimum_is_refused(request_: OrderRequest) -> None:
+    with pytest.raises(Problem, match="MIN_NOTIONAL"):
+        bound_price(request_, BTC, Reference(Decimal(4000)))
+
+
+@pytest.mark.parametrize("price", ["30000", "60000", "90000"])
+def test_a_limit_up_to_the_edge_of_the_band_is_its_own_bound(price: str) -> None:
+    assert bound_price(limit(price=price), BTC, MARK) == Decimal(price)
+
+
+def test_a_notional_of_exactly_the_minimum_is_enough() -> None:
+    assert bound_price(limit(price="5000", quantity="0.001"), BTC, Reference(Decimal(5000))) == 5000
+
+
+@pytest.mark.parametrize(
+    ("side", "reference", "bound"),
+    [
+        ("BUY", Reference(Decimal("60000.07")), "63000"),
+        ("SELL", Reference(Decimal("60000.07")), "57000.1"),
+        ("BUY", Reference(Decimal(60_000), Decimal(59_000), Decimal(61_000)), "64050"),
+        ("SELL", Reference(Decimal(60_000), Decimal(59_000), Decimal(61_000)), "56050"),
+        ("BUY", Reference(Decimal(60_000), None, Decimal(89_000)), "90000"),
+        ("SELL", Reference(Decimal(60_000), Decimal(31_000), None), "30000"),
+    ],
+)
+def test_protection_lies_beyond_the_best_opposite_quote_and_within_the_band(
+    side: str, reference: Reference, bound: str
+) -> None:
+    assert bound_price(market(side), BTC, reference) == Decimal(bound)
+
+
+@given(st.sampled_from(["BUY", "SELL"]), st.sampled_from(SHIPPED), REFERENCES)
+def test_protection_is_on_tick_and_never_worse_than_allowed(
+    side: str, instrument: Instrument, reference: Reference
+) -> None:
+    bound = bound_price(market(side, "1000", instrument), instrument, reference)
+    instrument.price_to_ticks(bound)
+    if side == "BUY":
+        assert bound <= reference.mark * (1 + PRICE_BAND)
+        assert bound <= (reference.best_ask or reference.mark) * (1 + MARKET_PROTECTION)
+    else:
+        assert bound >= reference.mark * (1 - PRICE_BAND)
+        assert bound >= (reference.best_bid or reference.mark) * (1 - MARKET_PROTECTION)
