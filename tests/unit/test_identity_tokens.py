@@ -1,0 +1,159 @@
+"""Access tokens: only ours, only for us, only as long as they last."""
+
+import base64
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from api import tokens
+from api.tokens import AUDIENCE, ISSUER, AccessTokens, key_id, load_private_key
+from domain.identity import Identity
+from domain.problems import Problem
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+ALICE = Identity(1000, frozenset({"user"}), "6f1f1f5e-0000-4000-8000-000000000001")
+MINUTE = timedelta(minutes=1)
+
+
+def claims(**changes: object) -> dict[str, Any]:
+    usual: dict[str, Any] = {
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+        "sub": "1000",
+        "sid": ALICE.session_id,
+        "roles": ["user"],
+        "iat": int(NOW.timestamp()),
+        "exp": int(NOW.timestamp()) + 900,
+        "jti": "x",
+    }
+    changed = {**usual, **changes}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def signed(
+    body: dict[str, Any], *, key: Any = KEY, algorithm: str = "EdDSA", kid: str | None = None, typ: str = "at+jwt"
+) -> str:
+    return jwt.encode(body, key, algorithm=algorithm, headers={"typ": typ, "kid": kid or key_id(KEY)})
+
+
+def unsigned(body: dict[str, Any]) -> str:
+    parts = ({"alg": "none", "typ": "at+jwt", "kid": key_id(KEY)}, body)
+    return ".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts) + "."
+
+
+def refused(token: str, now: datetime = NOW) -> None:
+    with pytest.raises(Problem) as raised:
+        AccessTokens(KEY).verify(token, now)
+    assert raised.value.code == "UNAUTHENTICATED"
+
+
+def test_an_issued_token_names_its_user_session_and_roles() -> None:
+    admin = Identity(7, frozenset({"user", "admin"}), ALICE.session_id)
+    service = AccessTokens(KEY)
+    assert service.verify(service.issue(admin, NOW), NOW + MINUTE) == admin
+
+
+def test_an_issued_token_carries_the_agreed_header_and_claims() -> None:
+    decoded = jwt.decode_complete(AccessTokens(KEY).issue(ALICE, NOW), options={"verify_signature": False})
+    assert decoded["header"] == {"alg": "EdDSA", "typ": "at+jwt", "kid": key_id(KEY)}
+    expected = claims(jti=decoded["payload"]["jti"])
+    assert decoded["payload"] == expected
+    assert len(decoded["payload"]["jti"]) >= 16
+
+
+def test_the_tokens_of_this_test_are_accepted_unchanged() -> None:
+    assert AccessTokens(KEY).verify(signed(claims()), NOW) == ALICE
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_a_token_ends_after_15_minutes_also_when_it_was_verified_before(*, remembered: bool) -> None:
+    service = AccessTokens(KEY)
+    token = service.issue(ALICE, NOW)
+    if remembered:
+        service.verify(token, NOW + 15 * MINUTE - timedelta(seconds=1))
+    with pytest.raises(Problem, match="expired"):
+        service.verify(token, NOW + 15 * MINUTE)
+
+
+def test_algorithm_none_is_refused() -> None:
+    refused(unsigned(claims()))
+
+
+def test_a_key_that_is_not_ours_is_refused() -> None:
+    refused(signed(claims(), key=Ed25519PrivateKey.generate()))
+
+
+def test_our_public_key_used_as_an_hmac_secret_is_refused() -> None:
+    public = KEY.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    refused(signed(claims(), key=public, algorithm="HS256"))
+
+
+def test_another_signature_algorithm_is_refused() -> None:
+    refused(signed(claims(), key=generate_private_key(65537, 2048), algorithm="RS256"))
+
+
+def test_a_changed_payload_is_refused() -> None:
+    header, _, signature = signed(claims()).split(".")
+    _, payload, _ = signed(claims(roles=["user", "admin"])).split(".")
+    refused(f"{header}.{payload}.{signature}")
+
+
+@pytest.mark.parametrize("change", [{"aud": "another"}, {"aud": None}, {"iss": "another"}, {"iss": None}])
+def test_a_token_for_or_from_somebody_else_is_refused(change: dict[str, object]) -> None:
+    refused(signed(claims(**change)))
+
+
+@pytest.mark.parametrize("claim", ["sub", "sid", "exp", "iat", "jti", "roles"])
+def test_a_token_without_one_of_its_claims_is_refused(claim: str) -> None:
+    refused(signed(claims(**{claim: None})))
+
+
+@pytest.mark.parametrize("change", [{"sub": "alice"}, {"exp": "soon"}, {"roles": 5}])
+def test_a_claim_of_the_wrong_kind_is_refused(change: dict[str, object]) -> None:
+    refused(signed(claims(**change)))
+
+
+def test_another_type_of_token_is_refused() -> None:
+    refused(signed(claims(), typ="JWT"))
+
+
+def test_another_key_id_is_refused() -> None:
+    refused(signed(claims(), kid="other"))
+
+
+@pytest.mark.parametrize("text", ["", "x", "a.b.c", "6f1f1f5e-0000-4000-8000-000000000001.secret", "é.é.é", "\ud800"])
+def test_what_is_no_token_is_refused(text: str) -> None:
+    refused(text)
+
+
+def test_no_more_than_the_last_tokens_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "VERIFIED_MAX", 3)
+    service = AccessTokens(KEY)
+    issued = [service.issue(ALICE, NOW) for _ in range(5)]
+    for token in issued:
+        service.verify(token, NOW)
+    assert list(service._verified) == issued[2:]
+
+
+def test_the_key_id_is_the_rfc_8037_thumbprint() -> None:
+    # Appendix A.1 and A.3 of RFC 8037.
+    secret = base64.urlsafe_b64decode("nWGxne_9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A=")
+    assert key_id(Ed25519PrivateKey.from_private_bytes(secret)) == "kPrK_qmxVWaYVA9wwBF6Iuo3vVzz7TxHCTwXBygrS4k"
+
+
+def test_only_an_ed25519_key_is_taken_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "key.pem"
+    path.write_bytes(KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    assert key_id(load_private_key(path)) == key_id(KEY)
+    other = generate_private_key(65537, 2048)
+    path.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    with pytest.raises(ValueError, match="Expected an Ed25519 key"):
+        load_private_key(path)
