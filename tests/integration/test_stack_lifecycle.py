@@ -9,6 +9,7 @@ import httpx
 import psutil
 import pytest
 
+from settings import Settings
 from tests.stack_runner import COMMANDS, RunningStack, refused, stack_in, wait_until
 
 HEAL_SECONDS = 30
@@ -87,3 +88,19 @@ def test_a_stop_during_the_start_leaves_nothing(tmp_path: Path) -> None:
         everything = running.descendants()
         assert running.send(signal.SIGTERM) == 0
     assert psutil.wait_procs(everything, timeout=5)[1] == []
+
+
+def test_external_servers_are_used_instead_of_embedded_ones(tmp_path: Path, settings: Settings) -> None:
+    external = {
+        "EXCHANGE_DATABASE_URL": settings.require_database_url(),
+        "EXCHANGE_REDIS_URL": settings.require_redis_url(),
+        "EXCHANGE_TEMPORAL_ADDRESS": settings.require_temporal_address(),
+        "EXCHANGE_TEMPORAL_NAMESPACE": settings.temporal_namespace,
+        "EXCHANGE_ADMIN_PASSWORD": "chosen by the operator",
+    }
+    with stack_in(tmp_path / "state", tmp_path / "output", **external) as running:
+        running.wait_until_ready()
+        assert [running.pid(name) for name in ("postgres", "valkey", "temporal")] == [None, None, None]
+        login = {"email": "admin@exchange.local", "password": "chosen by the operator"}
+        assert httpx.post(f"{running.api_url}/api/auth/login", json=login, trust_env=False).is_success
+    assert not (tmp_path / "state" / "admin-password").exists()
