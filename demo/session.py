@@ -1,0 +1,212 @@
+"""One run: the replayed market becomes quotes and taker orders on the exchange, until its time is over."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from demo.exchange import Account, DemoError, Exchange, Refused
+from demo.messages import Message, Side, Steps, Trade
+from demo.own_orders import OwnOrders
+from demo.quoting import plan_refresh, target_levels
+from demo.replay import Replay
+from demo.takers import limit_price, taker_orders, with_backlog
+from demo.tally import Market, Tally
+from demo.traders import INSTRUMENT, Traders
+
+CADENCE_SECONDS = 0.2
+ACTIONS_MAX = 120
+MARK_SECONDS = 1.0
+TICKER_SECONDS = 0.5
+FIRST_QUOTES_SECONDS = 15.0
+TAKERS_SECONDS = 2.0
+LEAVING_SECONDS = 1.0
+# The rest of the takers' orders gets so many more refreshes of the book.
+EXTRA_TICKS = 5
+SETTLING_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast and long: recorded seconds per second, recorded seconds to play (0: all), levels per side to quote."""
+
+    speed: float
+    seconds: float
+    levels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended; the audit is as the exchange answers it."""
+
+    audit: dict[str, Any]
+    open_orders: int
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every check of the audit holds."""
+        return bool(self.audit["ok"])
+
+
+async def read_steps(exchange: Exchange) -> Steps:
+    """The steps of the instrument. Raises DemoError when it cannot be traded."""
+    listed = (await exchange.call("GET", "/api/market/instruments"))["items"]
+    found = next((item for item in listed if item["instrumentId"] == INSTRUMENT), None)
+    if found is None or found["state"] != "TRADING":
+        raise DemoError(f"{INSTRUMENT} is not traded there now")
+    return Steps(Decimal(found["tickSize"]), Decimal(found["lotSize"]))
+
+
+class Session:
+    """Runs against `exchange`; `tally` always shows where it stands."""
+
+    def __init__(self, exchange: Exchange, admin: Account, steps: Steps, messages: Iterator[Message], tally: Tally):
+        self._exchange = exchange
+        self._admin = admin
+        self._steps = steps
+        self._replay = Replay(messages)
+        self._tally = tally
+        self._orders = OwnOrders(tally, steps)
+        self._traders = Traders(exchange, self._orders, steps, tally)
+        self._backlog: dict[Side, int] = {"BUY": 0, "SELL": 0}
+
+    async def run(self, pace: Pace, stop: asyncio.Event) -> Outcome:
+        """Play until the end or until `stop` is set; withdraw and audit. Raises DemoError."""
+        await self._traders.create(self._admin)
+        async with asyncio.TaskGroup() as tasks:
+            helpers = [tasks.create_task(self._traders.listen()), tasks.create_task(self._watch_ticker())]
+            await self._traders.until_listening()
+            await self._hold_mark()
+            helpers.append(tasks.create_task(self._keep_mark()))
+            try:
+                await self._refresh(pace.levels)
+                await self._orders.until(self._is_quoted, FIRST_QUOTES_SECONDS)
+                await self._play(pace, stop)
+            finally:
+                still_open = await self._withdraw()
+                for helper in helpers:
+                    helper.cancel()
+        await self._read_ticker()
+        audit = await self._exchange.call("GET", "/api/admin/ledger/audit", self._admin)
+        return Outcome(audit, still_open)
+
+    async def _play(self, pace: Pace, stop: asyncio.Event) -> None:
+        start = time.monotonic()
+        turn = 0
+        while not stop.is_set() and not self._replay.is_over:
+            now = self._played(start, pace)
+            await self._tick(self._replay.advance(now), pace.levels)
+            self._tally.seconds = now
+            if pace.seconds and now >= pace.seconds:
+                break
+            # Turns that this one took the time of are left out: the next one plays what they would have.
+            late = int((time.monotonic() - start) / CADENCE_SECONDS) - turn
+            self._tally.ticks_late += late
+            turn += late + 1
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), start + turn * CADENCE_SECONDS - time.monotonic())
+        for _ in range(EXTRA_TICKS):
+            if any(self._backlog.values()) and not stop.is_set():
+                await asyncio.sleep(CADENCE_SECONDS)
+                await self._tick([], pace.levels)
+        self._tally.unfilled = sum(self._backlog.values())
+
+    def _played(self, start: float, pace: Pace) -> float:
+        played = (time.monotonic() - start) * pace.speed
+        return min(played, pace.seconds) if pace.seconds else played
+
+    async def _tick(self, trades: list[Trade], levels: int) -> None:
+        await self._take(trades)
+        await self._refresh(levels)
+
+    async def _take(self, trades: list[Trade]) -> None:
+        """Send what the trades' takers sent, and once more what was left of it; wait for what becomes of it."""
+        self._show_theirs(trades)
+        book = self._replay.book
+        best: dict[Side, int] = {"BUY": book.best_ask, "SELL": book.best_bid} if book.ready else {}
+        backlog = self._backlog if book.ready else {}
+        wanted = with_backlog(taker_orders(trades), backlog, best)
+        if not wanted:
+            return
+        orders = await self._traders.take((order.side, limit_price(order), order.lots) for order in wanted)
+        await self._orders.until(lambda: all(order.is_done for order in orders), TAKERS_SECONDS)
+        if backlog:
+            self._backlog = {"BUY": 0, "SELL": 0}
+        for order in orders:
+            # What may still trade is not asked for again.
+            self._backlog[order.side] += order.lots - order.filled if order.is_done else 0
+
+    async def _refresh(self, levels: int) -> None:
+        """Bring the quotes to the replayed book; where its sides moved, the new ones wait until the old are gone."""
+        if await self._send_refresh(levels):
+            await self._orders.until(lambda: not any(quote.leaving for quote in self._orders.quotes()), LEAVING_SECONDS)
+            await self._send_refresh(levels)
+        self._tally.open_quotes = len(self._orders.quotes())
+
+    async def _send_refresh(self, levels: int) -> int:
+        refresh = plan_refresh(self._orders.quotes(), target_levels(self._replay.book, levels), ACTIONS_MAX)
+        self._tally.amended += refresh.amended
+        await asyncio.gather(
+            self._traders.cancel(refresh.cancels),
+            self._traders.quote((quote.side, quote.price, quote.lots) for quote in refresh.places),
+        )
+        return refresh.deferred
+
+    def _is_quoted(self) -> bool:
+        return all(self._is_heard(quote.client_id) for quote in self._orders.quotes())
+
+    def _is_heard(self, client_id: str) -> bool:
+        order = self._orders.get(client_id)
+        return order is None or order.is_heard
+
+    def _show_theirs(self, trades: list[Trade]) -> None:
+        theirs, book = self._tally.theirs, self._replay.book
+        theirs.volume += sum(trade.lots for trade in trades)
+        if trades:
+            theirs.last = trades[-1].price
+        theirs.bid, theirs.ask = (book.best_bid, book.best_ask) if book.ready else (None, None)
+
+    async def _keep_mark(self) -> None:
+        while True:
+            await asyncio.sleep(MARK_SECONDS)
+            await self._hold_mark()
+
+    async def _hold_mark(self) -> None:
+        """Bring the mark price to the middle of the replayed book, so that margins and price bands are its."""
+        book = self._replay.book
+        if book.ready:
+            price = (book.best_bid + book.best_ask) // 2 * self._steps.tick
+            body = {"price": f"{price:f}"}
+            try:
+                await self._exchange.call("POST", f"/api/admin/mark-price/{INSTRUMENT}", self._admin, json=body)
+            except Refused as refusal:
+                raise DemoError(f"The mark price cannot be set to the replayed market's: {refusal}") from None
+
+    async def _watch_ticker(self) -> None:
+        while True:
+            await self._read_ticker()
+            await asyncio.sleep(TICKER_SECONDS)
+
+    async def _read_ticker(self) -> None:
+        ticker = await self._exchange.call("GET", f"/api/market/tickers/{INSTRUMENT}")
+        market: Market = self._tally.ours
+        market.bid, market.ask, market.last = (
+            None if ticker[name] is None else self._steps.ticks(Decimal(ticker[name]))
+            for name in ("bestBid", "bestAsk", "lastPrice")
+        )
+
+    async def _withdraw(self) -> int:
+        """Cancel all quotes, let the mark price go, wait until all is settled; the number of orders still open."""
+        await self._traders.cancel_all()
+        await self._exchange.call("DELETE", f"/api/admin/mark-price/{INSTRUMENT}", self._admin)
+        end = time.monotonic() + SETTLING_SECONDS
+        await self._orders.until(lambda: not self._orders.quotes(), SETTLING_SECONDS)
+        while still_open := await self._traders.count_open():
+            if time.monotonic() > end:
+                break
+            await asyncio.sleep(CADENCE_SECONDS)
+        self._tally.open_quotes = still_open
+        return still_open
