@@ -1,0 +1,90 @@
+"""A service's SQL names its own schema's tables and what the others publish (`v_…`), nothing else."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.tables import SCHEMAS, metadata
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("activities", "api", "engine", "market", "monitors")
+NAMED = re.compile(rf"\b({'|'.join(SCHEMAS)})\.([a-z_]+)\b")
+TABLES = {f"{table.schema}.{table.name}" for table in metadata.tables.values()}
+
+# Which service a module speaks for; one that is not here may only read what is published.
+SERVICE_OF = {
+    "activities/auth.py": "auth",
+    "activities/sessions.py": "auth",
+    "activities/users.py": "users",
+    "activities/orders.py": "orders",
+    "activities/order_entry.py": "orders",
+    "activities/sagas.py": "orders",
+    "activities/risk.py": "risk",
+    "activities/liquidation.py": "risk",
+    "activities/ledger.py": "ledger",
+    "activities/audit.py": "ledger",
+    "activities/positions.py": "positions",
+    "activities/matching.py": "matching",
+    "activities/market.py": "market",
+    "api/order_desk.py": "orders",
+    "api/orders.py": "orders",
+    "api/ledger.py": "ledger",
+    "api/positions.py": "positions",
+    "api/market.py": "market",
+    "engine/lease.py": "matching",
+    "engine/log.py": "matching",
+    "engine/signaller.py": "matching",
+    "engine/wakeups.py": "matching",
+    "market/marks.py": "market",
+    "monitors/relay.py": "outbox",
+}
+MODULES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("**/*.py"))
+
+
+def tables_named(source: str) -> set[str]:
+    """Tables (not views) in the string literals of a module, its docstrings apart."""
+    tree = ast.parse(source)
+    prose = set(_docstrings(tree))
+    named: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in prose:
+            named.update(match.group(0) for match in NAMED.finditer(node.value))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            named.update(_copied_into(node))
+    return named & TABLES
+
+
+def _docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            yield node.value
+
+
+def _copied_into(call: ast.Call) -> Iterator[str]:
+    """The table of `copy_records_to_table("events", schema_name="matching", …)`."""
+    schema = next((keyword.value for keyword in call.keywords if keyword.arg == "schema_name"), None)
+    if isinstance(schema, ast.Constant) and isinstance(call.args[0], ast.Constant):
+        yield f"{schema.value}.{call.args[0].value}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_sql_touches_tables_of_its_own_service_only(module: str) -> None:
+    foreign = {
+        table
+        for table in tables_named((ROOT / module).read_text())
+        if table.split(".")[0] != SERVICE_OF.get(module, "nobody's")
+    }
+    assert not foreign, f"Expected tables of {SERVICE_OF.get(module, 'no service')} and views, was {sorted(foreign)}"
+
+
+def test_the_scan_sees_tables_in_every_kind_of_literal() -> None:
+    source = (
+        '"""Prose may name ledger.journals."""\n'
+        'A = "SELECT 1 FROM orders.orders JOIN risk.v_exposures USING (user_id)"\n'
+        'B = f"UPDATE risk.exposures SET {A} = 1"\n'
+        'conn.copy_records_to_table("events", schema_name="matching", columns=[])\n'
+    )
+    assert tables_named(source) == {"orders.orders", "risk.exposures", "matching.events"}
