@@ -65,9 +65,9 @@ def _docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
 
 def _copied_into(call: ast.Call) -> Iterator[str]:
     """The table of `copy_records_to_table("events", schema_name="matching", …)`."""
-    schema = next((keyword.value for keyword in call.keywords if keyword.arg == "schema_name"), None)
-    if isinstance(schema, ast.Constant) and isinstance(call.args[0], ast.Constant):
-        yield f"{schema.value}.{call.args[0].value}"
+    for keyword in call.keywords:
+        if keyword.arg == "schema_name":
+            yield f"{ast.literal_eval(keyword.value)}.{ast.literal_eval(call.args[0])}"
 
 
 @pytest.mark.parametrize("module", MODULES)
