@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -57,18 +57,13 @@ class Traders:
         await self._all_listen.wait()
 
     async def quote(self, quotes: Iterable[tuple[Side, int, int]]) -> None:
-        """Let the makers, by turns, place orders of (side, ticks, lots) that rest."""
-        orders = [self._new(next(self._makers), "MAKER", *quote) for quote in quotes]
-        self._tally.quotes += len(orders)
-        by_account = [[order for order in orders if order.account == number] for number in range(MAKERS)]
-        await asyncio.gather(*(self._place(number, some, "GTC") for number, some in enumerate(by_account) if some))
+        """Let the next maker place orders of (side, ticks, lots) that rest."""
+        self._tally.quotes += len(await self._place(next(self._makers), "MAKER", "GTC", quotes))
 
     async def take(self, wanted: Iterable[tuple[Side, int, int]]) -> list[Order]:
         """Let the next taker send orders of (side, worst ticks, lots), in this order, that trade at once or not."""
-        number = next(self._takers)
-        orders = [self._new(number, "TAKER", *order) for order in wanted]
+        orders = await self._place(next(self._takers), "TAKER", "IOC", wanted)
         self._tally.takers += len(orders)
-        await self._place(number, orders, "IOC")
         return orders
 
     async def cancel(self, client_ids: Iterable[str]) -> None:
@@ -93,18 +88,21 @@ class Traders:
         name = f"maker-{number + 1}" if number < MAKERS else f"taker-{number - MAKERS + 1}"
         return f"demo-{self._run}-{name}@demo.example"
 
-    def _new(self, account: int, role: Role, side: Side, price: int, lots: int) -> Order:
-        return Order(f"{self._run}-{next(self._numbers)}", account, role, side, price, lots, time.monotonic())
-
-    async def _place(self, number: int, orders: Sequence[Order], time_in_force: str) -> None:
+    async def _place(
+        self, number: int, role: Role, time_in_force: str, wanted: Iterable[tuple[Side, int, int]]
+    ) -> list[Order]:
+        sent_at = time.monotonic()
+        orders = [Order(f"{self._run}-{next(self._numbers)}", number, role, *order, sent_at) for order in wanted]
+        if not orders:
+            return orders
         for order in orders:
             self._orders.send(order)
         body = {"orders": [self._document(order, time_in_force) for order in orders]}
-        sent_at = time.monotonic()
         results = await self._exchange.call("POST", "/api/orders/batch", self._accounts[number], json=body)
         self._tally.answered.add(time.monotonic() - sent_at)
         for order, result in zip(orders, results["results"], strict=True):
             self._orders.answer(order.client_id, result)
+        return orders
 
     async def _cancel(self, order: Order) -> None:
         if order.order_id is None or order.is_leaving:
