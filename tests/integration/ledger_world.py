@@ -1,0 +1,259 @@
+"""The exchange without Temporal: the real activities, the real matcher and the real database, one step at a time.
+
+Sagas are generators that hand control back after every step, so that a test may interleave them, repeat a step,
+or look in between.
+"""
+
+import json
+import re
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, cast
+
+from redis.asyncio import Redis
+
+from activities.engine_log import EngineLog
+from activities.ledger import LedgerActivities, transfer_external
+from activities.matching import MatchingActivities
+from activities.order_entry import take_in, take_in_cancels
+from activities.orders import OrderActivities
+from activities.positions import PositionActivities
+from activities.risk import RiskActivities
+from domain.instruments import SHIPPED, Instrument
+from domain.matching import AnyEvent
+from domain.order_entry import NewOrder, OrderRequest
+from domain.sagas import Acceptance, EventRange, OrderBatch, Refusal, StepRequest, Uncovered
+from engine import lease as leases
+from engine.log import Batch, read_commands, write_batch
+from engine.matcher import Matcher
+from storage.db import Pool
+from storage.tables import metadata
+
+BTC, ETH, SOL = SHIPPED
+BTC_PRICE, ETH_PRICE = Decimal(60_000), Decimal(3_000)
+ROUNDS_MAX = 2
+
+# What differs between two runs of the same steps, or is consumed by one that was rolled back.
+VOLATILE = [
+    "created_at",
+    "updated_at",
+    "executed_at",
+    "lease_until",
+    "entry_id",
+    "event_id",
+    "message_id",
+    "position_id",
+]
+TIMES = re.compile(r'\\*"at\\*": ?\d+|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z')
+
+
+def limit(
+    user_id: int, side: Any, quantity: str, price: object, instrument: Instrument = BTC, **terms: Any
+) -> NewOrder:
+    """A LIMIT order."""
+    bound = Decimal(str(price))
+    request = OrderRequest(instrument.instrument_id, side, "LIMIT", Decimal(quantity), bound, **terms)
+    return NewOrder(user_id, request, bound)
+
+
+def market(user_id: int, side: Any, quantity: str, bound: object, instrument: Instrument = BTC) -> NewOrder:
+    """A MARKET order with its protection price."""
+    request = OrderRequest(instrument.instrument_id, side, "MARKET", Decimal(quantity))
+    return NewOrder(user_id, request, Decimal(str(bound)))
+
+
+@dataclass
+class World:
+    """The services on `pool`; `faulty`, where given, is what the activities get instead of it."""
+
+    pool: Pool
+    redis: Redis
+    faulty: Any = None
+    matchers: dict[str, Matcher] = field(default_factory=lambda: {i.instrument_id: Matcher(i) for i in SHIPPED})
+    command_seqs: dict[str, int] = field(default_factory=lambda: dict.fromkeys((i.instrument_id for i in SHIPPED), 0))
+    settled: dict[str, int] = field(default_factory=lambda: dict.fromkeys((i.instrument_id for i in SHIPPED), 0))
+
+    def __post_init__(self) -> None:
+        pool, log = cast(Pool, self.faulty or self.pool), EngineLog()
+        self.risk = RiskActivities(pool, log)
+        self.ledger = LedgerActivities(pool)
+        self.positions = PositionActivities(pool, self.redis, log)
+        self.orders = OrderActivities(pool, self.redis, log)
+        self.matching = MatchingActivities(pool)
+
+    async def deposit(self, amount: object, *user_ids: int, reference: str = "first") -> None:
+        for user_id in user_ids:
+            async with self.pool.acquire() as conn, conn.transaction():
+                done = await transfer_external(
+                    conn, "DEPOSIT", f"{reference}-{user_id}", user_id, "USDT", Decimal(str(amount))
+                )
+            assert done
+
+    async def take_in(self, *orders: NewOrder) -> OrderBatch:
+        async with self.pool.acquire() as conn, conn.transaction():
+            intake = await take_in(conn, orders, datetime.now(UTC))
+        assert intake.saga is not None
+        return intake.saga.batch
+
+    async def take_in_cancels(self, *order_ids: int) -> OrderBatch:
+        async with self.pool.acquire() as conn, conn.transaction():
+            return (await take_in_cancels(conn, list(order_ids), "test")).batch
+
+    async def placement(self, batch: OrderBatch) -> AsyncIterator[str]:
+        """The steps of a placement, as OrderPlacementWorkflow takes them."""
+        pending, fundings, round_number = batch.order_ids, 0, 0
+        passed: list[int] = []
+        refused: list[Refusal] = []
+        while pending:
+            round_number += 1
+            step = StepRequest(batch.saga_id, round_number, pending)
+            checked = await self.risk.check_orders(step)
+            yield "checked"
+            refused += checked.refused
+            pending = checked.busy
+            if checked.passed:
+                fundings += 1
+                frozen = await self.ledger.freeze_funds(step)
+                yield "frozen"
+                passed += frozen.passed
+                failed = [refusal.order_id for refusal in frozen.refused]
+                if failed:
+                    undo = StepRequest(batch.saga_id, round_number, failed)
+                    await self.risk.release_orders(undo)
+                    yield "released"
+                    await self.ledger.unfreeze_funds(undo)
+                    yield "unfrozen"
+                    if fundings < ROUNDS_MAX:
+                        pending = sorted(pending + failed)
+                    else:
+                        refused += frozen.refused
+        await self.orders.accept(Acceptance(batch.saga_id, sorted(passed), refused))
+        yield "accepted"
+
+    async def place(self, *orders: NewOrder) -> list[int]:
+        """Place orders in one saga, from beginning to end."""
+        batch = await self.take_in(*orders)
+        await finish(self.placement(batch))
+        return batch.order_ids
+
+    async def cancel(self, *order_ids: int) -> None:
+        await self.orders.request_cancels(await self.take_in_cancels(*order_ids))
+
+    async def match(self, instrument: Instrument = BTC, commands_max: int = 10_000) -> list[AnyEvent]:
+        """Let the engine carry out commands of an instrument and write what they led to."""
+        name, matcher = instrument.instrument_id, self.matchers[instrument.instrument_id]
+        async with self.pool.acquire() as conn:
+            commands = await read_commands(conn, name, self.command_seqs[name], commands_max)
+            if not commands:
+                return []
+            lease = await leases.take(conn, name, "test")
+            assert lease is not None
+            first_seq, events, causes = matcher.event_seq + 1, list[AnyEvent](), list[int]()
+            for seq, command in enumerate(commands, self.command_seqs[name] + 1):
+                caused = matcher.apply(command)
+                events += caused
+                causes += [seq] * len(caused)
+            self.command_seqs[name] += len(commands)
+            await write_batch(conn, lease, instrument, Batch(self.command_seqs[name], first_seq, events, causes))
+        return events
+
+    def unsettled(self, instrument: Instrument = BTC, events_max: int = 10_000) -> EventRange | None:
+        """The next range for settlement, None when everything is settled."""
+        name = instrument.instrument_id
+        to_seq = min(self.matchers[name].event_seq, self.settled[name] + events_max)
+        return EventRange(name, self.settled[name], to_seq) if to_seq > self.settled[name] else None
+
+    async def settlement(self, events: EventRange) -> AsyncIterator[str]:
+        """The steps over one range, as SettlementWorkflow takes them."""
+        await self.positions.apply_trades(events)
+        yield "applied"
+        await self.risk.apply_events(events)
+        yield "exposed"
+        uncovered = await self.ledger.settle(events)
+        yield "booked"
+        await self.positions.confirm(events)
+        yield "confirmed"
+        await self.orders.apply_events(events)
+        yield "orders"
+        if uncovered:
+            await self.orders.cancel_uncovered(Uncovered(events.instrument_id, uncovered))
+            yield "cancelled"
+        progress = await self.matching.acknowledge(events)
+        self.settled[events.instrument_id] = progress.settled_seq
+        yield "acknowledged"
+
+    async def settle(self, instrument: Instrument = BTC) -> None:
+        """Match and settle until there is nothing left to do."""
+        while True:
+            await self.match(instrument)
+            events = self.unsettled(instrument)
+            if events is None:
+                return
+            await finish(self.settlement(events))
+
+    async def trade(self, buyer: int, seller: int, quantity: str, price: object, instrument: Instrument = BTC) -> None:
+        """A trade between two users, settled; the seller rests first."""
+        await self.place(limit(seller, "SELL", quantity, price, instrument))
+        await self.place(limit(buyer, "BUY", quantity, price, instrument))
+        await self.settle(instrument)
+
+    async def status(self, order_id: int) -> tuple[str, str | None]:
+        row = await self.pool.fetchrow("SELECT status, failure_reason FROM orders.orders WHERE order_id = $1", order_id)
+        assert row is not None
+        return row["status"], row["failure_reason"]
+
+    async def balance(self, user_id: int) -> tuple[Decimal, Decimal]:
+        """Available and reserved USDT."""
+        row = await self.pool.fetchrow(
+            "SELECT available, reserved FROM ledger.ledger_balances WHERE user_id = $1 AND asset = 'USDT'", user_id
+        )
+        return (row["available"], row["reserved"]) if row else (Decimal(0), Decimal(0))
+
+    async def system(self, account: str) -> Decimal:
+        return Decimal(
+            await self.pool.fetchval("SELECT balance FROM ledger.system_balances WHERE account = $1", account)
+        )
+
+
+async def finish(steps: AsyncIterator[str]) -> None:
+    async for _ in steps:
+        pass
+
+
+async def advance(steps: AsyncIterator[str], until: str) -> None:
+    """Take steps until the one named is done."""
+    async for step in steps:
+        if step == until:
+            return
+    raise AssertionError(f"Expected a step {until!r}")
+
+
+async def dump(pool: Pool, *, without: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Every row of every table but `without`, apart from times and ids that a rolled back attempt uses up."""
+    tables = [f"{table.schema}.{table.name}" for table in metadata.sorted_tables]
+    selects = [
+        f"SELECT '{name}' AS name, (to_jsonb(t) - $1::text[])::text AS row FROM {name} t"
+        for name in tables
+        if name not in without
+    ]
+    rows: dict[str, list[str]] = {name: [] for name in tables}
+    for row in await pool.fetch(" UNION ALL ".join(selects), VOLATILE):
+        rows[row["name"]].append(TIMES.sub("TIME", row["row"]))
+    return {name: sorted(found) for name, found in rows.items() if found}
+
+
+async def assert_conserved(world: World) -> None:
+    """All money together is what was deposited, and nobody is below zero."""
+    users = await world.pool.fetchval("SELECT sum(available + reserved) FROM ledger.ledger_balances")
+    system = await world.pool.fetchval("SELECT sum(balance) FROM ledger.system_balances")
+    assert users + system == 0
+    worst = await world.pool.fetchval("SELECT min(least(available, reserved)) FROM ledger.ledger_balances")
+    assert worst >= 0
+
+
+async def outbox_events(pool: Pool, name: str) -> list[dict[str, Any]]:
+    """Business events of one kind that were written, in order."""
+    rows = await pool.fetch("SELECT payload FROM outbox.messages WHERE name = $1 ORDER BY message_id", name)
+    return [json.loads(line) for row in rows for line in row["payload"].splitlines()]
