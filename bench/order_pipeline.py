@@ -136,15 +136,14 @@ async def measure(seconds: float, batch_orders: int) -> bool:
             return clean
 
 
-def main() -> None:
-    """Entry."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=10, help="length of each timed part")
-    parser.add_argument("--batch-orders", type=int, default=40_000, help="orders through the batch endpoint")
-    options = parser.parse_args()
-    if not asyncio.run(measure(options.seconds, options.batch_orders)):
+def main(seconds: float = 10, batch_orders: int = 40_000) -> None:
+    """Measure; `seconds` is the length of each timed part."""
+    if not asyncio.run(measure(seconds, batch_orders)):
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=10, help="length of each timed part")
+    parser.add_argument("--batch-orders", type=int, default=40_000, help="orders through the batch endpoint")
+    main(**vars(parser.parse_args()))

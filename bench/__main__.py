@@ -1,0 +1,20 @@
+"""`python -m bench` (`make bench`): all benchmarks, or those named."""
+
+import argparse
+
+from bench import order_pipeline
+
+BENCHMARKS = {"order_pipeline": order_pipeline.main}
+
+
+def main() -> None:
+    """Entry. Each benchmark prints its figures and ends the process with 1 when its audit is not clean."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which ones; all by default")
+    for name in parser.parse_args().names or BENCHMARKS:
+        print(f"== {name}")
+        BENCHMARKS[name]()
+
+
+if __name__ == "__main__":
+    main()
