@@ -25,8 +25,10 @@ async def advance_cursor(conn: Connection, schema: str, events: EventRange, colu
     """Claim `events` for the service of `schema` in the caller's transaction; False when they were applied before.
 
     The row lock lets one transaction at a time work on an instrument. Raises CursorGapError when the service stands
-    anywhere else than before or after the whole range.
+    anywhere else than before or after the whole range, or the range is empty.
     """
+    if events.after_seq >= events.to_seq:
+        raise CursorGapError(f"Expected at least one event, was {events}")
     claimed = await conn.fetchval(
         f"UPDATE {schema}.cursors SET {column} = $3 WHERE instrument_id = $1 AND {column} = $2 RETURNING TRUE",
         events.instrument_id,
