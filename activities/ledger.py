@@ -161,7 +161,7 @@ class LedgerActivities:
     @activity.defn(name=UNFREEZE_FUNDS)
     async def unfreeze_funds(self, request: StepRequest) -> None:
         """Compensation of `freeze_funds`, after `risk.release_orders` of the same step: bring holds in line."""
-        step_id = f"unfreeze:{request.step_id}"
+        step_id = f"unfreeze:{request.release_id}"
         async with self._pool.acquire() as conn, conn.transaction():
             if await first_result(conn, "ledger", step_id, Outcome) is None:
                 await _unfreeze(conn, request)
@@ -211,14 +211,14 @@ async def _freeze(conn: Connection, request: StepRequest) -> Outcome:
 
 async def _unfreeze(conn: Connection, request: StepRequest) -> None:
     check = await _risk_step(conn, f"check:{request.step_id}", CheckResult)
-    release = await _risk_step(conn, f"release:{request.step_id}", MarginMoves)
+    release = await _risk_step(conn, f"release:{request.release_id}", MarginMoves)
     frozen = msgspec.json.decode(
         await conn.fetchval("SELECT result FROM ledger.steps WHERE step_id = $1", f"freeze:{request.step_id}"),
         type=Outcome,
     )
     assert check is not None
     assert release is not None
-    never_held = {refusal.order_id for refusal in frozen.refused}
+    never_held = {refusal.order_id for refusal in frozen.refused}.intersection(request.order_ids)
     changes: dict[tuple[int, str, str], Decimal] = {}
     for move in release.moves:
         key = (move.user_id, move.instrument_id, move.asset)
@@ -229,7 +229,7 @@ async def _unfreeze(conn: Connection, request: StepRequest) -> None:
             changes[key] = changes.get(key, ZERO) + margin.amount
     book = await _open_book(conn, ((user_id, asset) for user_id, _, asset in changes))
     holds = await _lock_holds(conn, sorted(changes))
-    book.open_journal("ORDERS_RELEASED", request.step_id)
+    book.open_journal("ORDERS_RELEASED", request.release_id)
     for (user_id, instrument_id, asset), change in sorted(changes.items()):
         hold = holds[user_id, instrument_id]
         settled = settle(_wallet(book.accounts[user_id, asset], hold), ZERO, hold.position_margin, change)

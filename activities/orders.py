@@ -1,5 +1,6 @@
 """The orders service: from PENDING to the command log, and from engine events to the order's final state."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import asyncpg
 import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 from temporalio import activity
 
 from activities.engine_log import EngineLog, SequencedEvent
@@ -35,6 +37,8 @@ from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import advance_cursor
 from storage.outbox import UserPush
+
+log = logging.getLogger(__name__)
 
 OPEN_STATUSES = ("PENDING", "ACCEPTED", "PLACED", "PARTIALLY_FILLED", "CANCEL_REQUESTED")
 IN_ENGINE_STATUSES = ("ACCEPTED", "PLACED", "PARTIALLY_FILLED")
@@ -128,10 +132,13 @@ class OrderActivities:
             await _fail(conn, acceptance)
             await _close_saga(conn, acceptance.saga_id)
         verdict = Verdict(len(acceptance.passed), acceptance.refused)
-        # A hint for the api process that waits; what counts is committed.
-        await self._redis.publish(
-            VERDICTS_CHANNEL, msgspec.json.encode({"sagaId": acceptance.saga_id, "verdict": verdict})
-        )
+        # A hint for the api process that waits; what counts is committed, so the saga does not wait for Redis.
+        try:
+            await self._redis.publish(
+                VERDICTS_CHANNEL, msgspec.json.encode({"sagaId": acceptance.saga_id, "verdict": verdict})
+            )
+        except (RedisError, OSError) as error:
+            log.warning("The verdict of %s could not be announced: %r", acceptance.saga_id, error)
         return verdict
 
     @activity.defn(name=REQUEST_CANCELS)

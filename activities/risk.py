@@ -90,7 +90,7 @@ class RiskActivities:
     @activity.defn(name=RELEASE_ORDERS)
     async def release_orders(self, request: StepRequest) -> None:
         """Compensation of `check_orders`: take the orders out of the exposures again."""
-        step_id = f"release:{request.step_id}"
+        step_id = f"release:{request.release_id}"
         async with self._pool.acquire() as conn, conn.transaction():
             if await first_result(conn, "risk", step_id, MarginMoves) is None:
                 await store_result(conn, "risk", step_id, await _release(conn, request))
@@ -198,8 +198,13 @@ async def _release(conn: Connection, request: StepRequest) -> MarginMoves:
         request.order_ids,
     )
     instruments = await read_instruments(conn)
-    exposures = await _lock(conn, sorted({(row["user_id"], row["instrument_id"]) for row in orders}))
-    states = {key: _exposure(row) for key, row in exposures.items()}
+    checked = await first_result(conn, "risk", f"check:{request.step_id}", CheckResult)
+    assert checked is not None, f"Expected the check of {request.step_id}, was none"
+    # All that the check touched, in the one order of locking: the neighbours of what is released wait for this, too.
+    step_keys = sorted({(margin.user_id, margin.instrument_id) for margin in checked.passed})
+    exposures = await _lock(conn, step_keys)
+    released = {(row["user_id"], row["instrument_id"]) for row in orders}
+    states = {key: _exposure(exposures[key]) for key in sorted(released)}
     margins = {key: row["order_margin"] for key, row in exposures.items()}
     ended = []
     for order in orders:
@@ -210,7 +215,12 @@ async def _release(conn: Connection, request: StepRequest) -> MarginMoves:
         ended.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, margins[key] - margin))
         margins[key] = margin
     await _save(conn, {key: (states[key], margins[key]) for key in states}, pending_step=None)
-    await conn.execute("UPDATE risk.exposures SET pending_step = NULL WHERE pending_step = $1", request.step_id)
+    await conn.execute(
+        "UPDATE risk.exposures SET pending_step = NULL WHERE pending_step = $1"
+        " AND (user_id, instrument_id) IN (SELECT * FROM unnest($2::bigint[], $3::text[]))",
+        request.step_id,
+        *columns(step_keys, 2),
+    )
     return MarginMoves(_moves(exposures, margins, instruments), ended)
 
 

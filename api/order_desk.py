@@ -160,8 +160,8 @@ class OrderDesk:
     async def _run(self, saga: Saga) -> None:
         verdict = self._verdicts.saga(saga.batch.saga_id)
         try:
-            await self._start(saga)
-            await asyncio.wait_for(verdict, SAGA_SECONDS_MAX)
+            if await self._start(saga):
+                await asyncio.wait_for(verdict, SAGA_SECONDS_MAX)
         except TimeoutError:
             log.warning("Saga %s takes long; going on with the next one", saga.batch.saga_id)
         finally:
@@ -173,12 +173,14 @@ class OrderDesk:
             await self._start(saga)
         answer([None] * len(waiting))
 
-    async def _start(self, saga: Saga) -> None:
+    async def _start(self, saga: Saga) -> bool:
         try:
             await start_saga(self._temporal, saga, eager=True)
         except RPCError as error:
             # The saga is written down: the sweeper starts it when Temporal is back.
             log.warning("Saga %s could not be started, the sweeper will: %s", saga.batch.saga_id, error.message)
+            return False
+        return True
 
     async def _answers(
         self, entries: Sequence[Entry], order_ids: Sequence[int | None], now: datetime

@@ -59,6 +59,11 @@ class StepRequest:
         """Names the step's stored result."""
         return f"{self.saga_id}:{self.round}"
 
+    @property
+    def release_id(self) -> str:
+        """Names the stored result of a compensation; a step may be undone in disjoint parts, at different times."""
+        return f"{self.step_id}:{self.order_ids[0]}"
+
 
 @dataclass(frozen=True)
 class Outcome:

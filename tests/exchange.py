@@ -2,11 +2,10 @@
 can be killed and started again. Only Postgres is the test run's, with a database of the exchange's own.
 """
 
-import asyncio
 import os
 import subprocess
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -26,6 +25,7 @@ from stack.processes import SERVICES
 from stack.servers import free_port
 from storage.db import Pool, open_pool
 from tests.servers import ROOT
+from tests.waiting import until
 
 BTC, ETH, SOL = "BTC-USDT-PERP", "ETH-USDT-PERP", "SOL-USDT-PERP"
 MARKS = {BTC: "60000", ETH: "3000", SOL: "150"}
@@ -254,15 +254,6 @@ async def running_exchange(database_url: str, folder: Path) -> AsyncIterator[Exc
     finally:
         await exchange.close()
         pool.terminate()
-
-
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float, what: str) -> None:
-    """Returns when the condition holds. Fails after `seconds`."""
-    clock = asyncio.get_running_loop().time
-    end = clock() + seconds
-    while not await condition():
-        assert clock() < end, f"Waited {seconds:g} s for {what}"
-        await asyncio.sleep(0.05)
 
 
 async def temporal_client(exchange: Exchange) -> Client:

@@ -90,10 +90,12 @@ class OrderPlacementWorkflow:
         held = [order_id for order_id in batch.order_ids if order_id not in refused]
         for round_number in range(1, self._step.round + 1):
             step = StepRequest(batch.saga_id, round_number, held)
-            checked = await run_step(CHECK_ORDERS, step, Outcome)
-            await run_step(FREEZE_FUNDS, step, Outcome)
-            if checked.passed:
-                await self._release(StepRequest(batch.saga_id, round_number, checked.passed))
+            await run_step(CHECK_ORDERS, step, Outcome)
+            frozen = await run_step(FREEZE_FUNDS, step, Outcome)
+            # Apart, since what the ledger refused may have been released before, and is released only once.
+            for order_ids in (frozen.passed, _ids(frozen.refused)):
+                if order_ids:
+                    await self._release(StepRequest(batch.saga_id, round_number, order_ids))
         self._refused += [Refusal(order_id, CANCELLED_BY_OPERATOR) for order_id in held]
         self._passed = []
 

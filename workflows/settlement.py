@@ -1,7 +1,7 @@
 """Settlement: one entity workflow per instrument applies the engine's events to positions, risk, ledger and orders."""
 
 from temporalio import workflow
-from temporalio.exceptions import ActivityError, ApplicationError
+from temporalio.exceptions import ApplicationError, FailureError
 
 with workflow.unsafe.imports_passed_through():
     from domain.sagas import (
@@ -20,7 +20,7 @@ with workflow.unsafe.imports_passed_through():
         SettlementInput,
         Uncovered,
     )
-    from workflows.steps import run_step
+    from workflows.steps import cause_of, run_step
 
 RANGE_MAX = 4000
 
@@ -59,8 +59,9 @@ class SettlementWorkflow:
             await workflow.wait_condition(lambda: self._target_seq > self._settled_seq)
             try:
                 await self._settle_next()
-            except ActivityError as error:
-                if not (isinstance(error.cause, ApplicationError) and error.cause.type == CURSOR_GAP):
+            except FailureError as error:
+                cause = cause_of(error)
+                if not (isinstance(cause, ApplicationError) and cause.type == CURSOR_GAP):
                     raise
                 await self._look_up()
         workflow.continue_as_new(SettlementInput(self._instrument_id, self._target_seq, self._settled_seq))

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from temporalio import workflow
 from temporalio.common import RetryPolicy
-from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_exception
+from temporalio.exceptions import ActivityError, ApplicationError, FailureError, is_cancelled_exception
 
 T = TypeVar("T")
 
@@ -30,10 +30,11 @@ async def run_step(name: str, arg: Any, result: type[T], summary: str = "") -> T
             retry_policy=LOCAL_ATTEMPTS,
             summary=summary or None,
         )
-    except ActivityError as error:
-        if is_cancelled_exception(error) or _is_final(error):
+    except FailureError as error:
+        cause = cause_of(error)
+        if is_cancelled_exception(error) or (isinstance(cause, ApplicationError) and cause.non_retryable):
             raise
-        workflow.logger.warning("Step %s failed locally, retrying visibly: %s", name, error.cause)
+        workflow.logger.warning("Step %s failed locally, retrying visibly: %s", name, cause)
     return await workflow.execute_activity(  # type: ignore[no-any-return]  # name-based call: untyped
         name,
         arg,
@@ -44,5 +45,6 @@ async def run_step(name: str, arg: Any, result: type[T], summary: str = "") -> T
     )
 
 
-def _is_final(error: ActivityError) -> bool:
-    return isinstance(error.cause, ApplicationError) and error.cause.non_retryable
+def cause_of(error: FailureError) -> BaseException | None:
+    """What a step failed of: a local activity raises it as it is, a regular one (or a time-out) as ActivityError."""
+    return error.cause if isinstance(error, ActivityError) else error

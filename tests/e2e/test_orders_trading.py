@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
-from tests.exchange import BTC, ETH, INTERNAL_TOKEN, SOL, Exchange, Trader, until
+from tests.exchange import BTC, ETH, INTERNAL_TOKEN, SOL, Exchange, Trader
+from tests.waiting import until
 
 D = Decimal
 INTERNAL = {"X-Internal-Token": INTERNAL_TOKEN}

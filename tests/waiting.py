@@ -1,0 +1,13 @@
+"""Waiting for what other processes do."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float, what: str) -> None:
+    """Returns when the condition holds. Fails after `seconds`."""
+    clock = asyncio.get_running_loop().time
+    end = clock() + seconds
+    while not await condition():
+        assert clock() < end, f"Waited {seconds:g} s for {what}"
+        await asyncio.sleep(0.03)
