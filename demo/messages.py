@@ -141,6 +141,8 @@ def parse_line(line: bytes, steps: Steps) -> Message | None:
     Raises ValueError for what is not of the format, RecordingError for prices or quantities between two steps.
     """
     time, _, document = line.partition(b" ")
+    if not time.isdigit():
+        raise RecordingError("Expected nanoseconds, a space and a message in JSON")
     at, decoded = int(time), _decode(document)
     match decoded.data:
         case _Diff() as diff:

@@ -44,12 +44,19 @@ class Refresh:
     deferred: int
 
 
-def target_levels(book: ReplayedBook, count: int) -> dict[Level, int]:
-    """Lots per level that the makers should show: the best `count` of each side, none while the book is not known."""
+def target_levels(book: ReplayedBook, count: int, wanted: Mapping[Side, int]) -> dict[Level, int]:
+    """Lots per level that the makers should show: the best `count` of each side, none while the book is not known.
+
+    What takers still want to buy or sell comes on top of the best opposite level: in the replayed market a level was
+    filled up again and again between two of our looks at it.
+    """
     if not book.ready:
         return {}
-    bids: dict[Level, int] = {("BUY", price): lots for price, lots in book.bids(count)}
-    return bids | {("SELL", price): lots for price, lots in book.asks(count)}
+    target: dict[Level, int] = {("BUY", price): lots for price, lots in book.bids(count)}
+    target |= {("SELL", price): lots for price, lots in book.asks(count)}
+    target["BUY", book.best_bid] += wanted["SELL"]
+    target["SELL", book.best_ask] += wanted["BUY"]
+    return target
 
 
 def plan_refresh(quotes: Iterable[Quote], target: Mapping[Level, int], actions_max: int) -> Refresh:

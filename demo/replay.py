@@ -9,7 +9,7 @@ NANOSECONDS = 1_000_000_000
 
 
 class Replay:
-    """Plays messages as time goes on. Time is in seconds since the book was first known."""
+    """Plays messages as time goes on. Time is in seconds since the book was first known, `seconds` the last one's."""
 
     def __init__(self, messages: Iterator[Message]) -> None:
         """Plays up to the first known book. Raises RecordingError when there is none."""
@@ -17,6 +17,7 @@ class Replay:
         self._messages = messages
         self._next: Message | None = None
         self.is_over = False
+        self.seconds = 0.0
         for message in messages:
             self.book.apply(message)
             if self.book.ready:
@@ -38,6 +39,7 @@ class Replay:
                 break
             else:
                 self.book.apply(message)
+                self.seconds = (message.at - self._start) / NANOSECONDS
                 if isinstance(message, Trade):
                     trades.append(message)
         return trades

@@ -62,8 +62,8 @@ def rows(tally: Tally, steps: Steps) -> Rows:
 
 def comparison(tally: Tally, steps: Steps) -> Rows:
     """How far the exchange is from the market that was replayed."""
-    unfilled = f"{tally.unfilled * steps.lot:f} of the takers' orders found no counterpart"
-    return [("price difference", _price_difference(tally)), ("volume ratio", f"{_ratio(tally)}; {unfilled}")]
+    missing = f"{(tally.theirs.volume - tally.ours.volume) * steps.lot:f} missing"
+    return [("price difference", _price_difference(tally)), ("volume ratio", f"{_ratio(tally)} ({missing})")]
 
 
 def _audit(outcome: Outcome) -> Rows:

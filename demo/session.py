@@ -13,7 +13,7 @@ from demo.messages import Message, Side, Steps, Trade
 from demo.own_orders import OwnOrders
 from demo.quoting import plan_refresh, target_levels
 from demo.replay import Replay
-from demo.takers import limit_price, taker_orders, with_backlog
+from demo.takers import LOTS_MAX, capped, limit_price, taker_orders, with_backlog
 from demo.tally import Market, Tally
 from demo.traders import INSTRUMENT, Traders
 
@@ -99,7 +99,7 @@ class Session:
         while not stop.is_set() and not self._replay.is_over:
             now = self._played(start, pace)
             await self._tick(self._replay.advance(now), pace.levels)
-            self._tally.seconds = now
+            self._tally.seconds = self._replay.seconds
             if pace.seconds and now >= pace.seconds:
                 break
             # Turns that this one took the time of are left out: the next one plays what they would have.
@@ -112,7 +112,6 @@ class Session:
             if any(self._backlog.values()) and not stop.is_set():
                 await asyncio.sleep(CADENCE_SECONDS)
                 await self._tick([], pace.levels)
-        self._tally.unfilled = sum(self._backlog.values())
 
     def _played(self, start: float, pace: Pace) -> float:
         played = (time.monotonic() - start) * pace.speed
@@ -127,17 +126,15 @@ class Session:
         self._show_theirs(trades)
         book = self._replay.book
         best: dict[Side, int] = {"BUY": book.best_ask, "SELL": book.best_bid} if book.ready else {}
-        backlog = self._backlog if book.ready else {}
-        wanted = with_backlog(taker_orders(trades), backlog, best)
-        if not wanted:
-            return
+        fresh = taker_orders(trades)
+        wanted = capped(with_backlog(fresh, self._backlog, best) if book.ready else fresh)
         orders = await self._traders.take((order.side, limit_price(order), order.lots) for order in wanted)
         await self._orders.until(lambda: all(order.is_done for order in orders), TAKERS_SECONDS)
-        if backlog:
-            self._backlog = {"BUY": 0, "SELL": 0}
+        for trade in trades:
+            self._backlog[trade.side] += trade.lots
         for order in orders:
             # What may still trade is not asked for again.
-            self._backlog[order.side] += order.lots - order.filled if order.is_done else 0
+            self._backlog[order.side] -= order.filled if order.is_done else order.lots
 
     async def _refresh(self, levels: int) -> None:
         """Bring the quotes to the replayed book; where its sides moved, the new ones wait until the old are gone."""
@@ -147,13 +144,18 @@ class Session:
         self._tally.open_quotes = len(self._orders.quotes())
 
     async def _send_refresh(self, levels: int) -> int:
-        refresh = plan_refresh(self._orders.quotes(), target_levels(self._replay.book, levels), ACTIONS_MAX)
+        refresh = plan_refresh(
+            self._orders.quotes(), target_levels(self._replay.book, levels, self._wanted()), ACTIONS_MAX
+        )
         self._tally.amended += refresh.amended
         await asyncio.gather(
             self._traders.cancel(refresh.cancels),
             self._traders.quote((quote.side, quote.price, quote.lots) for quote in refresh.places),
         )
         return refresh.deferred
+
+    def _wanted(self) -> dict[Side, int]:
+        return {side: min(lots, LOTS_MAX) for side, lots in self._backlog.items()}
 
     def _is_quoted(self) -> bool:
         return all(self._is_heard(quote.client_id) for quote in self._orders.quotes())

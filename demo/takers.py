@@ -1,6 +1,6 @@
 """From the trades of the replayed market to the taker orders that would have made them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -9,6 +9,8 @@ from demo.messages import Side, Trade
 # How far beyond the price of the replayed trade a taker goes, for our book is always a moment behind.
 THROUGH_TICKS = 5
 ORDERS_MAX = 40
+# 100 BTC: well below the position that an account may have at its leverage. The rest comes with the next orders.
+LOTS_MAX = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,18 @@ def with_backlog(
     """`orders` after those for the lots that earlier ones did not get; these take `best`, the opposite best price."""
     again = [TakerOrder(side, lots, best[side]) for side, lots in backlog.items() if lots]
     return [*again, *orders]
+
+
+def capped(orders: Iterable[TakerOrder], lots_max: int = LOTS_MAX) -> list[TakerOrder]:
+    """`orders` with at most `lots_max` lots together: the first ones."""
+    result: list[TakerOrder] = []
+    room = lots_max
+    for order in orders:
+        lots = min(order.lots, room)
+        if lots:
+            result.append(replace(order, lots=lots))
+            room -= lots
+    return result
 
 
 def limit_price(order: TakerOrder, through: int = THROUGH_TICKS) -> int:

@@ -54,7 +54,6 @@ class Tally:
     cancels: int = 0
     takers: int = 0
     trades: int = 0
-    unfilled: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     answered: Latencies = field(default_factory=Latencies)
     placed: Latencies = field(default_factory=Latencies)
