@@ -44,7 +44,7 @@ def test_updates_before_the_snapshot_count_only_if_they_end_after_it() -> None:
 
 @pytest.mark.parametrize("previous_id", [11, 13])
 def test_a_missing_update_makes_the_book_unknown_until_the_next_snapshot(previous_id: int) -> None:
-    messages = [
+    messages: list[Message] = [
         SNAPSHOT,
         Diff(1, 10, 12, (), ()),
         Diff(2, previous_id, 14, (), ()),
