@@ -1,21 +1,17 @@
 """What became of orders, as the processes that know announce it on Redis: hints, the tables hold the truth."""
 
 import asyncio
-import logging
 from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from activities.orders import VERDICTS_CHANNEL, OrderChange, fold_events
 from domain.instruments import Instrument
 from domain.matching import AnyEvent
 from domain.sagas import Verdict
+from storage.pubsub import Subscriber
 
-log = logging.getLogger(__name__)
-
-RECONNECT_SECONDS = 0.5
 ENGINE_CHANNELS = "engine:*"
 
 
@@ -69,25 +65,16 @@ class Verdicts:
 
     async def listen(self) -> None:
         """Listen for ever, reconnecting; cancel to stop."""
-        while True:
-            try:
-                async with self._redis.pubsub() as pubsub:
-                    await pubsub.subscribe(VERDICTS_CHANNEL)
-                    await pubsub.psubscribe(ENGINE_CHANNELS)
-                    async for message in pubsub.listen():
-                        self._hear(message)
-            except RedisError as error:
-                log.warning("Redis is away, verdicts come from the tables meanwhile: %s", error)
-                await asyncio.sleep(RECONNECT_SECONDS)
+        await Subscriber(self._redis, [VERDICTS_CHANNEL], self._hear, patterns=[ENGINE_CHANNELS]).run()
 
-    def _hear(self, message: dict[str, Any]) -> None:
-        if message["type"] == "message" and self._sagas:
-            saga = _decode_saga(message["data"])
+    def _hear(self, channel: str, payload: bytes) -> None:
+        if channel == VERDICTS_CHANNEL and self._sagas:
+            saga = _decode_saga(payload)
             _resolve(self._sagas.get(saga.saga_id), saga.verdict)
             for refusal in saga.verdict.refused:
                 _resolve(self._orders.get(refusal.order_id), OrderChange(final_status="FAILED", reason=refusal.reason))
-        elif message["type"] == "pmessage" and self._orders:
-            engine = _decode_engine(message["data"])
+        elif channel != VERDICTS_CHANNEL and self._orders:
+            engine = _decode_engine(payload)
             instrument = self._instruments[engine.instrument_id]
             for order_id, change in fold_events(enumerate(engine.events), instrument).items():
                 _resolve(self._orders.get(order_id), change)

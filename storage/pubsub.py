@@ -27,18 +27,23 @@ class Subscriber:
         channels: Iterable[str],
         on_message: Callable[[str, bytes], None],
         on_subscribed: Callable[[str], None] = lambda _: None,
+        *,
+        patterns: Iterable[str] = (),
     ) -> None:
         self._redis = redis
         self._channels = tuple(channels)
+        self._patterns = tuple(patterns)
         self._on_message = on_message
         self._on_subscribed = on_subscribed
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        while True:
+        while not _cancelled():
             pubsub = self._redis.pubsub()
             try:
                 await pubsub.subscribe(*self._channels)
+                if self._patterns:
+                    await pubsub.psubscribe(*self._patterns)
                 await self._read(pubsub)
             except (RedisError, OSError) as error:
                 log.warning("Redis subscriptions are interrupted: %s", error)
@@ -47,11 +52,17 @@ class Subscriber:
             await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _read(self, pubsub: PubSub) -> None:
-        while True:
+        while not _cancelled():
             message = await pubsub.get_message(timeout=POLL_SECONDS)
             if message is None:
                 continue
-            if message["type"] == "message":
+            if message["type"] in ("message", "pmessage"):
                 self._on_message(message["channel"].decode(), message["data"])
             elif message["type"] == "subscribe":
                 self._on_subscribed(message["channel"].decode())
+
+
+def _cancelled() -> bool:
+    # redis-py sends with asyncio.wait_for, which on Python 3.11 may swallow a cancellation; the task remembers it.
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
