@@ -46,7 +46,7 @@ def rows(tally: Tally, steps: Steps) -> Rows:
     """Where a run stands."""
     refusals = ", ".join(f"{reason} {count}" for reason, count in tally.refusals.most_common()) or "none"
     return [
-        ("played", f"{tally.seconds:.1f} s ({tally.ticks_late} turns left out)"),
+        ("played", f"{tally.seconds:.1f} s in {tally.turns} turns"),
         ("orders", f"{tally.quotes + tally.takers} (quotes {tally.quotes}, takers {tally.takers})"),
         ("quotes", f"{tally.open_quotes} open, {tally.amended} levels amended, {tally.cancels} cancelled"),
         ("fills", f"{tally.trades} trades"),

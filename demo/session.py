@@ -1,6 +1,7 @@
 """One run: the replayed market becomes quotes and taker orders on the exchange, until its time is over."""
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,7 +26,7 @@ FIRST_QUOTES_SECONDS = 15.0
 TAKERS_SECONDS = 2.0
 LEAVING_SECONDS = 1.0
 # The rest of the takers' orders gets so many more refreshes of the book.
-EXTRA_TICKS = 5
+EXTRA_TURNS = 5
 SETTLING_SECONDS = 30.0
 
 
@@ -36,6 +37,10 @@ class Pace:
     speed: float
     seconds: float
     levels: int
+
+    def played(self, elapsed: float) -> float:
+        """Recorded seconds to have played after `elapsed` seconds."""
+        return min(elapsed * self.speed, self.seconds or math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,29 +100,23 @@ class Session:
 
     async def _play(self, pace: Pace, stop: asyncio.Event) -> None:
         start = time.monotonic()
-        turn = 0
         while not stop.is_set() and not self._replay.is_over:
-            now = self._played(start, pace)
-            await self._tick(self._replay.advance(now), pace.levels)
+            turn_start = time.monotonic()
+            now = pace.played(turn_start - start)
+            await self._turn(self._replay.advance(now), pace.levels)
             self._tally.seconds = self._replay.seconds
             if pace.seconds and now >= pace.seconds:
                 break
-            # Turns that this one took the time of are left out: the next one plays what they would have.
-            late = int((time.monotonic() - start) / CADENCE_SECONDS) - turn
-            self._tally.ticks_late += late
-            turn += late + 1
+            # After a turn that took longer the next one follows at once, and plays all that happened meanwhile.
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), start + turn * CADENCE_SECONDS - time.monotonic())
-        for _ in range(EXTRA_TICKS):
+                await asyncio.wait_for(stop.wait(), turn_start + CADENCE_SECONDS - time.monotonic())
+        for _ in range(EXTRA_TURNS):
             if any(self._backlog.values()) and not stop.is_set():
                 await asyncio.sleep(CADENCE_SECONDS)
-                await self._tick([], pace.levels)
+                await self._turn([], pace.levels)
 
-    def _played(self, start: float, pace: Pace) -> float:
-        played = (time.monotonic() - start) * pace.speed
-        return min(played, pace.seconds) if pace.seconds else played
-
-    async def _tick(self, trades: list[Trade], levels: int) -> None:
+    async def _turn(self, trades: list[Trade], levels: int) -> None:
+        self._tally.turns += 1
         await self._take(trades)
         await self._refresh(levels)
 

@@ -61,4 +61,4 @@ class Tally:
     ours: Market = field(default_factory=Market)
     theirs: Market = field(default_factory=Market)
     open_quotes: int = 0
-    ticks_late: int = 0
+    turns: int = 0
