@@ -12,8 +12,15 @@ OPERATIONS_QUEUE = "operations"
 
 
 def open_redis(settings: Settings) -> Redis:
-    """A client with a connection pool; commands raise redis.ConnectionError while the server is away."""
-    return Redis.from_url(settings.require_redis_url(), health_check_interval=15)
+    """A client with a connection pool; commands raise redis.ConnectionError while the server is away.
+
+    No command times out by itself: callers that must go on while the server stands still set their own limit.
+    """
+    # With a socket timeout the library sends through asyncio.wait_for, which in Python 3.11 loses a cancellation that
+    # arrives as the send completes: the task then never ends.
+    return Redis.from_url(
+        settings.require_redis_url(), health_check_interval=15, socket_timeout=None, socket_connect_timeout=5
+    )
 
 
 async def connect_temporal(settings: Settings) -> Client:

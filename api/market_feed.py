@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 RECENT_UPDATES = 256
 RETRY_SECONDS = 0.2
+READ_SECONDS_MAX = 5.0
 # A state makes the ones before it obsolete; a trade does not.
 _STATE_CHANNELS = frozenset({"depth", "tickers"})
 
@@ -138,9 +139,10 @@ class _Topic:
 
     async def _fetch_snapshot(self) -> _Update | None:
         try:
-            payload = cast(bytes | None, await self._redis.get(self._key))
+            async with asyncio.timeout(READ_SECONDS_MAX):
+                payload = cast(bytes | None, await self._redis.get(self._key))
         except (RedisError, OSError) as error:
-            log.warning("%s cannot be read: %s", self._key, error)
+            log.warning("%s cannot be read: %r", self._key, error)
             return None
         if payload is None:
             return None

@@ -14,7 +14,7 @@ UNAUTHENTICATED_CLOSE = 4401
 SLOW_READER_CLOSE = 4008
 TRY_AGAIN_LATER_CLOSE = 1013
 # Even the closing frame of a socket whose reader stands still may not hold us up for longer.
-CLOSE_SECONDS = 2.0
+CLOSE_SECONDS = 5.0
 
 
 class Source(Protocol):

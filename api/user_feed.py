@@ -5,7 +5,6 @@ import logging
 from datetime import UTC, datetime
 from typing import cast
 
-import asyncpg
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -15,11 +14,13 @@ from api.socket_client import UNAUTHENTICATED_CLOSE, SocketClient
 from domain.events import USER_PUSH_TOPIC
 from domain.identity import Identity
 from domain.problems import Problem
+from storage.leadership import OUTAGES, wait_for_event
 
 log = logging.getLogger(__name__)
 
 READ_ENTRIES_MAX = 1000
 READ_BLOCK_MS = 1000
+READ_SECONDS_MAX = 10.0
 RETRY_SECONDS = 0.5
 # The relay repeats entries only right after a crash, so that a short memory of ids tells repeats.
 SEEN_IDS_MAX = 10_000
@@ -91,14 +92,11 @@ class UserFeed:
     async def check_sessions(self) -> None:
         """Close the sockets of sessions that ended unheard, until cancelled: once a minute and after every doubt."""
         while True:
-            try:
-                await asyncio.wait_for(self._recheck.wait(), RECHECK_SECONDS)
-            except TimeoutError:
-                log.debug("Routine check of sessions")
+            await wait_for_event(self._recheck, RECHECK_SECONDS)
             self._recheck.clear()
             try:
                 await self._close_ended(datetime.now(UTC))
-            except (RedisError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            except (RedisError, *OUTAGES) as error:
                 log.warning("Sessions of open sockets cannot be checked: %s", error)
 
     async def _read_while_occupied(self) -> None:
@@ -114,7 +112,8 @@ class UserFeed:
         self._position = None
 
     async def _read_after(self, position: bytes) -> _Entries:
-        reply = await self._redis.xread({USER_PUSH_TOPIC: position}, READ_ENTRIES_MAX, READ_BLOCK_MS)
+        async with asyncio.timeout(READ_SECONDS_MAX):
+            reply = await self._redis.xread({USER_PUSH_TOPIC: position}, READ_ENTRIES_MAX, READ_BLOCK_MS)
         return [entry for _, entries in cast(list[tuple[bytes, _Entries]], reply) for entry in entries]
 
     def _dispatch(self, fields: dict[bytes, bytes]) -> None:

@@ -1,7 +1,6 @@
 """Engine events into the markets: hints from Redis as they happen, the log for the start and for every gap."""
 
 import asyncio
-import logging
 from collections.abc import Mapping
 
 import msgspec
@@ -9,8 +8,7 @@ import msgspec
 from domain.matching import AnyEvent, decode_event
 from market.instrument_market import InstrumentMarket, SequenceGapError
 from storage.db import Pool
-
-log = logging.getLogger(__name__)
+from storage.leadership import wait_for_event
 
 PAGE_EVENTS_MAX = 10_000
 # A hint is delivered at most once: within this time a lost one is noticed from the log itself.
@@ -54,10 +52,7 @@ class EngineFeed:
     async def follow_log(self) -> None:
         """Read what the hints did not bring, until cancelled."""
         while True:
-            try:
-                await asyncio.wait_for(self._behind.wait(), POLL_SECONDS)
-            except TimeoutError:
-                log.debug("No hint was missed")
+            await wait_for_event(self._behind, POLL_SECONDS)
             self._behind.clear()
             await self.catch_up()
 

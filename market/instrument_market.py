@@ -2,7 +2,8 @@
 
 Each channel (depth, trades, tickers) has a snapshot, kept in Redis, and a chain of updates: an update carries the
 `seq` of the last engine event it includes and the `prevSeq` of the update before it. A chain that was broken (a
-start, a failed publication) goes on from the snapshot: its next update has a `prevSeq` that nobody has seen.
+start, a failed publication) goes on from the snapshot: its next update adds nothing to it, and its `prevSeq` tells
+those who stand elsewhere that they have missed something.
 """
 
 from collections import deque
@@ -150,6 +151,8 @@ class InstrumentMarket:
         new_asks = self._encode_changes(book.changed_asks, book.asks, self._ask_levels)
         book.changed_bids.clear()
         book.changed_asks.clear()
+        if b"depth" not in self._published:
+            new_bids, new_asks = [], []
         bids = [self._bid_levels[price] for price in sorted(self._bid_levels, reverse=True)]
         asks = [self._ask_levels[price] for price in sorted(self._ask_levels)]
         self._publish(out, b"depth", snapshot=_sides(bids, asks), update=_sides(new_bids, new_asks))
@@ -172,7 +175,7 @@ class InstrumentMarket:
         if self._new_trades > RECENT_TRADES:
             self._published.pop(b"trades", None)
         trades = list(self._trades)
-        new = trades[-self._new_trades :] if self._new_trades else []
+        new = trades[-self._new_trades :] if self._new_trades and b"trades" in self._published else []
         self._new_trades = 0
         self._publish(out, b"trades", snapshot=_array(trades), update=_array(new))
 

@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import cast
 
-import asyncpg
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -20,10 +19,13 @@ from domain.money import ZERO, plain
 from market.index_price import SOURCE, SimulatedIndex
 from market.instrument_market import Funding, InstrumentMarket
 from storage.db import Pool, columns
+from storage.leadership import OUTAGES, wait_for_event
 from storage.market_keys import held_price_key, mark_key
 from storage.outbox import emit
 
 log = logging.getLogger(__name__)
+
+ROUND_SECONDS_MAX = 5.0
 
 _encode = msgspec.json.Encoder().encode
 _LAST_INDEX = "SELECT instrument_id, index_price FROM market.v_mark_prices"
@@ -70,14 +72,11 @@ class MarkPrices:
         while True:
             due = loop.time() + interval_seconds
             try:
-                await self.update(datetime.now(UTC))
-            except (RedisError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                async with asyncio.timeout(ROUND_SECONDS_MAX):
+                    await self.update(datetime.now(UTC))
+            except (RedisError, *OUTAGES):
                 log.warning("This round of mark prices is skipped", exc_info=True)
-            try:
-                async with asyncio.timeout_at(due):
-                    await self._nudged.wait()
-            except TimeoutError:
-                continue
+            await wait_for_event(self._nudged, due - loop.time())
             self._nudged.clear()
 
     async def update(self, now: datetime) -> None:

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 # At most twenty messages a second per channel and instrument.
 FLUSH_SECONDS = 0.05
+REDIS_SECONDS_MAX = 5.0
 
 
 async def publish_changes(redis: Redis, markets: Collection[InstrumentMarket], changed: asyncio.Event) -> None:
@@ -22,9 +23,10 @@ async def publish_changes(redis: Redis, markets: Collection[InstrumentMarket], c
         await changed.wait()
         changed.clear()
         try:
-            await publish(redis, markets)
+            async with asyncio.timeout(REDIS_SECONDS_MAX):
+                await publish(redis, markets)
         except (RedisError, OSError) as error:
-            log.warning("Market data could not be published: %s", error)
+            log.warning("Market data could not be published: %r", error)
             for market in markets:
                 market.break_chains()
             changed.set()

@@ -5,6 +5,7 @@ A row is deleted after its entries are in the stream; a crash in between sends t
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from redis.exceptions import RedisError
 from domain.clock import iso
 from domain.events import SCHEMA_VERSION
 from storage.db import Connection, Pool
-from storage.leadership import RELAY_LOCK, run_as_leader
+from storage.leadership import RELAY_LOCK, run_as_leader, wait_for_event
 from storage.outbox import CHANNEL
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,10 @@ async def _relay(conn: Connection, script: AsyncScript) -> None:
         while True:
             written.clear()
             if not await move_batch(conn, script):
-                await _wait(written, POLL_SECONDS)
+                await wait_for_event(written, POLL_SECONDS)
     finally:
-        if not conn.is_closed():
+        # A lost connection was taken from us by the pool, and its listeners with it.
+        with contextlib.suppress(asyncpg.InterfaceError):
             await conn.remove_listener(CHANNEL, on_notify)
 
 
@@ -109,10 +111,3 @@ async def _add(script: AsyncScript, topic: str, arguments: Sequence[str]) -> Non
         except (RedisError, OSError) as error:
             log.warning("Redis does not take outbox messages: %r", error)
             await asyncio.sleep(REDIS_RETRY_SECONDS)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), seconds)
-    except TimeoutError:
-        return

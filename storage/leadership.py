@@ -40,7 +40,7 @@ async def run_as_leader(pool: Pool, lock: int, stop: asyncio.Event, work: Work) 
                     await _work_while_connected(conn, stop, work)
         except* OUTAGES as outages:
             log.warning("Postgres is away or lock %d is lost: %s", lock, outages.exceptions[0])
-        await _wait(stop, STANDBY_SECONDS)
+        await wait_for_event(stop, STANDBY_SECONDS)
 
 
 async def _work_while_connected(conn: Connection, stop: asyncio.Event, work: Work) -> None:
@@ -68,8 +68,10 @@ async def _work_while_connected(conn: Connection, stop: asyncio.Event, work: Wor
         raise outcomes[0]
 
 
-async def _wait(stop: asyncio.Event, seconds: float) -> None:
+async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
+    """Whether `event` was set within `seconds`. Unlike asyncio.wait_for in Python 3.11, never loses a cancellation."""
     try:
-        await asyncio.wait_for(stop.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            return await event.wait()
     except TimeoutError:
-        return
+        return False

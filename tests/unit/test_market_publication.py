@@ -95,6 +95,7 @@ def test_a_broken_chain_starts_again_from_the_snapshot() -> None:
     again = message(market.take_publication(AT), "depth")
     assert again is not None
     assert (again["prevSeq"], again["seq"]) == (2, 2)
+    assert again["data"] == {"bids": [], "asks": []}
 
 
 def test_more_trades_than_are_kept_break_the_chain_of_trades() -> None:
@@ -106,6 +107,7 @@ def test_more_trades_than_are_kept_break_the_chain_of_trades() -> None:
     update = message(publication, "trades")
     assert update is not None
     assert update["prevSeq"] == update["seq"] == market.seq
+    assert update["data"] == []
     assert len(snapshot(publication, "trades")["data"]) == RECENT_TRADES
 
 
