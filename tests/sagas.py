@@ -27,7 +27,18 @@ from clients import OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
 from domain.instruments import SHIPPED, Instrument
 from domain.matching import AnyEvent
 from domain.order_entry import NewOrder, OrderRequest
-from domain.sagas import SETTLEMENT, Progress, SettlementInput
+from domain.sagas import (
+    ACKNOWLEDGE,
+    APPLY_ORDER_EVENTS,
+    APPLY_RISK_EVENTS,
+    APPLY_TRADES,
+    CONFIRM_POSITIONS,
+    SETTLE,
+    SETTLEMENT,
+    EventRange,
+    Progress,
+    SettlementInput,
+)
 from engine import lease as leases
 from engine.log import Batch, read_commands, write_batch
 from engine.matcher import Matcher
@@ -162,6 +173,13 @@ async def until_settled(handle: WorkflowHandle[Any, Any], seq: int, seconds: flo
         return progress.settled_seq >= seq
 
     await until(settled, seconds, f"{handle.id} to reach {seq}")
+
+
+async def settlement_steps(pool: Pool, redis: Redis, events: EventRange) -> None:
+    """Settle a range without a workflow."""
+    steps = {_name(function): function for function in settlement_activities(pool, redis)}
+    for name in (APPLY_TRADES, APPLY_RISK_EVENTS, SETTLE, CONFIRM_POSITIONS, APPLY_ORDER_EVENTS, ACKNOWLEDGE):
+        await steps[name](events)
 
 
 @asynccontextmanager
