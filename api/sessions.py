@@ -9,6 +9,9 @@ from activities.sessions import restore, session_key
 from domain.problems import Problem
 from storage.db import Pool
 
+# Shorter than the client's own retries: a request is told at once to come again.
+REDIS_SECONDS_MAX = 2.0
+
 
 class SessionGuard:
     """Asks Redis for the sessions of all requests that arrive in the same turn of the loop with one MGET."""
@@ -38,7 +41,8 @@ class SessionGuard:
     async def _ask(self) -> None:
         asked, self._asked = self._asked, {}
         try:
-            values = await self._redis.mget([session_key(session_id) for session_id in asked])
+            async with asyncio.timeout(REDIS_SECONDS_MAX):
+                values = await self._redis.mget([session_key(session_id) for session_id in asked])
         except BaseException as error:
             for answer in asked.values():
                 answer.set_exception(error)
