@@ -55,6 +55,10 @@ class OrderCreate(ApiModel):
     time_in_force: Literal["GTC", "IOC", "FOK"] = "GTC"
     stp_mode: Literal["EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH"] = "EXPIRE_TAKER"
     client_order_id: Annotated[str, Field(min_length=1, max_length=36)] | None = None
+    # Known to clients and not to the engine yet: asking for them is refused rather than ignored.
+    post_only: Literal[False] = False
+    reduce_only: Literal[False] = False
+    stop_price: None = None
 
     def request(self) -> OrderRequest:
         """The same, for the rules. A MARKET order never rests."""

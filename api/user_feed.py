@@ -37,7 +37,7 @@ class _Push(msgspec.Struct, rename="camel"):
     data: msgspec.Raw
 
 
-_decode_push = msgspec.json.Decoder(_Push).decode
+_decode_pushes = msgspec.json.Decoder(list[_Push]).decode
 
 
 class UserFeed:
@@ -117,13 +117,14 @@ class UserFeed:
         return [entry for _, entries in cast(list[tuple[bytes, _Entries]], reply) for entry in entries]
 
     def _dispatch(self, fields: dict[bytes, bytes]) -> None:
-        push = _decode_push(fields[b"data"])
-        clients = self._clients.get(push.user_id)
-        if not clients or self._is_repeat(fields[b"id"]):
+        if self._is_repeat(fields[b"id"]):
             return
-        text = user_message(push.channel, bytes(push.data))
-        for client in clients:
-            client.offer(text)
+        for push in _decode_pushes(fields[b"data"]):
+            clients = self._clients.get(push.user_id)
+            if clients:
+                text = user_message(push.channel, bytes(push.data))
+                for client in clients:
+                    client.offer(text)
 
     def _is_repeat(self, message_id: bytes) -> bool:
         if message_id in self._seen:

@@ -15,7 +15,7 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
 
 from domain.clock import iso
-from domain.events import SCHEMA_VERSION
+from domain.events import SCHEMA_VERSION, USER_PUSH_TOPIC
 from storage.db import Connection, Pool
 from storage.leadership import RELAY_LOCK, run_as_leader, wait_for_event
 from storage.outbox import CHANNEL
@@ -26,6 +26,8 @@ BATCH_ROWS_MAX = 200
 # A script call blocks the server: at most about this much payload in one, unless a single row is larger.
 CALL_BYTES_MAX = 128 * 1024
 STREAM_LENGTH = 100_000
+# Entries with up to 50 pushes each, which only sockets that are open now want.
+PUSH_STREAM_LENGTH = 2_000
 POLL_SECONDS = 0.5
 REDIS_TIMEOUT_SECONDS = 10.0
 REDIS_RETRY_SECONDS = 0.5
@@ -95,7 +97,8 @@ def _calls(rows: Sequence[asyncpg.Record]) -> list[tuple[str, list[str]]]:
         topic, payload = row["topic"], row["payload"]
         arguments, size = open_call.get(topic, ([], CALL_BYTES_MAX))
         if size + len(payload) > CALL_BYTES_MAX:
-            arguments, size = [str(STREAM_LENGTH), str(SCHEMA_VERSION)], 0
+            length = PUSH_STREAM_LENGTH if topic == USER_PUSH_TOPIC else STREAM_LENGTH
+            arguments, size = [str(length), str(SCHEMA_VERSION)], 0
             calls.append((topic, arguments))
         arguments += (str(row["message_id"]), row["name"], iso(row["created_at"]), payload)
         open_call[topic] = arguments, size + len(payload)

@@ -9,6 +9,8 @@ from storage.db import Connection
 
 _encode = msgspec.json.Encoder().encode
 CHANNEL = "outbox"
+# Pushes are many and only passed on: a stream entry carries a list of them.
+PUSHES_A_LINE = 50
 _INSERT = "INSERT INTO outbox.messages (topic, name, payload) SELECT * FROM unnest($1::text[], $2::text[], $3::text[])"
 
 
@@ -26,7 +28,9 @@ async def emit(conn: Connection, events: Sequence[BusinessEvent] = (), pushes: S
     for event in events:
         lines.setdefault((event.topic, event.name), []).append(_encode(event))
     if pushes:
-        lines[USER_PUSH_TOPIC, "UserPush"] = [_encode(push) for push in pushes]
+        lines[USER_PUSH_TOPIC, "UserPush"] = [
+            _encode(pushes[start : start + PUSHES_A_LINE]) for start in range(0, len(pushes), PUSHES_A_LINE)
+        ]
     if not lines:
         return
     topics, names = zip(*lines, strict=True)

@@ -82,7 +82,7 @@ async def test_each_line_becomes_an_entry_with_its_id_name_time_and_version(pool
     assert msgspec.json.decode(first["data"], type=OrderSubmitted) == submitted(1)
     assert len(await entries(redis, "ledger.funds-frozen")) == 1
     (push,) = await entries(redis, "gateway.user-push")
-    assert msgspec.json.decode(push["data"]) == {"userId": 7, "channel": "order", "data": {"orderId": 1}}
+    assert msgspec.json.decode(push["data"]) == [{"userId": 7, "channel": "order", "data": {"orderId": 1}}]
 
 
 async def test_a_topic_keeps_its_order_over_many_batches(

@@ -64,7 +64,7 @@ async def push(pool: Pool, *pushes: UserPush) -> None:
 
 async def add(redis: Redis, message_id: str, user_id: int, data: object) -> None:
     """What the relay writes for one push."""
-    payload = msgspec.json.encode({"userId": user_id, "channel": "order", "data": data})
+    payload = msgspec.json.encode([{"userId": user_id, "channel": "order", "data": data}])
     await redis.xadd("gateway.user-push", {"id": message_id, "event": "UserPush", "data": payload})
 
 
@@ -116,7 +116,7 @@ async def test_a_burst_larger_than_one_read_arrives_whole(api: Api, redis: Redis
         await authenticate(socket, token)
         async with redis.pipeline(transaction=False) as pipe:
             for number in range(5000):
-                payload = msgspec.json.encode({"userId": ALICE, "channel": "order", "data": number})
+                payload = msgspec.json.encode([{"userId": ALICE, "channel": "order", "data": number}])
                 pipe.xadd("gateway.user-push", {"id": f"{number}-0", "event": "UserPush", "data": payload})
             await pipe.execute()
         assert [(await receive(socket))["data"] for _ in range(5000)] == list(range(5000))
