@@ -94,11 +94,14 @@ class Desk:
         await (await self.start(saga)).result()
         return saga.batch.order_ids
 
+    async def take_in_cancellation(self, *order_ids: int) -> Saga:
+        """Write the cancellation of orders down; its saga, not started."""
+        async with self.pool.acquire() as conn, conn.transaction():
+            return await take_in_cancels(conn, list(order_ids), uuid.uuid4().hex[:12])
+
     async def cancel(self, *order_ids: int) -> WorkflowHandle[Any, Any]:
         """Start the cancellation of orders."""
-        async with self.pool.acquire() as conn, conn.transaction():
-            saga = await take_in_cancels(conn, list(order_ids), uuid.uuid4().hex[:12])
-        return await self.start(saga)
+        return await self.start(await self.take_in_cancellation(*order_ids))
 
     async def states(self, order_ids: list[int]) -> list[tuple[str, str | None]]:
         """(status, failure reason) of each order."""

@@ -1,0 +1,80 @@
+"""Today's workflow code continues every saved history, and a change that could not is caught."""
+
+import pytest
+from temporalio import workflow
+
+from domain.sagas import (
+    ACCEPT_ORDERS,
+    CHECK_ORDERS,
+    FREEZE_FUNDS,
+    ORDER_PLACEMENT,
+    Acceptance,
+    OrderBatch,
+    Outcome,
+    StepRequest,
+    Verdict,
+)
+from tests.replay import HISTORIES, replay
+from workflows.audit import LedgerAuditWorkflow
+from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
+from workflows.settlement import SettlementWorkflow
+from workflows.steps import run_step
+
+WORKFLOWS = [OrderPlacementWorkflow, OrderCancellationWorkflow, SettlementWorkflow, LedgerAuditWorkflow]
+KINDS = ("placement", "cancellation", "settlement", "ledger_audit")
+SAVED = [path.stem for path in sorted(HISTORIES.glob("*.json")) if path.stem.startswith(KINDS)]
+
+
+@pytest.mark.parametrize("name", SAVED)
+async def test_a_saved_history_replays(name: str) -> None:
+    await replay(name, WORKFLOWS)
+
+
+def test_every_way_through_the_sagas_has_a_saved_history() -> None:
+    assert set(SAVED) >= {
+        "placement",
+        "placement_refused",
+        "placement_second_round",
+        "placement_busy",
+        "placement_retried",
+        "placement_cancelled",
+        "placement_cancelled_second_round",
+        "cancellation",
+        "settlement",
+        "settlement_retried",
+        "settlement_resumed",
+        "settlement_overtaken",
+        "settlement_uncovered",
+        "settlement_continued",
+        "ledger_audit",
+    }
+
+
+@workflow.defn(name=ORDER_PLACEMENT)
+class FreezeBeforeCheck:
+    """Placement with its first two steps swapped."""
+
+    @workflow.run
+    async def run(self, batch: OrderBatch) -> Verdict:
+        """The steps in the wrong order."""
+        step = StepRequest(batch.saga_id, 1, batch.order_ids)
+        frozen = await run_step(FREEZE_FUNDS, step, Outcome)
+        await run_step(CHECK_ORDERS, step, Outcome)
+        return await run_step(ACCEPT_ORDERS, Acceptance(batch.saga_id, frozen.passed, []), Verdict)
+
+
+@workflow.defn(name=ORDER_PLACEMENT)
+class WithoutFreeze:
+    """Placement with a step left out."""
+
+    @workflow.run
+    async def run(self, batch: OrderBatch) -> Verdict:
+        """One step less."""
+        checked = await run_step(CHECK_ORDERS, StepRequest(batch.saga_id, 1, batch.order_ids), Outcome)
+        return await run_step(ACCEPT_ORDERS, Acceptance(batch.saga_id, checked.passed, []), Verdict)
+
+
+@pytest.mark.parametrize("changed", [FreezeBeforeCheck, WithoutFreeze])
+async def test_a_changed_workflow_does_not_replay(changed: type) -> None:
+    with pytest.raises(workflow.NondeterminismError):
+        await replay("placement", [changed])
