@@ -1,6 +1,6 @@
 """Public market data to the sockets of this process: one Redis subscriber, fan-out in memory.
 
-A subscription gets the snapshot kept in Redis, then the updates whose `prevSeq` is at or after the snapshot's `seq`.
+A subscription gets the snapshot kept in Redis, then the updates that follow on it: `prevSeq` is where it stands.
 The last updates are kept, so that those which arrive while the snapshot is fetched are not lost. When the chain of
 updates breaks (Redis or the market process was away), every subscription gets a new snapshot.
 """
@@ -112,8 +112,13 @@ class _Topic:
         self.send_snapshots()
 
     def _forward(self, subscription: _Subscription, update: _Update) -> None:
-        if subscription.seq is not None and update.previous >= subscription.seq:
+        if subscription.seq is None or update.previous < subscription.seq:
+            return
+        if update.previous == subscription.seq:
             subscription.send(update.text, update.seq)
+        else:
+            subscription.seq = None
+            self.send_snapshots()
 
     async def _send_snapshots(self) -> None:
         try:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -97,8 +97,8 @@ class OrderDesk:
         )
         async with worker, asyncio.TaskGroup() as tasks:
             tasks.create_task(self._verdicts.listen())
-            tasks.create_task(self._refresh_instruments())
-            tasks.create_task(self._refresh_references())
+            tasks.create_task(self._refresh(self._read_instruments, INSTRUMENTS_SECONDS))
+            tasks.create_task(self._refresh(self._read_references, REFERENCE_SECONDS))
             for lane in self._placements:
                 tasks.create_task(lane.intake.run())
                 tasks.create_task(lane.sagas.run())
@@ -240,21 +240,15 @@ class OrderDesk:
             for instrument_id, price in found.items()
         }
 
-    async def _refresh_instruments(self) -> None:
-        while True:
-            await asyncio.sleep(INSTRUMENTS_SECONDS)
+    async def _refresh(self, read: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> None:
+        task = asyncio.current_task()
+        # The Redis client may swallow a cancellation that comes in the middle of a command.
+        while task is None or not task.cancelling():
+            await asyncio.sleep(seconds)
             try:
-                await self._read_instruments()
+                await read()
             except Exception as error:  # any outage: what was read last stays good until the next look
-                log.warning("Instruments could not be read: %r", error)
-
-    async def _refresh_references(self) -> None:
-        while True:
-            await asyncio.sleep(REFERENCE_SECONDS)
-            try:
-                await self._read_references()
-            except Exception as error:  # any outage: what was read last stays good until the next look
-                log.warning("Reference prices could not be read: %r", error)
+                log.warning("%s failed: %r", read.__name__, error)
 
 
 @asynccontextmanager

@@ -635,6 +635,8 @@ def upgrade() -> None:
         postgresql_where=sa.text("status = 'PREPARE'"),
     )
     # ### end Alembic commands ###
+    # Payloads live for milliseconds: compressing them would cost more than writing them.
+    op.execute("ALTER TABLE outbox.messages ALTER COLUMN payload SET STORAGE EXTERNAL")
     _seed()
 
 
