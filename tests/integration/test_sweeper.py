@@ -127,7 +127,9 @@ async def test_when_all_were_swept_up_there_is_nothing_to_merge(desk: Desk, pool
     await desk.assert_clean()
 
 
-async def test_the_sweeper_outlives_an_outage_of_temporal(desk: Desk, pool: Pool, redis: Redis) -> None:
+async def test_what_could_not_be_swept_while_temporal_was_away_is_swept_later(
+    desk: Desk, pool: Pool, redis: Redis
+) -> None:
     away = await Client.connect(f"127.0.0.1:{free_port()}", namespace=desk.temporal.namespace, lazy=True)
     saga = await desk.take_in(order(ALICE, "BUY", "0.001", "60000"))
     await age(pool)

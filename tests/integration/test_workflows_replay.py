@@ -64,17 +64,20 @@ class FreezeBeforeCheck:
 
 
 @workflow.defn(name=ORDER_PLACEMENT)
-class WithoutFreeze:
-    """Placement with a step left out."""
+class WithTwoChecks:
+    """Placement with one step more."""
 
     @workflow.run
     async def run(self, batch: OrderBatch) -> Verdict:
-        """One step less."""
-        checked = await run_step(CHECK_ORDERS, StepRequest(batch.saga_id, 1, batch.order_ids), Outcome)
-        return await run_step(ACCEPT_ORDERS, Acceptance(batch.saga_id, checked.passed, []), Verdict)
+        """The check twice."""
+        step = StepRequest(batch.saga_id, 1, batch.order_ids)
+        await run_step(CHECK_ORDERS, step, Outcome)
+        await run_step(CHECK_ORDERS, step, Outcome)
+        frozen = await run_step(FREEZE_FUNDS, step, Outcome)
+        return await run_step(ACCEPT_ORDERS, Acceptance(batch.saga_id, frozen.passed, []), Verdict)
 
 
-@pytest.mark.parametrize("changed", [FreezeBeforeCheck, WithoutFreeze])
+@pytest.mark.parametrize("changed", [FreezeBeforeCheck, WithTwoChecks])
 async def test_a_changed_workflow_does_not_replay(changed: type) -> None:
     with pytest.raises(workflow.NondeterminismError):
         await replay("placement", [changed])
