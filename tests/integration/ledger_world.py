@@ -6,10 +6,11 @@ or look in between.
 
 import json
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import count
 from typing import Any, cast
 
 from redis.asyncio import Redis
@@ -71,6 +72,7 @@ class World:
     pool: Pool
     redis: Redis
     faulty: Any = None
+    tokens: Iterator[int] = field(default_factory=count)
     matchers: dict[str, Matcher] = field(default_factory=lambda: {i.instrument_id: Matcher(i) for i in SHIPPED})
     command_seqs: dict[str, int] = field(default_factory=lambda: dict.fromkeys((i.instrument_id for i in SHIPPED), 0))
     settled: dict[str, int] = field(default_factory=lambda: dict.fromkeys((i.instrument_id for i in SHIPPED), 0))
@@ -99,7 +101,7 @@ class World:
 
     async def take_in_cancels(self, *order_ids: int) -> OrderBatch:
         async with self.pool.acquire() as conn, conn.transaction():
-            return (await take_in_cancels(conn, list(order_ids), "test")).batch
+            return (await take_in_cancels(conn, list(order_ids), f"t{next(self.tokens)}")).batch
 
     async def placement(self, batch: OrderBatch) -> AsyncIterator[str]:
         """The steps of a placement, as OrderPlacementWorkflow takes them."""

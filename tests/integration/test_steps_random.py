@@ -1,0 +1,172 @@
+"""Random traders, and sagas and settlement interleaved at random: the invariants hold at every moment."""
+
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+
+import pytest
+from redis.asyncio import Redis
+
+from activities import audit
+from activities.ledger import transfer_external
+from activities.risk import set_leverage
+from domain.instruments import Instrument
+from domain.order_entry import NewOrder
+from domain.problems import Problem
+from domain.sagas import EventRange
+from storage.db import Pool
+from tests.integration.ledger_world import BTC, ETH, World, assert_conserved, finish, limit, market
+
+USERS = range(1, 8)
+INSTRUMENTS = (BTC, ETH)
+DEPOSITS = (100, 1_000, 4_000, 20_000)
+ACTIONS = 1_500
+
+
+@contextmanager
+def allowed(code: str) -> Iterator[None]:
+    """The exchange may refuse for this reason, and for no other."""
+    try:
+        yield
+    except Problem as problem:
+        if problem.code != code:
+            raise
+
+
+class Trading:
+    """One run, fully determined by its seed."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world = world
+        self.dice = random.Random(seed)
+        self.ticks = {BTC.instrument_id: 600_000, ETH.instrument_id: 300_000}
+        self.placements: list[AsyncIterator[str]] = []
+        self.settlements: dict[str, AsyncIterator[str]] = {}
+        self.order_ids: list[int] = []
+        self.references = 0
+
+    async def act(self) -> None:
+        action = self.dice.choices(
+            [self.take_in, self.go_on_placing, self.match, self.go_on_settling, self.cancel, self.transfer, self.lever],
+            [8, 14, 5, 14, 2, 2, 2],
+        )[0]
+        await action()
+
+    async def take_in(self) -> None:
+        batch = await self.world.take_in(*(self.order() for _ in range(self.dice.randint(1, 4))))
+        self.placements.append(self.world.placement(batch))
+        self.order_ids += batch.order_ids
+
+    def order(self) -> NewOrder:
+        instrument = self.dice.choice(INSTRUMENTS)
+        name = instrument.instrument_id
+        # The market wanders, and now and then it jumps further than anybody's margin reaches.
+        self.ticks[name] = self.ticks[name] * self.dice.choices([1000, 1002, 998, 1100, 900], [60, 10, 10, 2, 2])[0] // 1000
+        price = instrument.ticks_to_price(self.ticks[name] + self.dice.randint(-60, 60))
+        quantity = str(
+            instrument.lots_to_quantity(self.dice.choice([1, 7, 50, 400]) * (1 if instrument is BTC else 20))
+        )
+        user, side = self.dice.choice(USERS), self.dice.choice(["BUY", "SELL"])
+        if self.dice.random() < 0.25:
+            reach = instrument.ticks_to_price(self.ticks[name] // 20)
+            return market(user, side, quantity, price + (reach if side == "BUY" else -reach), instrument)
+        return limit(
+            user,
+            side,
+            quantity,
+            price,
+            instrument,
+            time_in_force=self.dice.choice(["GTC", "GTC", "GTC", "IOC", "FOK"]),
+            stp_mode=self.dice.choice(["EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH"]),
+        )
+
+    async def go_on_placing(self) -> None:
+        if self.placements:
+            await self.take_step(self.dice.choice(self.placements))
+
+    async def take_step(self, placing: AsyncIterator[str]) -> None:
+        if await anext(placing, None) is None:
+            self.placements.remove(placing)
+
+    async def match(self) -> None:
+        await self.world.match(self.dice.choice(INSTRUMENTS), self.dice.randint(1, 6))
+
+    async def go_on_settling(self) -> None:
+        instrument = self.dice.choice(INSTRUMENTS)
+        name = instrument.instrument_id
+        if name not in self.settlements:
+            events = self.next_range(instrument)
+            if events is None:
+                return
+            self.settlements[name] = self.world.settlement(events)
+        if await anext(self.settlements[name], None) is None:
+            del self.settlements[name]
+
+    def next_range(self, instrument: Instrument) -> EventRange | None:
+        return self.world.unsettled(instrument, self.dice.choice([1, 2, 5, 50]))
+
+    async def cancel(self) -> None:
+        if self.order_ids:
+            await self.world.cancel(*{self.dice.choice(self.order_ids) for _ in range(3)})
+
+    async def transfer(self) -> None:
+        self.references += 1
+        amount = Decimal(self.dice.choice([10, 500, -10, -500]))
+        kind = "DEPOSIT" if amount > 0 else "WITHDRAWAL"
+        async with self.world.pool.acquire() as conn:
+            with allowed("INSUFFICIENT_FUNDS"):
+                async with conn.transaction():
+                    user = self.dice.choice(USERS)
+                    await transfer_external(conn, kind, f"r{self.references}", user, "USDT", amount)
+
+    async def lever(self) -> None:
+        async with self.world.pool.acquire() as conn:
+            with allowed("LEVERAGE_NOT_CHANGEABLE"):
+                async with conn.transaction():
+                    user, leverage = self.dice.choice(USERS), self.dice.choice([3, 50, 100, 100])
+                    await set_leverage(conn, user, self.dice.choice(INSTRUMENTS), leverage)
+
+    async def come_to_rest(self) -> None:
+        """Bring everything that is under way to its end."""
+        for settling in self.settlements.values():
+            await finish(settling)
+        self.settlements.clear()
+        # In turn: one may be waiting for another.
+        while self.placements:
+            for placing in list(self.placements):
+                await self.take_step(placing)
+        for instrument in INSTRUMENTS:
+            await self.world.settle(instrument)
+
+
+async def assert_audit_is_clean(pool: Pool, *, at_rest: bool) -> None:
+    report = await audit.run_audit(pool)
+    assert report.ok, [check for check in report.checks if not check.ok]
+    if at_rest:
+        assert [check for check in report.checks if check.detail] == []
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("seed", range(6))
+async def test_the_books_balance_whatever_happens_in_whatever_order(
+    pool: Pool, redis: Redis, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    # One look is all: in motion is no excuse for an alarm, and waiting would not move anything here.
+    monkeypatch.setattr(audit, "LOOKS_MAX", 1)
+    world = World(pool, redis)
+    trading = Trading(world, seed)
+    for user in USERS:
+        await world.deposit(trading.dice.choice(DEPOSITS), user)
+    for number in range(ACTIONS):
+        await trading.act()
+        if number % 10 == 0:
+            await assert_audit_is_clean(pool, at_rest=False)
+        if number % 300 == 299:
+            await trading.come_to_rest()
+            await assert_audit_is_clean(pool, at_rest=True)
+    await trading.come_to_rest()
+    await assert_audit_is_clean(pool, at_rest=True)
+    await assert_conserved(world)
+    assert await pool.fetchval("SELECT count(*) FROM orders.orders WHERE status IN ('PENDING', 'ACCEPTED')") == 0
+    assert await pool.fetchval("SELECT count(*) FROM matching.trade_tickers") > 50
