@@ -22,7 +22,7 @@ from domain.events import (
     InsuranceFundRequired,
     LedgerEntryCreated,
 )
-from domain.money import ZERO, plain
+from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
 from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest
 from domain.steps import CheckResult, MarginMoves, settle_step
@@ -416,9 +416,11 @@ async def transfer_external(
 ) -> bool:
     """Deposit (`amount` > 0) or withdraw (< 0) once per (reference_type, reference); False when it was done before.
 
-    Raises Problem INSUFFICIENT_FUNDS when a withdrawal exceeds available, VALIDATION_FAILED when the reference
-    was used for something else.
+    Raises Problem INSUFFICIENT_FUNDS when a withdrawal exceeds available, VALIDATION_FAILED when `amount` is 0 or has
+    more than 8 decimals, or the reference was used for something else.
     """
+    if not amount or amount != round_down(amount):
+        raise Problem("VALIDATION_FAILED", f"Expected an amount other than 0 with at most 8 decimals, was {amount}")
     step_id = f"{reference_type}:{reference}"
     earlier = await first_result(conn, "ledger", step_id, tuple[int, str, Decimal])
     if earlier is not None:
