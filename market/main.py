@@ -52,7 +52,8 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
     feed = EngineFeed(pool, markets, changed)
     await feed.catch_up()
     log.info("Rebuilt the market from %d engine events", sum(market.seq for market in markets.values()))
-    index = SimulatedIndex(list(instruments.values()), await last_index_prices(pool), settings.index_seed)
+    last_prices = await last_index_prices(pool, list(markets))
+    index = SimulatedIndex(list(instruments.values()), last_prices, settings.index_seed)
     funding_interval = timedelta(seconds=settings.funding_interval_seconds)
     marks = MarkPrices(pool, redis, markets, index, funding_interval, changed)
 
@@ -62,15 +63,19 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
         else:
             feed.on_hint(payload)
 
-    def republish(_: str) -> None:
+    subscribed: set[str] = set()
+
+    def republish_on_reconnect(channel: str) -> None:
         # The server may have restarted empty, or forgotten what it was sent last.
-        for market in markets.values():
-            market.break_chains()
-        changed.set()
+        if channel in subscribed:
+            for market in markets.values():
+                market.break_chains()
+            changed.set()
+        subscribed.add(channel)
 
     channels = [HELD_PRICE_CHANNEL, *(f"engine:{instrument_id}" for instrument_id in markets)]
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(Subscriber(redis, channels, receive, republish).run())
+        tasks.create_task(Subscriber(redis, channels, receive, republish_on_reconnect).run())
         tasks.create_task(feed.follow_log())
         tasks.create_task(marks.run(settings.mark_price_interval_seconds))
         tasks.create_task(publish_changes(redis, markets.values(), changed))

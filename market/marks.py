@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import cast
@@ -28,10 +28,16 @@ log = logging.getLogger(__name__)
 ROUND_SECONDS_MAX = 5.0
 
 _encode = msgspec.json.Encoder().encode
-_LAST_INDEX = "SELECT instrument_id, index_price FROM market.v_mark_prices"
+# One look into the index per instrument: the history may be long.
+_LAST_INDEX = """
+    SELECT name, last.index_price FROM unnest($1::text[]) AS name CROSS JOIN LATERAL
+        (SELECT index_price FROM market.mark_prices WHERE instrument_id = name
+         ORDER BY calculated_at DESC LIMIT 1) AS last
+"""
 _LAST_RATES = """
-    SELECT DISTINCT ON (instrument_id) instrument_id, rate FROM market.funding_rates
-    ORDER BY instrument_id, effective_at DESC
+    SELECT name, last.rate FROM unnest($1::text[]) AS name CROSS JOIN LATERAL
+        (SELECT rate FROM market.funding_rates WHERE instrument_id = name
+         ORDER BY effective_at DESC LIMIT 1) AS last
 """
 _INSERT = """
     INSERT INTO market.mark_prices (instrument_id, calculated_at, index_price, mark_price, fair_price, premium_index,
@@ -84,7 +90,7 @@ class MarkPrices:
         held = await self._held_prices()
         index = self._index.step(held)
         async with self._pool.acquire() as conn, conn.transaction():
-            rates = {row["instrument_id"]: row["rate"] for row in await conn.fetch(_LAST_RATES)}
+            rates = {row["name"]: row["rate"] for row in await conn.fetch(_LAST_RATES, list(self._markets))}
             marks = {
                 name: self._price(market, index[name], rates.get(name), now, is_held=name in held)
                 for name, market in self._markets.items()
@@ -118,9 +124,9 @@ class MarkPrices:
         return mark_price.calculate(index, mark_price.fair_price(bid, ask, index), basis, limit)
 
 
-async def last_index_prices(pool: Pool) -> dict[str, Decimal]:
+async def last_index_prices(pool: Pool, instrument_ids: Sequence[str]) -> dict[str, Decimal]:
     """The index levels of the last run."""
-    return {row["instrument_id"]: row["index_price"] for row in await pool.fetch(_LAST_INDEX)}
+    return {row["name"]: row["index_price"] for row in await pool.fetch(_LAST_INDEX, instrument_ids)}
 
 
 def _history(marks: Mapping[str, MarkPrice], now: datetime) -> list[object]:
