@@ -185,7 +185,8 @@ class LedgerActivities:
 
 async def _freeze(conn: Connection, request: StepRequest) -> Outcome:
     check = await _risk_step(conn, f"check:{request.step_id}", CheckResult)
-    margins = check.passed if check else []
+    assert check is not None, f"Expected the check of {request.step_id}, was none"
+    margins = check.passed
     needs: dict[tuple[int, str, str], Decimal] = {}
     for m in margins:
         key = (m.user_id, m.instrument_id, m.asset)

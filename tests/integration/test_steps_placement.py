@@ -348,3 +348,22 @@ async def test_steps_over_orders_that_do_not_exist_do_nothing(world: World, pool
     assert verdict.refused == []
     assert await pool.fetchval("SELECT count(*) FROM matching.commands") == 0
     assert (await world.orders.request_cancels(await world.take_in_cancels(404))).passed == []
+
+
+async def test_steps_out_of_order_are_refused_and_leave_no_trace(world: World, pool: Pool) -> None:
+    await world.deposit(10_000, 1)
+    batch = await world.take_in(limit(1, "BUY", "0.1", 60_000))
+    step = StepRequest(batch.saga_id, 1, batch.order_ids)
+    before = await dump(pool)
+    for too_early in (world.ledger.freeze_funds, world.risk.release_orders):
+        with pytest.raises(AssertionError, match="Expected the check"):
+            await too_early(step)
+    assert await dump(pool) == before
+    await world.risk.check_orders(step)
+    await world.ledger.freeze_funds(step)
+    before = await dump(pool)
+    with pytest.raises(AssertionError):
+        await world.ledger.unfreeze_funds(step)
+    assert await dump(pool) == before
+    await finish(world.placement(batch))
+    assert await world.status(batch.order_ids[0]) == ("ACCEPTED", None)
