@@ -7,10 +7,12 @@ is either reckoned with exactly or left to the next look; nothing is allowed a t
 import asyncio
 import logging
 from datetime import UTC, datetime
+from decimal import Decimal
 
 from temporalio import activity
 
 from domain.clock import iso
+from domain.money import plain
 from domain.sagas import AUDIT, AuditCheck, AuditReport
 from storage.db import Connection, Pool
 
@@ -186,4 +188,6 @@ async def _check(conn: Connection, name: str, query: str) -> AuditCheck:
 
 
 def _figure(value: object) -> str:
-    return "differs" if value is True else f"{value}"
+    if value is True:
+        return "differs"
+    return plain(value) if isinstance(value, Decimal) else str(value)

@@ -82,7 +82,7 @@ class Client:
 
 @pytest.mark.parametrize(
     "victims",
-    [["api"], ["worker"], ["engine"], ["temporal"], ["api", "worker", "engine", "temporal"]],
+    [["api"], ["worker"], ["engine"], ["temporal"], ["temporal", "valkey", "engine", "worker", "market", "api"]],
     ids="+".join,
 )
 async def test_orders_survive_kill_9_of(exchange: Exchange, admin: Trader, victims: list[str]) -> None:

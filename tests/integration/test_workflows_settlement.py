@@ -287,7 +287,7 @@ async def test_the_audit_reports_clean_books_and_alerts_when_they_are_not(
             report, _ = await audit(desk.temporal, "broken")
     assert not report.ok
     assert [check.name for check in report.checks if not check.ok] == ["balances_equal_entries"]
-    assert f"ledger audit failed: balances_equal_entries: 1 offenders: user:{BOB} USDT" in caplog.text
+    assert f"ledger audit failed: balances_equal_entries: 1 offenders: user:{BOB} USDT: 0.00000001" in caplog.text
 
 
 BREAKAGES = {
