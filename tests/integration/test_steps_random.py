@@ -62,7 +62,8 @@ class Trading:
         instrument = self.dice.choice(INSTRUMENTS)
         name = instrument.instrument_id
         # The market wanders, and now and then it jumps further than anybody's margin reaches.
-        self.ticks[name] = self.ticks[name] * self.dice.choices([1000, 1002, 998, 1100, 900], [60, 10, 10, 2, 2])[0] // 1000
+        moved = self.dice.choices([1000, 1002, 998, 1100, 900], [60, 10, 10, 2, 2])[0]
+        self.ticks[name] = self.ticks[name] * moved // 1000
         price = instrument.ticks_to_price(self.ticks[name] + self.dice.randint(-60, 60))
         quantity = str(
             instrument.lots_to_quantity(self.dice.choice([1, 7, 50, 400]) * (1 if instrument is BTC else 20))
