@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from temporalio.client import Client
 
 from api.bootstrap import bootstrap
 from clients import open_redis
@@ -254,11 +253,6 @@ async def running_exchange(database_url: str, folder: Path) -> AsyncIterator[Exc
     finally:
         await exchange.close()
         pool.terminate()
-
-
-async def temporal_client(exchange: Exchange) -> Client:
-    """A client of the exchange's Temporal."""
-    return await Client.connect(exchange.settings.require_temporal_address(), namespace=NAMESPACE)
 
 
 def _write_key(path: Path) -> Path:
