@@ -394,12 +394,13 @@ async def _write(conn: Connection, book: Book, holds: dict[tuple[int, str], Hold
         *columns([(*k, h.asset, h.order_margin, h.position_margin, h.order_short) for k, h in holds.items()], 6),
     )
     # Last, because everybody's fees end here: the row lock is held for as short as can be. Sorted against deadlocks.
-    await conn.execute(
-        "INSERT INTO ledger.system_balances AS s (account, asset, balance)"
-        " SELECT * FROM unnest($1::text[], $2::text[], $3::numeric[])"
-        " ON CONFLICT (account, asset) DO UPDATE SET balance = s.balance + excluded.balance, updated_at = now()",
-        *columns([(*key, amount) for key, amount in sorted(book.system.items())], 3),
-    )
+    if book.system:
+        await conn.execute(
+            "INSERT INTO ledger.system_balances AS s (account, asset, balance)"
+            " SELECT * FROM unnest($1::text[], $2::text[], $3::numeric[])"
+            " ON CONFLICT (account, asset) DO UPDATE SET balance = s.balance + excluded.balance, updated_at = now()",
+            *columns([(*key, amount) for key, amount in sorted(book.system.items())], 3),
+        )
     pushes = [
         UserPush(user_id, "balance", {"asset": asset, **balance_view(account.available, account.reserved)})
         for (user_id, asset), account in book.accounts.items()
@@ -422,13 +423,14 @@ async def transfer_external(
     """
     if not amount or amount != round_down(amount):
         raise Problem("VALIDATION_FAILED", f"Expected an amount other than 0 with at most 8 decimals, was {amount}")
+    # The lock on the balance comes first: a repeat that runs at the same time waits for it and then sees the result.
+    book = await _open_book(conn, [(user_id, asset)])
     step_id = f"{reference_type}:{reference}"
     earlier = await first_result(conn, "ledger", step_id, tuple[int, str, Decimal])
     if earlier is not None:
         if earlier != (user_id, asset, amount):
             raise Problem("VALIDATION_FAILED", f"Reference {reference} was used for another transfer")
         return False
-    book = await _open_book(conn, [(user_id, asset)])
     if book.accounts[user_id, asset].available + amount < 0:
         raise Problem("INSUFFICIENT_FUNDS", f"Available {asset} does not cover {plain(-amount)}")
     book.open_journal(reference_type, reference)

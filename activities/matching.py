@@ -20,9 +20,11 @@ async def append_commands(conn: Connection, commands: Mapping[str, Sequence[AnyC
     for instrument_id in sorted(commands):
         batch = commands[instrument_id]
         last_seq = await conn.fetchval(
-            "UPDATE matching.sequencers SET last_seq = last_seq + $2 WHERE instrument_id = $1 RETURNING last_seq",
+            "UPDATE matching.sequencers SET last_seq = last_seq + $2 WHERE instrument_id = $1"
+            " RETURNING last_seq, pg_notify($3, $1)",
             instrument_id,
             len(batch),
+            COMMANDS_CHANNEL,
         )
         first_seq = last_seq - len(batch) + 1
         await conn.copy_records_to_table(
@@ -31,7 +33,6 @@ async def append_commands(conn: Connection, commands: Mapping[str, Sequence[AnyC
             columns=["instrument_id", "seq", "payload"],
             records=[(instrument_id, first_seq + i, encode(command).decode()) for i, command in enumerate(batch)],
         )
-        await conn.execute("SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, instrument_id)
 
 
 class MatchingActivities:

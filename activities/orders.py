@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from temporalio import activity
 
 from activities.engine_log import EngineLog, SequencedEvent
-from activities.instruments import read_instruments
+from activities.instruments import RuleBook
 from activities.matching import append_commands
 from domain.clock import iso, to_ms
 from domain.events import BusinessEvent, OrderCancelRequested, OrderCreated
@@ -123,13 +123,15 @@ class OrderActivities:
         self._pool = pool
         self._redis = redis
         self._log = log
+        self._rules = RuleBook()
 
     @activity.defn(name=ACCEPT_ORDERS)
     async def accept(self, acceptance: Acceptance) -> Verdict:
         """End the placement: ACCEPTED and in the command log, or FAILED with the reason; one transaction."""
         async with self._pool.acquire() as conn, conn.transaction():
-            await _accept(conn, acceptance.passed)
-            await _fail(conn, acceptance)
+            await _accept(conn, acceptance.passed, (await self._rules.rules(conn)).instruments)
+            if acceptance.refused:
+                await _fail(conn, acceptance)
             await _close_saga(conn, acceptance.saga_id)
         verdict = Verdict(len(acceptance.passed), acceptance.refused)
         # A hint for the api process that waits; what counts is committed, so the saga does not wait for Redis.
@@ -158,7 +160,7 @@ class OrderActivities:
         """Fold a range of engine events into the orders and tell their users."""
         async with self._pool.acquire() as conn, conn.transaction():
             if await advance_cursor(conn, "orders", events):
-                instrument = (await read_instruments(conn))[events.instrument_id]
+                instrument = (await self._rules.rules(conn)).instruments[events.instrument_id]
                 await _apply(conn, fold_events(await self._log.read(conn, events), instrument))
 
     @activity.defn(name=CANCEL_UNCOVERED)
@@ -175,7 +177,7 @@ class OrderActivities:
             await _request_cancels(conn, [row["order_id"] for row in rows], "INSUFFICIENT_MARGIN")
 
 
-async def _accept(conn: Connection, order_ids: Sequence[int]) -> None:
+async def _accept(conn: Connection, order_ids: Sequence[int], instruments: Mapping[str, Instrument]) -> None:
     rows = await conn.fetch(
         "UPDATE orders.orders SET status = 'ACCEPTED', updated_at = now()"
         " WHERE order_id = ANY($1) AND status = 'PENDING'"
@@ -183,7 +185,6 @@ async def _accept(conn: Connection, order_ids: Sequence[int]) -> None:
         " stp_mode, is_liquidation, updated_at",
         order_ids,
     )
-    instruments = await read_instruments(conn)
     commands: defaultdict[str, list[AnyCommand]] = defaultdict(list)
     events: list[BusinessEvent] = []
     for row in sorted(rows, key=lambda row: row["order_id"]):

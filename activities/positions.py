@@ -10,8 +10,8 @@ from redis.asyncio import Redis
 from temporalio import activity
 
 from activities.engine_log import EngineLog, SequencedEvent
-from activities.instruments import read_instruments
-from activities.risk import OPPOSITE, read_tiers
+from activities.instruments import RuleBook, Rules
+from activities.risk import OPPOSITE
 from domain.clock import from_ms, iso
 from domain.events import BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
 from domain.margin import Tier, liquidation_price, maintenance_margin, margin_ratio, unrealized_pnl
@@ -78,13 +78,14 @@ class PositionActivities:
         self._pool = pool
         self._redis = redis
         self._log = log
+        self._rules = RuleBook()
 
     @activity.defn(name=APPLY_TRADES)
     async def apply_trades(self, events: EventRange) -> None:
         """Fold the trades of a range of engine events into positions, one `position_events` row per side."""
         async with self._pool.acquire() as conn, conn.transaction():
             if await advance_cursor(conn, "positions", events):
-                await _apply(conn, events, await self._log.read(conn, events))
+                await _apply(conn, events, await self._log.read(conn, events), await self._rules.rules(conn))
 
     @activity.defn(name=CONFIRM_POSITIONS)
     async def confirm(self, events: EventRange) -> None:
@@ -93,15 +94,15 @@ class PositionActivities:
         mark = marks[events.instrument_id].mark if events.instrument_id in marks else None
         async with self._pool.acquire() as conn, conn.transaction():
             if await advance_cursor(conn, "positions", events, "confirmed_seq"):
-                await _confirm(conn, events, mark)
+                await _confirm(conn, events, mark, (await self._rules.rules(conn)).tiers[events.instrument_id])
 
 
-async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]) -> None:
+async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent], rules: Rules) -> None:
     instrument_id = events.instrument_id
     trades = [(seq, event) for seq, event in log if isinstance(event, Trade)]
     if not trades:
         return
-    instrument = (await read_instruments(conn))[instrument_id]
+    instrument = rules.instruments[instrument_id]
     users = sorted({user for _, t in trades for user in (t.maker_user_id, t.taker_user_id)})
     leverages = await _read_leverages(conn, instrument_id, users)
     positions = await _lock(conn, instrument_id, users)
@@ -167,8 +168,7 @@ def fill_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, object]:
     }
 
 
-async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None) -> None:
-    tiers = (await read_tiers(conn))[events.instrument_id]
+async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None, tiers: Sequence[Tier]) -> None:
     rows = await conn.fetch(
         "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage, p.margin_mode, p.status,"
         " p.realized_pnl + f.realized_pnl AS realized_pnl, coalesce(h.position_margin, 0) AS margin"

@@ -5,7 +5,6 @@ ledger exactly once: through `freeze_funds` for a check, through `settle` for en
 `unfreeze_funds` for a release.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -14,7 +13,7 @@ import asyncpg
 from temporalio import activity
 
 from activities.engine_log import EngineLog, SequencedEvent
-from activities.instruments import read_instruments
+from activities.instruments import RuleBook, Rules, read_instruments, read_tiers
 from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPassed
 from domain.exposure import Exposure, Side
 from domain.instruments import Instrument
@@ -75,6 +74,7 @@ class RiskActivities:
     def __init__(self, pool: Pool, log: EngineLog) -> None:
         self._pool = pool
         self._log = log
+        self._rules = RuleBook()
 
     @activity.defn(name=CHECK_ORDERS)
     async def check_orders(self, request: StepRequest) -> Outcome:
@@ -83,7 +83,7 @@ class RiskActivities:
         async with self._pool.acquire() as conn, conn.transaction():
             done = await first_result(conn, "risk", step_id, CheckResult)
             if done is None:
-                done = await _check(conn, request)
+                done = await _check(conn, request, await self._rules.rules(conn))
                 await store_result(conn, "risk", step_id, done)
         return Outcome([margin.order_id for margin in done.passed], done.refused, done.busy)
 
@@ -93,14 +93,14 @@ class RiskActivities:
         step_id = f"release:{request.release_id}"
         async with self._pool.acquire() as conn, conn.transaction():
             if await first_result(conn, "risk", step_id, MarginMoves) is None:
-                await store_result(conn, "risk", step_id, await _release(conn, request))
+                await store_result(conn, "risk", step_id, await _release(conn, request, await self._rules.rules(conn)))
 
     @activity.defn(name=APPLY_RISK_EVENTS)
     async def apply_events(self, events: EventRange) -> None:
         """Fold a range of engine events into the exposures; the margin moves are stored for the ledger."""
         async with self._pool.acquire() as conn, conn.transaction():
             if await advance_cursor(conn, "risk", events):
-                moves = await _apply(conn, events, await self._log.read(conn, events))
+                moves = await _apply(conn, events, await self._log.read(conn, events), await self._rules.rules(conn))
                 await store_result(conn, "risk", settle_step(events), moves)
 
 
@@ -145,19 +145,19 @@ async def set_leverage(conn: Connection, user_id: int, instrument: Instrument, l
         raise Problem("LEVERAGE_NOT_CHANGEABLE", "Close the position and cancel the open orders first")
 
 
-async def _check(conn: Connection, request: StepRequest) -> CheckResult:
+async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckResult:
     orders = await conn.fetch(
         "SELECT order_id, user_id, instrument_id, side, quantity, bound_price FROM orders.v_orders"
         " WHERE order_id = ANY($1) ORDER BY order_id",
         request.order_ids,
     )
-    instruments = await read_instruments(conn)
+    instruments = rules.instruments
     keys = sorted({(row["user_id"], row["instrument_id"]) for row in orders})
     await _create_missing(conn, keys, instruments)
     exposures = await _lock(conn, keys)
     waiting = await _unfrozen(conn, exposures)
     limits = await _read_limits(conn, keys)
-    tiers = await read_tiers(conn)
+    tiers = rules.tiers
     budgets = await _read_available(conn, {key[0] for key in keys})
 
     states = {key: _exposure(row) for key, row in exposures.items()}
@@ -191,13 +191,13 @@ async def _check(conn: Connection, request: StepRequest) -> CheckResult:
     return CheckResult(passed, refused, busy)
 
 
-async def _release(conn: Connection, request: StepRequest) -> MarginMoves:
+async def _release(conn: Connection, request: StepRequest, rules: Rules) -> MarginMoves:
     orders = await conn.fetch(
         "SELECT order_id, user_id, instrument_id, side, quantity, bound_price FROM orders.v_orders"
         " WHERE order_id = ANY($1) ORDER BY order_id",
         request.order_ids,
     )
-    instruments = await read_instruments(conn)
+    instruments = rules.instruments
     checked = await first_result(conn, "risk", f"check:{request.step_id}", CheckResult)
     assert checked is not None, f"Expected the check of {request.step_id}, was none"
     # All that the check touched, in the one order of locking: the neighbours of what is released wait for this, too.
@@ -224,9 +224,9 @@ async def _release(conn: Connection, request: StepRequest) -> MarginMoves:
     return MarginMoves(_moves(exposures, margins, instruments), ended)
 
 
-async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]) -> MarginMoves:
+async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent], rules: Rules) -> MarginMoves:
     instrument_id = events.instrument_id
-    instruments = await read_instruments(conn)
+    instruments = rules.instruments
     instrument = instruments[instrument_id]
     fills = {
         (row["seq"], row["role"]): row
@@ -342,17 +342,6 @@ async def _read_limits(conn: Connection, keys: Sequence[Key]) -> dict[Key, Limit
     )
     found = {(row["user_id"], row["instrument_id"]): Limits(*row[2:]) for row in rows}
     return {key: found.get(key) or found[None, key[1]] for key in keys}
-
-
-async def read_tiers(conn: Connection | Pool) -> dict[str, list[Tier]]:
-    """Leverage tiers of every instrument, ascending."""
-    tiers: dict[str, list[Tier]] = defaultdict(list)
-    for row in await conn.fetch(
-        "SELECT instrument_id, notional_from, maintenance_margin_rate, cumulative, max_leverage"
-        " FROM risk.v_leverage_tiers ORDER BY instrument_id, tier"
-    ):
-        tiers[row[0]].append(Tier(*row[1:]))
-    return dict(tiers)
 
 
 async def _read_available(conn: Connection, user_ids: set[int]) -> dict[tuple[int, str], Decimal]:

@@ -21,6 +21,9 @@ def main() -> None:
         loop="uvloop",
         http="httptools",
         ws="websockets-sansio",
+        # Compression would be done anew for every client; what clients send is short.
+        ws_per_message_deflate=False,
+        ws_max_size=16 * 1024,
         access_log=False,
         log_config=None,
         backlog=2048,

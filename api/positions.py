@@ -5,8 +5,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import Field
 
+from activities.instruments import read_tiers
 from activities.positions import position_view
-from activities.risk import read_tiers, set_leverage
+from activities.risk import set_leverage
 from api.gateway import ServedUserId, User
 from api.models import ApiModel, SafeText
 from api.state import State

@@ -55,8 +55,8 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
         yield AppState(settings, pool, redis, temporal, tokens, passwords, sessions, feeds, desk)
 
 
-def app_state(connection: HTTPConnection) -> AppState:
-    """The state of the application that serves this request or socket."""
+async def app_state(connection: HTTPConnection) -> AppState:
+    """The state of the application that serves this request or socket (async: FastAPI gives others a thread)."""
     state = connection.app.state.exchange
     assert isinstance(state, AppState)
     return state

@@ -23,8 +23,14 @@ async def open_pool(url: str, *, size_min: int = 1, size_max: int = 10, name: st
         min_size=size_min,
         max_size=size_max,
         command_timeout=COMMAND_TIMEOUT_SECONDS,
+        # Nobody leaves anything behind on a connection (leadership unlocks by itself): no round trip to clean up.
+        reset=_leave_as_is,
         server_settings={"application_name": name, "jit": "off", "timezone": "UTC"},
     )
+
+
+async def _leave_as_is(_: object) -> None:
+    """Instead of asyncpg's own reset."""
 
 
 def columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:

@@ -1,6 +1,7 @@
 """One active process out of many: whoever holds a Postgres advisory lock works, the others stand by."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -37,10 +38,19 @@ async def run_as_leader(pool: Pool, lock: int, stop: asyncio.Event, work: Work) 
             async with pool.acquire() as conn:
                 if await conn.fetchval("SELECT pg_try_advisory_lock($1)", lock):
                     log.info("Leading under lock %d", lock)
-                    await _work_while_connected(conn, stop, work)
+                    try:
+                        await _work_while_connected(conn, stop, work)
+                    finally:
+                        await _unlock(conn, lock)
         except* OUTAGES as outages:
             log.warning("Postgres is away or lock %d is lost: %s", lock, outages.exceptions[0])
         await wait_for_event(stop, STANDBY_SECONDS)
+
+
+async def _unlock(conn: Connection, lock: int) -> None:
+    # A connection that is gone has taken its lock along.
+    with contextlib.suppress(*OUTAGES):
+        await conn.execute("SELECT pg_advisory_unlock($1)", lock)
 
 
 async def _work_while_connected(conn: Connection, stop: asyncio.Event, work: Work) -> None:

@@ -48,15 +48,17 @@ async def advance_cursor(conn: Connection, schema: str, events: EventRange, colu
 
 
 async def first_result(conn: Connection, schema: str, step_id: str, kind: type[T]) -> T | None:
-    """The stored result of a step done before; None the first time, when the step is then locked for this caller."""
-    # Two attempts of the same step may overlap (a time-out that was not a failure): the second one waits here.
-    await conn.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"{schema}:{step_id}")
+    """The stored result of a step done before; None the first time.
+
+    Two attempts of a step may overlap (a time-out that was not a failure): the one that comes second to
+    `store_result` is rolled back there, and finds the result when it is tried again.
+    """
     stored = await conn.fetchval(f"SELECT result FROM {schema}.steps WHERE step_id = $1", step_id)
     return None if stored is None else msgspec.json.decode(stored, type=kind)
 
 
 async def store_result(conn: Connection, schema: str, step_id: str, result: object) -> None:
-    """Keep the result of a step in the caller's transaction."""
+    """Keep the result of a step in the caller's transaction. Raises UniqueViolationError when it has one already."""
     await conn.execute(
         f"INSERT INTO {schema}.steps (step_id, result) VALUES ($1, $2)", step_id, msgspec.json.encode(result).decode()
     )

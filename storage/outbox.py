@@ -11,7 +11,11 @@ _encode = msgspec.json.Encoder().encode
 CHANNEL = "outbox"
 # Pushes are many and only passed on: a stream entry carries a list of them.
 PUSHES_A_LINE = 50
-_INSERT = "INSERT INTO outbox.messages (topic, name, payload) SELECT * FROM unnest($1::text[], $2::text[], $3::text[])"
+# The notification is delivered at commit; the relay also polls, so a lost one costs time, never an event.
+_INSERT = (
+    "WITH written AS (INSERT INTO outbox.messages (topic, name, payload)"
+    " SELECT * FROM unnest($1::text[], $2::text[], $3::text[])) SELECT pg_notify($4, '')"
+)
 
 
 class UserPush(msgspec.Struct, frozen=True, rename="camel"):
@@ -35,6 +39,4 @@ async def emit(conn: Connection, events: Sequence[BusinessEvent] = (), pushes: S
         return
     topics, names = zip(*lines, strict=True)
     payloads = [b"\n".join(batch).decode() for batch in lines.values()]
-    await conn.execute(_INSERT, list(topics), list(names), payloads)
-    # Delivered at commit; the relay also polls, so a lost notification costs time, never an event.
-    await conn.execute(f"NOTIFY {CHANNEL}")
+    await conn.execute(_INSERT, list(topics), list(names), payloads, CHANNEL)

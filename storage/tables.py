@@ -1,7 +1,7 @@
 """Every table, one Postgres schema per service. Alembic derives its migrations from here.
 
 A service reads and writes its own schema only; what others may read is published as a view `v_…`
-(see `storage/views.py`). Hot rows use fillfactor 70 so that updates stay in their page.
+(see `storage/views.py`). Tables whose rows are updated leave room in their pages, so that an update stays there.
 """
 
 from typing import Any
@@ -199,7 +199,7 @@ orders = Table(
         postgresql_where=text("client_order_id IS NOT NULL"),
     ),
     schema="orders",
-    postgresql_with={"fillfactor": 70},
+    postgresql_with={"fillfactor": 50},
 )
 
 # One row per intake of orders or cancellations, written with them: what is still to be run as a workflow. Intakes

@@ -322,7 +322,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("order_id", name=op.f("pk_orders")),
         schema="orders",
-        postgresql_with={"fillfactor": 70},
+        postgresql_with={"fillfactor": 50},
     )
     op.create_index("ix_orders_user_id", "orders", ["user_id", "order_id"], unique=False, schema="orders")
     op.create_index(
