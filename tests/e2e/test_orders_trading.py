@@ -447,6 +447,7 @@ async def test_orders_of_others_do_not_exist(exchange: Exchange, admin: Trader) 
         assert (answer.status_code, answer.json()["code"]) == (404, "ORDER_NOT_FOUND")
     assert (await other.get("/api/orders"))["items"] == []
     assert (await other.client.delete("/api/orders")).json()["items"] == []
+    await exchange.until_settled()
     assert (await trader.order(order["orderId"]))["status"] == "PLACED"
 
 
