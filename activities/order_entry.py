@@ -9,7 +9,7 @@ import asyncpg
 from activities.orders import ORDER_COLUMNS
 from activities.sagas import Saga, record_saga
 from domain.events import OrderSubmitted
-from domain.money import plain
+from domain.money import plain, round_up
 from domain.order_entry import NewOrder
 from domain.sagas import OrderBatch
 from storage import outbox
@@ -43,16 +43,17 @@ async def take_in(conn: Connection, orders: Sequence[NewOrder], now: datetime) -
             order.bound_price,
             order.request.quantity,
             order.request.stp_mode,
+            round_up(order.open_loss),
         )
         for order_id, order in zip(ids, orders, strict=True)
     ]
     inserted = await conn.fetch(
         "INSERT INTO orders.orders (order_id, user_id, instrument_id, client_order_id, side, type, time_in_force,"
-        " price, bound_price, quantity, stp_mode, created_at, updated_at)"
-        " SELECT n.*, $12, $12 FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[],"
-        " $7::text[], $8::numeric[], $9::numeric[], $10::numeric[], $11::text[]) AS n"
+        " price, bound_price, quantity, stp_mode, open_loss, created_at, updated_at)"
+        " SELECT n.*, $13, $13 FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[],"
+        " $7::text[], $8::numeric[], $9::numeric[], $10::numeric[], $11::text[], $12::numeric[]) AS n"
         " ON CONFLICT (user_id, client_order_id) WHERE client_order_id IS NOT NULL DO NOTHING RETURNING order_id",
-        *columns(rows, 11),
+        *columns(rows, 12),
         now,
     )
     kept = {row["order_id"] for row in inserted}

@@ -63,7 +63,7 @@ def refusal_reason(
         worst > limits.max_position_notional or after.leverage > tier_of(worst, tiers).max_leverage
     ):
         return "RISK_LIMIT_EXCEEDED"
-    if added_margin > budget:
+    if added_margin > max(budget, ZERO):
         return "INSUFFICIENT_MARGIN"
     return None
 
@@ -116,7 +116,7 @@ async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | N
     limits = (await _read_limits(conn, [key]))[key]
     tiers = (await read_tiers(conn))[request.instrument_id]
     budget = (await _read_available(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
-    return added, refusal_reason(after, request.quantity, added, budget, limits, tiers)
+    return added, refusal_reason(after, request.quantity, added, budget - order.open_loss, limits, tiers)
 
 
 async def set_leverage(conn: Connection, user_id: int, instrument: Instrument, leverage: int) -> None:
@@ -147,7 +147,7 @@ async def set_leverage(conn: Connection, user_id: int, instrument: Instrument, l
 
 async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckResult:
     orders = await conn.fetch(
-        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price FROM orders.v_orders"
+        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price, open_loss FROM orders.v_orders"
         " WHERE order_id = ANY($1) ORDER BY order_id",
         request.order_ids,
     )
@@ -176,7 +176,8 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
         margin = after.order_margin(instrument.taker_fee_rate)
         added = margin - margins[key]
         budget = budgets.get(purse, ZERO)
-        reason = refusal_reason(after, order["quantity"], added, budget, limits[key], tiers[key[1]])
+        free = budget - order["open_loss"]
+        reason = refusal_reason(after, order["quantity"], added, free, limits[key], tiers[key[1]])
         if reason:
             refused.append(Refusal(order["order_id"], reason))
             continue

@@ -26,7 +26,7 @@ from clients import ORDERS_QUEUE
 from domain.clock import iso
 from domain.instruments import Instrument
 from domain.money import ZERO, plain
-from domain.order_entry import NewOrder, OrderRequest, Reference, bound_price
+from domain.order_entry import NewOrder, OrderRequest, Reference, bound_price, expected_open_loss
 from domain.problems import Problem
 from storage.db import Pool
 from storage.reference_prices import read_reference_prices
@@ -126,7 +126,8 @@ class OrderDesk:
         """The order, if it may be taken in. Raises the problems of `domain.order_entry.bound_price`."""
         instrument = self.instrument(request.instrument_id)
         reference = await self.reference(request.instrument_id, fresh=request.type == "MARKET")
-        return NewOrder(user_id, request, bound_price(request, instrument, reference))
+        bound = bound_price(request, instrument, reference)
+        return NewOrder(user_id, request, bound, expected_open_loss(request, reference))
 
     async def place(self, orders: Sequence[NewOrder], *, awaited: bool) -> Sequence[dict[str, Any] | Exception]:
         """Take orders of one user in; answers are the orders (PENDING, or after the engine if `awaited`) or why not."""

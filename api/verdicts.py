@@ -75,7 +75,9 @@ class Verdicts:
                 _resolve(self._orders.get(refusal.order_id), OrderChange(final_status="FAILED", reason=refusal.reason))
         elif channel != VERDICTS_CHANNEL and self._orders:
             engine = _decode_engine(payload)
-            instrument = self._instruments[engine.instrument_id]
+            instrument = self._instruments.get(engine.instrument_id)
+            if instrument is None:
+                return
             for order_id, change in fold_events(enumerate(engine.events), instrument).items():
                 _resolve(self._orders.get(order_id), change)
 

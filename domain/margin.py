@@ -6,6 +6,7 @@ What a user must put up rounds up (see `domain.money`). Prices that come out are
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 from domain.money import ZERO, round_up
 
@@ -38,6 +39,15 @@ def order_margin(
     held = abs(position_notional)
     worst = max(abs(position_notional + bid_notional), abs(position_notional - ask_notional), held)
     return round_up((worst - held) / leverage + fees)
+
+
+def open_loss(side: Literal["BUY", "SELL"], quantity: Decimal, price: Decimal, mark_price: Decimal) -> Decimal:
+    """What a fill of `quantity` at `price` would lose at once at `mark_price`: q * |min(0, side * (mark - price))|.
+
+    Source: Binance Futures, cost required to open a position.
+    """
+    gap = price - mark_price if side == "BUY" else mark_price - price
+    return quantity * max(ZERO, gap)
 
 
 def tier_of(notional: Decimal, tiers: Sequence[Tier]) -> Tier:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 from domain.instruments import Instrument
+from domain.margin import open_loss
 from domain.matching import OrderType, Side, StpMode, TimeInForce
+from domain.money import ZERO
 from domain.problems import Problem
 
 MARKET_PROTECTION = Decimal("0.05")
@@ -28,11 +30,15 @@ class OrderRequest:
 
 @dataclass(frozen=True, slots=True)
 class NewOrder:
-    """A request that passed the checks of `domain.order_entry`, with its user and bound price."""
+    """A request that passed the checks of `domain.order_entry`, with its user and bound price.
+
+    `open_loss` is what it would lose at once if it were filled as expected (quote): its user must have that, too.
+    """
 
     user_id: int
     request: OrderRequest
     bound_price: Decimal
+    open_loss: Decimal = ZERO
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,13 @@ def bound_price(request: OrderRequest, instrument: Instrument, reference: Refere
             "MIN_NOTIONAL", f"Expected a notional of at least {instrument.min_notional} {instrument.quote_asset}"
         )
     return bound
+
+
+def expected_open_loss(request: OrderRequest, reference: Reference) -> Decimal:
+    """Open loss (quote, >= 0) at the limit, or for MARKET at the best opposite quote, against mark."""
+    best = reference.best_ask if request.side == "BUY" else reference.best_bid
+    price = request.price or best or reference.mark
+    return open_loss(request.side, request.quantity, price, reference.mark)
 
 
 def _limit_price(request: OrderRequest, instrument: Instrument, low: Decimal, high: Decimal) -> Decimal:

@@ -174,6 +174,8 @@ orders = Table(
     _col("price", AMOUNT, null=True),
     # The worst price this order may trade at: the limit, or a MARKET order's protection price. Margin is based on it.
     _col("bound_price", AMOUNT),
+    # What a fill as expected would lose at once against the mark price when the order was taken in.
+    _col("open_loss", AMOUNT, default="0"),
     _col("quantity", AMOUNT),
     _col("filled_quantity", AMOUNT, default="0"),
     _col("filled_notional", AMOUNT, default="0"),

@@ -16,7 +16,7 @@ from storage.db import Pool, open_pool
 from tests.servers import migrate, running
 
 # Made when the server starts, because a namespace made later is only usable seconds after.
-NAMESPACES = [f"test-{number}" for number in range(120)]
+NAMESPACES = [f"test-{number}" for number in range(240)]
 # A test's data dies with the run: durability would only cost time.
 POSTGRES_SETTINGS = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "shared_buffers": "128MB"}
 TEMPLATE = "template_exchange"

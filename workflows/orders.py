@@ -92,8 +92,9 @@ class OrderPlacementWorkflow:
             step = StepRequest(batch.saga_id, round_number, held)
             await run_step(CHECK_ORDERS, step, Outcome)
             frozen = await run_step(FREEZE_FUNDS, step, Outcome)
-            # Apart, since what the ledger refused may have been released before, and is released only once.
-            for order_ids in (frozen.passed, _ids(frozen.refused)):
+            # Apart, since what the ledger refused may have been released before, and is released only once; and that
+            # first, since other sagas may count on these orders as soon as one release of the step is done.
+            for order_ids in (_ids(frozen.refused), frozen.passed):
                 if order_ids:
                     await self._release(StepRequest(batch.saga_id, round_number, order_ids))
         self._refused += [Refusal(order_id, CANCELLED_BY_OPERATOR) for order_id in held]

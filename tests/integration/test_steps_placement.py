@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -75,6 +76,17 @@ async def test_only_the_orders_that_money_and_limits_allow_pass(world: World) ->
     ]
     assert await world.balance(1) == (Decimal(367), Decimal(6_633))
     await assert_audit_is_clean(world)
+
+
+async def test_an_order_that_would_lose_at_once_needs_money_for_that_too(world: World) -> None:
+    await world.deposit(10_000, 1, 2)
+    dear = replace(limit(1, "BUY", "0.5", 80_000), open_loss=Decimal(10_000))
+    fair = limit(2, "BUY", "0.5", 80_000)
+    orders = await world.place(dear, fair)
+    assert [await world.status(order) for order in orders] == [
+        ("FAILED", "INSUFFICIENT_MARGIN"),
+        ("ACCEPTED", None),
+    ]
 
 
 async def test_leverage_above_that_of_the_tier_is_refused(world: World) -> None:

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.instruments import SHIPPED, Instrument
-from domain.order_entry import MARKET_PROTECTION, PRICE_BAND, QUANTITY_MAX, OrderRequest, Reference, bound_price
+from domain.order_entry import (
+    MARKET_PROTECTION,
+    PRICE_BAND,
+    QUANTITY_MAX,
+    OrderRequest,
+    Reference,
+    bound_price,
+    expected_open_loss,
+)
 from domain.problems import Problem
 
 BTC, ETH, SOL = SHIPPED
@@ -89,6 +97,22 @@ def test_protection_lies_beyond_the_best_opposite_quote_and_within_the_band(
     side: str, reference: Reference, bound: str
 ) -> None:
     assert bound_price(market(side), BTC, reference) == Decimal(bound)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reference", "loss"),
+    [
+        (limit(price="66000"), MARK, "6000"),
+        (limit(price="59000"), MARK, "0"),
+        (market("BUY"), Reference(Decimal(60_000), Decimal(59_000), Decimal(61_000)), "1000"),
+        (market("SELL"), Reference(Decimal(60_000), Decimal(59_000), Decimal(61_000)), "1000"),
+        (market("SELL"), MARK, "0"),
+    ],
+)
+def test_open_loss_is_what_the_expected_fill_is_worse_than_mark(
+    request_: OrderRequest, reference: Reference, loss: str
+) -> None:
+    assert expected_open_loss(request_, reference) == Decimal(loss) * request_.quantity
 
 
 @given(st.sampled_from(["BUY", "SELL"]), st.sampled_from(SHIPPED), REFERENCES)

@@ -6,7 +6,7 @@ The examples lie beside the checkout, not in it (they quote other people's pages
 import json
 from collections.abc import Callable
 from datetime import timedelta
-from decimal import Decimal
+from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from domain.margin import (
     initial_margin,
     liquidation_price,
     maintenance_margin,
+    open_loss,
     order_margin,
     unrealized_pnl,
 )
@@ -164,6 +165,19 @@ def margin_one_way(given: Inputs) -> Figures:
     return {"margin_requirement": initial_margin(position, leverage) + order_margin(position, bids, asks, leverage)}
 
 
+def open_losses(given: Inputs) -> Figures:
+    """Printed truncated to 2 decimals; ours is exact."""
+    price, quantity, mark = (Decimal(given[name]) for name in ("order_price", "qty", "mark_price"))
+    margin = initial_margin(price * quantity, given["leverage"])
+    short = open_loss("SELL", quantity, price, mark)
+    return {
+        "initial_margin": margin.quantize(Decimal("0.01"), ROUND_FLOOR),
+        "open_loss_long": open_loss("BUY", quantity, price, mark),
+        "open_loss_short": short,
+        "cost_short": (margin + short).quantize(Decimal("0.01"), ROUND_FLOOR),
+    }
+
+
 def margin_with_fee(given: Inputs) -> Figures:
     """We reserve the fee of opening only; that of closing is paid from what closing releases."""
     order = Exposure(given["leverage"]).with_order("BUY", Decimal(given["qty"]), Decimal(given["price"]))
@@ -204,6 +218,7 @@ OURS: dict[str, Callable[[Inputs], Figures]] = {
     "maintenance_margin.tier_amount": maintenance_amount,
     "pnl.linear.unrealised": pnl_unrealized,
     "order_margin.one_way": margin_one_way,
+    "order_margin.open_loss": open_losses,
     "order_margin.with_fees": margin_with_fee,
     "rounding.fees": fees,
     "rounding.funding_settlement": received,
@@ -236,7 +251,6 @@ NOT_OURS = {
     "index_price.capped_median": "not yet: index from several sources",
     "index_price.outlier_cap": "not yet: index from several sources",
     "margin.linear_in_size": "Deribit: ours has tiers",
-    "order_margin.open_loss": "not yet: orders beyond mark do not reserve their loss",
     "adl.score.binance": "not yet: auto-deleveraging",
     "adl.score.bitmex": "not yet: auto-deleveraging",
     "adl.score.hyperliquid": "not yet: auto-deleveraging",

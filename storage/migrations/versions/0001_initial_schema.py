@@ -302,6 +302,7 @@ def upgrade() -> None:
         sa.Column("time_in_force", sa.Text(), nullable=False),
         sa.Column("price", sa.Numeric(precision=38, scale=8), nullable=True),
         sa.Column("bound_price", sa.Numeric(precision=38, scale=8), nullable=False),
+        sa.Column("open_loss", sa.Numeric(precision=38, scale=8), server_default=sa.text("0"), nullable=False),
         sa.Column("quantity", sa.Numeric(precision=38, scale=8), nullable=False),
         sa.Column("filled_quantity", sa.Numeric(precision=38, scale=8), server_default=sa.text("0"), nullable=False),
         sa.Column("filled_notional", sa.Numeric(precision=38, scale=8), server_default=sa.text("0"), nullable=False),
