@@ -1,5 +1,6 @@
 """Order entry, cancellation and look-up; a user's own fills."""
 
+from datetime import timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ import msgspec
 from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import Field, ValidationError
 
+from activities.countdowns import set_countdown, stop_countdown
 from activities.orders import OPEN_STATUSES, ORDER_COLUMNS, order_view
 from activities.positions import fill_view
 from api.gateway import User, require_internal
@@ -109,6 +111,19 @@ class CancelView(ApiModel):
     status: Literal["CANCEL_REQUESTED"] = "CANCEL_REQUESTED"
 
 
+class DeadManSwitch(ApiModel):
+    """How long to wait for the next sign of life, in milliseconds; 0 stops waiting."""
+
+    timeout_ms: Annotated[int, Field(ge=0, le=24 * 3600 * 1000)]
+
+
+class DeadManSwitchView(ApiModel):
+    """When the caller's open orders are cancelled; null: not by themselves."""
+
+    timeout_ms: int
+    cancel_at: Timestamp | None
+
+
 class FillView(ApiModel):
     """One side of a trade. Price in quote per base, fee and realised profit in quote."""
 
@@ -191,6 +206,17 @@ async def list_orders(
         limit,
     )
     return _page([order_view(row) for row in rows], rows[-1]["order_id"] if len(rows) == limit else None)
+
+
+@router.post("/api/orders/cancel-all-after")
+async def cancel_all_after(state: State, user: User, switch: DeadManSwitch) -> DeadManSwitchView:
+    """Dead-man switch: cancel all the caller's open orders in `timeoutMs`, unless called again before; 0 stops it."""
+    async with state.pool.acquire() as conn:
+        if not switch.timeout_ms:
+            await stop_countdown(conn, user.user_id)
+            return DeadManSwitchView(timeout_ms=0, cancel_at=None)
+        cancel_at = await set_countdown(conn, user.user_id, timedelta(milliseconds=switch.timeout_ms))
+    return DeadManSwitchView(timeout_ms=switch.timeout_ms, cancel_at=cancel_at)
 
 
 @router.delete("/api/orders/{order_id}")

@@ -247,6 +247,16 @@ def _steps(schema: str) -> Table:
     )
 
 
+# Dead-man switches: when to cancel everything a user has open.
+countdowns = Table(
+    "countdowns",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    _col("cancel_at", TIME),
+    Index("ix_countdowns_cancel_at", "cancel_at"),
+    schema="orders",
+)
+
 orders_cursors = _cursors("orders")
 
 # --- risk ------------------------------------------------------------------------------------------------------

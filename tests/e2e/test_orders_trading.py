@@ -236,6 +236,21 @@ async def test_cancel_all_takes_the_callers_orders_of_one_instrument_or_of_all(
     assert (await trader.client.delete("/api/orders")).json()["items"] == []
 
 
+async def test_a_dead_man_switch_cancels_what_its_user_left_open(exchange: Exchange, admin: Trader) -> None:
+    alice, bob = await exchange.trader(admin, "10000"), await exchange.trader(admin, "10000")
+    left, kept = await alice.place("BUY", "0.01", "55000"), await bob.place("BUY", "0.01", "55000")
+    armed = (await alice.client.post("/api/orders/cancel-all-after", json={"timeoutMs": 300})).json()
+    assert armed["timeoutMs"] == 300
+    assert armed["cancelAt"] is not None
+    await bob.client.post("/api/orders/cancel-all-after", json={"timeoutMs": 300})
+    stopped = (await bob.client.post("/api/orders/cancel-all-after", json={"timeoutMs": 0})).json()
+    assert stopped == {"timeoutMs": 0, "cancelAt": None}
+    assert (await until_status(alice, left["orderId"], "CANCELLED"))["failureReason"] == "USER_REQUEST"
+    assert (await bob.order(kept["orderId"]))["status"] == "PLACED"
+    refused = await alice.client.post("/api/orders/cancel-all-after", json={"timeoutMs": -1})
+    assert (refused.status_code, refused.json()["code"]) == (422, "VALIDATION_FAILED")
+
+
 async def test_a_batch_answers_each_order_in_its_place(exchange: Exchange, admin: Trader) -> None:
     trader = await exchange.trader(admin, "1000")
     orders = [

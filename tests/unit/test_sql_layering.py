@@ -20,6 +20,7 @@ SERVICE_OF = {
     "activities/sessions.py": "auth",
     "activities/users.py": "users",
     "activities/orders.py": "orders",
+    "activities/countdowns.py": "orders",
     "activities/order_entry.py": "orders",
     "activities/sagas.py": "orders",
     "activities/risk.py": "risk",
