@@ -6,6 +6,8 @@ Prices are ticks, quantities lots, fees 1e-8 quote.
 
 from fractions import Fraction
 
+import msgspec
+
 from domain.instruments import Instrument
 from domain.matching import (
     AnyCommand,
@@ -28,6 +30,17 @@ INSTRUMENTS_MAX = 1024
 FEE_UNITS = 10**8
 
 
+SNAPSHOT_VERSION = 1
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True):
+    """All that a matcher knows. `orders` are (order id, user id, is bid, price, remaining) in order of entry."""
+
+    version: int
+    event_seq: int
+    orders: list[tuple[int, int, bool, int, int]]
+
+
 class Matcher:
     """The book of one instrument and the rules that change it; `event_seq` is the seq of the last event given out."""
 
@@ -42,6 +55,27 @@ class Matcher:
         notional_units = Fraction(instrument.tick_size) * Fraction(instrument.lot_size) * FEE_UNITS
         self._maker_fee = (notional_units * Fraction(instrument.maker_fee_rate)).as_integer_ratio()
         self._taker_fee = (notional_units * Fraction(instrument.taker_fee_rate)).as_integer_ratio()
+
+    def dump(self) -> bytes:
+        """The complete state: `load` of it goes on exactly as this matcher would."""
+        orders = [
+            (order.order_id, order.user_id, order.level.side is self.book.bids, order.level.price, order.remaining)
+            for order in self.book.orders.values()
+        ]
+        return msgspec.msgpack.encode(Snapshot(SNAPSHOT_VERSION, self.event_seq, orders))
+
+    @classmethod
+    def load(cls, instrument: Instrument, state: bytes) -> "Matcher":
+        """The matcher that was dumped. Raises ValueError if `state` is malformed or of another version."""
+        snapshot = msgspec.msgpack.decode(state, type=Snapshot)
+        if snapshot.version != SNAPSHOT_VERSION:
+            raise ValueError(f"Expected a snapshot of version {SNAPSHOT_VERSION}, was {snapshot.version}")
+        matcher = cls(instrument)
+        matcher.event_seq = snapshot.event_seq
+        book = matcher.book
+        for order_id, user_id, is_bid, price, remaining in snapshot.orders:
+            book.add(book.bids if is_bid else book.asks, price, order_id, user_id, remaining)
+        return matcher
 
     def apply(self, command: AnyCommand) -> list[AnyEvent]:
         """Carry out one command. Its events, in order, have the seqs that follow the former `event_seq`."""

@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 
+import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,3 +138,23 @@ def test_no_taker_passes_over_a_better_or_an_earlier_order() -> None:
         assert traded == queue[: len(traded)]
         traded_count += len(traded)
     assert traded_count > 500
+
+
+def test_a_matcher_loaded_from_a_dump_at_any_point_goes_on_with_the_same_bytes() -> None:
+    log = random_commands(1_500, seed=13)
+    whole = Matcher(SHIPPED[0])
+    loaded = Matcher(SHIPPED[0])
+    for seq, command in enumerate(log):
+        if seq % 7 == 0:
+            assert loaded.dump() == whole.dump()
+            loaded = Matcher.load(SHIPPED[0], loaded.dump())
+            assert_sound(loaded)
+        expected = [encode(event) for event in whole.apply(command)]
+        assert [encode(event) for event in loaded.apply(command)] == expected
+    assert loaded.dump() == whole.dump()
+
+
+@pytest.mark.parametrize("state", [b"", b"nonsense", msgspec.msgpack.encode([999, 0, []])])
+def test_a_dump_that_is_malformed_or_of_another_version_is_refused(state: bytes) -> None:
+    with pytest.raises(ValueError):
+        Matcher.load(SHIPPED[0], state)
