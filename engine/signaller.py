@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from temporalio.client import Client
-from temporalio.common import WorkflowIDConflictPolicy
+from temporalio.common import (
+    SearchAttributeKey,
+    SearchAttributePair,
+    TypedSearchAttributes,
+    WorkflowIDConflictPolicy,
+)
 from temporalio.service import RPCError
 
 from activities.matching import SETTLEMENT_CONSUMER
@@ -24,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # How long settlement may lag before it is told again: heals a lost signal, a failed one, a terminated workflow.
 REPEAT_SECONDS = 1.0
+INSTRUMENT_ID = SearchAttributeKey.for_keyword("InstrumentId")
 RPC_TIMEOUT = timedelta(seconds=5)
 _ACKED = """
     SELECT instrument_id, acked_seq FROM matching.consumers WHERE consumer = $1 AND instrument_id = ANY($2::text[])
@@ -130,6 +136,7 @@ class Signaller:
                 id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
                 start_signal=ADVANCE_SIGNAL,
                 start_signal_args=[progress.bound],
+                search_attributes=TypedSearchAttributes([SearchAttributePair(INSTRUMENT_ID, instrument_id)]),
                 static_summary=f"Settlement of {instrument_id}",
                 rpc_timeout=RPC_TIMEOUT,
             )
