@@ -29,6 +29,8 @@ class Settings(BaseSettings):
     jwt_private_key_file: Path | None = None
     log_level: str = "INFO"
     engine_instruments: str = ""
+    engine_lease_seconds: float = 5.0
+    engine_snapshot_commands: int = 50_000
 
     def require_database_url(self) -> str:
         """The Postgres URL. Raises RuntimeError when it is not set (outside the embedded stack)."""

@@ -13,11 +13,18 @@ from engine.outgoing import TradeRow, business_event, trade_row
 from storage.db import Connection
 from storage.outbox import emit
 
+_READ_EVENTS = """
+    SELECT seq, payload FROM matching.events WHERE instrument_id = $1 AND seq BETWEEN $2 AND $3 ORDER BY seq
+"""
 _READ = "SELECT seq, payload FROM matching.commands WHERE instrument_id = $1 AND seq > $2 ORDER BY seq LIMIT $3"
 
 
 # What a statement may raise when the server is away, restarting, or refuses it. TimeoutError is an OSError.
 DATABASE_ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+class ReplayMismatchError(Exception):
+    """The log does not lead to where the cursor and the stored events say it did."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,22 @@ class Batch:
 
 
 async def read_commands(conn: Connection, instrument_id: str, after_seq: int, limit: int) -> list[AnyCommand]:
-    """The commands that follow `after_seq`. The log is gapless: the first of them has seq `after_seq` + 1."""
+    """The commands that follow `after_seq`, up to `limit`. Raises ReplayMismatchError when the next one is missing."""
     rows = await conn.fetch(_READ, instrument_id, after_seq, limit)
     last_seq = after_seq + len(rows)
-    assert not rows or rows[-1][0] == last_seq, f"Expected command {last_seq} of {instrument_id}, was {rows[-1][0]}"
+    if rows and rows[-1][0] != last_seq:
+        raise ReplayMismatchError(f"Expected command {last_seq} of {instrument_id}, was {rows[-1][0]}")
     return [decode_command(payload) for _, payload in rows]
+
+
+async def verify(conn: Connection, instrument_id: str, batch: Batch) -> None:
+    """Compare a replayed batch with the events written the first time. Raises ReplayMismatchError."""
+    rows = await conn.fetch(_READ_EVENTS, instrument_id, batch.first_seq, batch.last_seq)
+    if len(rows) != len(batch.events):
+        raise ReplayMismatchError(f"Expected {len(rows)} events from {batch.first_seq} on, was {len(batch.events)}")
+    for (seq, stored), payload in zip(rows, batch.payloads, strict=True):
+        if stored.encode() != payload:
+            raise ReplayMismatchError(f"Expected event {seq} to be {stored}, was {payload.decode()}")
 
 
 async def write_batch(conn: Connection, lease: Lease, instrument: Instrument, batch: Batch) -> None:

@@ -16,7 +16,7 @@ from activities.instruments import read_instruments
 from clients import connect_temporal, open_redis
 from domain.instruments import Instrument
 from engine.publisher import Publisher
-from engine.runner import Runner
+from engine.runner import Runner, Tenure
 from engine.signaller import Signaller
 from engine.wakeups import Wakeups
 from settings import Settings
@@ -26,10 +26,19 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Owns `instruments` from `run` until `stop`. `owner` tells this process from every other one."""
+    """Owns `instruments` from `run` until `stop`, and those of `others` that nobody else owns for some time.
+
+    `owner` tells this process from every other one.
+    """
 
     def __init__(
-        self, pool: Pool, redis: Redis, settings: Settings, instruments: Sequence[Instrument], owner: str | None = None
+        self,
+        pool: Pool,
+        redis: Redis,
+        settings: Settings,
+        instruments: Sequence[Instrument],
+        owner: str | None = None,
+        others: Sequence[Instrument] = (),
     ) -> None:
         owner = owner or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
@@ -37,10 +46,13 @@ class Engine:
             return await connect_temporal(settings)
 
         publisher = Publisher(redis)
-        signaller = Signaller(pool, connect, [instrument.instrument_id for instrument in instruments])
+        signaller = Signaller(pool, connect, [instrument.instrument_id for instrument in (*instruments, *others)])
+        tenure = Tenure(owner, settings.engine_lease_seconds, settings.engine_snapshot_commands)
         self._runners = {
-            instrument.instrument_id: Runner(pool, instrument, owner, publisher, signaller)
-            for instrument in instruments
+            instrument.instrument_id: Runner(
+                pool, instrument, tenure, publisher, signaller, preferred=instrument in instruments
+            )
+            for instrument in (*instruments, *others)
         }
         self._helpers = (publisher, signaller, Wakeups(pool, self._runners))
 
@@ -63,12 +75,14 @@ class Engine:
 
 async def serve(settings: Settings) -> None:
     """Run an engine until SIGTERM or SIGINT. Raises RuntimeError for an instrument that does not exist."""
-    instruments = choose(await _read_instruments(settings), settings.engine_instruments)
-    # A connection for every runner, one for the wake-ups and one for the signaller.
-    pool = await open_pool(settings.require_database_url(), size_max=len(instruments) + 2, name="engine")
+    known = await _read_instruments(settings)
+    instruments = choose(known, settings.engine_instruments)
+    others = [instrument for instrument in known.values() if instrument not in instruments]
+    # A connection for every runner, and one each for the wake-ups, the signaller and the snapshots.
+    pool = await open_pool(settings.require_database_url(), size_max=len(known) + 3, name="engine")
     redis = open_redis(settings)
     try:
-        engine = Engine(pool, redis, settings, instruments)
+        engine = Engine(pool, redis, settings, instruments, others=others)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, engine.stop)

@@ -2,41 +2,63 @@
 
 import asyncio
 import logging
+from dataclasses import dataclass
+
+import msgspec
 
 from domain.instruments import Instrument
 from domain.matching import AnyCommand, AnyEvent
 from engine import lease as leases
+from engine import snapshots
 from engine.lease import Lease, LeaseLostError
-from engine.log import DATABASE_ERRORS, Batch, read_commands, write_batch
+from engine.log import DATABASE_ERRORS, Batch, ReplayMismatchError, read_commands, verify, write_batch
 from engine.matcher import Matcher
 from engine.publisher import Publisher
 from engine.signaller import Signaller
+from engine.snapshots import BadSnapshotError, Snapshotter
 from storage.db import Connection, Pool
 
 log = logging.getLogger(__name__)
 
 BATCH_MAX = 2000
-RENEW_SECONDS = leases.LEASE_SECONDS / 3
 LEASE_POLL_SECONDS = 0.5
+# For how long an instrument of others must have been without an owner before it is taken over.
+STANDBY_SECONDS = 3.0
 RETRY_SECONDS = 1.0
 # A log that cannot be replayed, or a bug: trying again rarely helps, so it should not cost much.
 DEFECT_RETRY_SECONDS = 10.0
 
 
-class ReplayMismatchError(Exception):
-    """The log did not lead to where the cursor says it does."""
+@dataclass(frozen=True, slots=True)
+class Tenure:
+    """How a process owns instruments: under which name, for how long at a time, and with how many snapshots."""
+
+    owner: str
+    lease_seconds: float
+    snapshot_commands: int
 
 
 class Runner:
-    """The life of one instrument in this process. Stops only when told to; after a failure it starts over."""
+    """The life of one instrument in this process. Stops only when told to; after a failure it starts over.
+
+    `preferred`: takes the instrument as soon as it is free; else only when nobody else has for some time.
+    """
 
     def __init__(
-        self, pool: Pool, instrument: Instrument, owner: str, publisher: Publisher, signaller: Signaller
+        self,
+        pool: Pool,
+        instrument: Instrument,
+        tenure: Tenure,
+        publisher: Publisher,
+        signaller: Signaller,
+        *,
+        preferred: bool = True,
     ) -> None:
         self.command_seq = 0
         self._pool = pool
         self._instrument = instrument
-        self._owner = owner
+        self._tenure = tenure
+        self._free_for = 0.0 if preferred else STANDBY_SECONDS
         self._publisher = publisher
         self._signaller = signaller
         self._matcher = Matcher(instrument)
@@ -55,6 +77,8 @@ class Runner:
 
     async def run(self) -> None:
         """Own the instrument until stopped."""
+        # Those who prefer it may be starting at the same time.
+        await self._pause(self._free_for)
         while not self._stopping.is_set():
             try:
                 async with self._pool.acquire() as conn:
@@ -73,17 +97,24 @@ class Runner:
         lease = await self._take_lease(conn)
         if lease is None:
             return
-        await self._rebuild(conn, lease)
+        snapshot_seq = await self._rebuild(conn, lease)
         self._signaller.advanced(lease.instrument_id, lease.event_seq)
         log.info("%s: matching from command %d in epoch %d", lease.instrument_id, self.command_seq, lease.epoch)
-        await self._follow(conn, lease)
+        snapshotter = Snapshotter(self._pool, lease, self._tenure.snapshot_commands, snapshot_seq)
+        try:
+            await self._follow(conn, lease, snapshotter)
+            await snapshotter.finish(self._matcher, self.command_seq)
+        finally:
+            await snapshotter.abandon()
         await leases.release(conn, lease)
 
     async def _take_lease(self, conn: Connection) -> Lease | None:
         """The lease as soon as it is free; None when told to stop first."""
         waiting = False
         while not self._stopping.is_set():
-            lease = await leases.take(conn, self._instrument.instrument_id, self._owner)
+            lease = await leases.take(
+                conn, self._instrument.instrument_id, self._tenure.owner, self._tenure.lease_seconds, self._free_for
+            )
             if lease is not None:
                 self._renew_later()
                 return lease
@@ -93,16 +124,50 @@ class Runner:
             await self._pause(LEASE_POLL_SECONDS)
         return None
 
-    async def _rebuild(self, conn: Connection, lease: Lease) -> None:
-        """Replay the log up to the cursor into a new book. Raises ReplayMismatchError."""
+    async def _rebuild(self, conn: Connection, lease: Lease) -> int:
+        """The book at the cursor: from the newest good snapshot, or from the whole log. Raises ReplayMismatchError.
+
+        Answers after which command the snapshot was taken, 0 without one.
+        """
+        for snapshot_seq in await snapshots.positions(conn, lease):
+            try:
+                self._matcher = await self._load(conn, lease, snapshot_seq)
+                self.command_seq = snapshot_seq
+                await self._replay(conn, lease)
+            except (BadSnapshotError, ReplayMismatchError) as error:
+                log.error("%s: snapshot at command %d is of no use: %s", lease.instrument_id, snapshot_seq, error)
+            else:
+                log.info("%s: rebuilt from the snapshot at command %d", lease.instrument_id, snapshot_seq)
+                return snapshot_seq
         self._matcher, self.command_seq = Matcher(self._instrument), 0
+        await self._replay(conn, lease)
+        log.info("%s: rebuilt from the whole log, without a snapshot", lease.instrument_id)
+        return 0
+
+    async def _load(self, conn: Connection, lease: Lease, snapshot_seq: int) -> Matcher:
+        """The matcher as it stood after command `snapshot_seq`. Raises BadSnapshotError."""
+        await self._renew_if_due(conn, lease)
+        snapshot = await snapshots.read(conn, lease.instrument_id, snapshot_seq)
+        try:
+            matcher = Matcher.load(self._instrument, snapshot.payload)
+        except (ValueError, msgspec.DecodeError) as error:
+            raise BadSnapshotError(f"it cannot be decoded: {error}") from error
+        if matcher.event_seq != snapshot.event_seq:
+            raise BadSnapshotError(f"Expected it to stand at event {snapshot.event_seq}, was {matcher.event_seq}")
+        return matcher
+
+    async def _replay(self, conn: Connection, lease: Lease) -> None:
+        """Match again what was matched up to the cursor. Raises ReplayMismatchError."""
         while self.command_seq < lease.command_seq:
             await self._renew_if_due(conn, lease)
-            self._match(await self._read(conn, min(BATCH_MAX, lease.command_seq - self.command_seq)))
+            commands = await self._read(conn, min(BATCH_MAX, lease.command_seq - self.command_seq))
+            if not commands:
+                raise ReplayMismatchError(f"Expected command {self.command_seq + 1}, was none")
+            await verify(conn, lease.instrument_id, self._match(commands))
         if self._matcher.event_seq != lease.event_seq:
             raise ReplayMismatchError(f"Expected event {lease.event_seq}, was {self._matcher.event_seq} at {lease}")
 
-    async def _follow(self, conn: Connection, lease: Lease) -> None:
+    async def _follow(self, conn: Connection, lease: Lease, snapshotter: Snapshotter) -> None:
         """Match what comes until told to stop. After a failed write the book is ahead of the log: start over."""
         self._woken.set()
         while not self._stopping.is_set():
@@ -113,6 +178,7 @@ class Runner:
                 await write_batch(conn, lease, self._instrument, batch)
                 self._renew_later()
                 self._announce(batch)
+                snapshotter.offer(self._matcher, self.command_seq)
             if len(commands) < BATCH_MAX:
                 await self._wait(conn, lease)
 
@@ -152,7 +218,7 @@ class Runner:
             self._renew_later()
 
     def _renew_later(self) -> None:
-        self._renew_at = asyncio.get_running_loop().time() + RENEW_SECONDS
+        self._renew_at = asyncio.get_running_loop().time() + self._tenure.lease_seconds / 3
 
     async def _pause(self, seconds: float) -> None:
         """Sleep, unless told to stop."""

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Numeric,
     Sequence,
@@ -558,6 +559,20 @@ engine_cursors = Table(
     _col("lease_until", TIME, null=True),
     schema="matching",
     postgresql_with={"fillfactor": 50},
+)
+
+# The engine's book after `command_seq`, from which a restart goes on.
+engine_snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("instrument_id", Text, ForeignKey(instruments.c.instrument_id), primary_key=True),
+    Column("command_seq", BigInteger, primary_key=True, autoincrement=False),
+    _col("event_seq", BigInteger()),
+    _col("version", Integer()),
+    _col("checksum", LargeBinary()),
+    _col("payload", LargeBinary()),
+    _created(),
+    schema="matching",
 )
 
 # Up to which event each consumer of the log has got.
