@@ -3,83 +3,152 @@
 Prices are ticks, quantities lots. The book holds and finds orders; who trades with whom is `matcher.py`.
 """
 
+from collections import deque
 from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
 
-from sortedcontainers import SortedDict
+import msgspec
 
-from domain.matching import Side
+from domain.matching import New, Side
+
+# Emptied places are kept until they are this many and the majority: dropping them then costs O(1) per order.
+CLUTTER_MIN = 64
 
 
-class Order:
-    """A resting order with `remaining` lots; `ahead` and `behind` are its neighbours in the queue of its level."""
+class Order(msgspec.Struct, gc=False):
+    """A live order: as it was entered, its price now, and the lots that remain. Out of the book `remaining` is 0
+    if it left a queue that has not been tidied up yet.
 
-    __slots__ = ("ahead", "behind", "level", "order_id", "remaining", "user_id")
+    `gc=False`: it refers to its command only, so no cycle can go through it, and a million of them cost nothing.
+    """
 
-    def __init__(self, order_id: int, user_id: int, remaining: int, level: "Level", ahead: "Order | None") -> None:
-        self.order_id = order_id
-        self.user_id = user_id
-        self.remaining = remaining
-        self.level = level
-        self.ahead = ahead
-        self.behind: Order | None = None
+    new: New
+    price: int
+    remaining: int
 
 
 class Level:
-    """All orders at one price, a doubly linked queue in order of entry; `lots` is what remains of them together."""
+    """All orders at one price in order of entry; `lots` is what remains of them together.
 
-    __slots__ = ("first", "key", "last", "lots", "price", "side")
+    Who leaves from the middle of the queue stays in it, marked by `remaining` 0, until the front reaches it or the
+    `gone` prevail: leaving takes constant time.
+    """
 
-    def __init__(self, side: "BookSide", key: int, price: int) -> None:
-        self.side = side
+    __slots__ = ("gone", "key", "lots", "price", "queue")
+
+    def __init__(self, key: int, price: int) -> None:
         self.key = key
         self.price = price
         self.lots = 0
-        self.first: Order | None = None
-        self.last: Order | None = None
+        self.gone = 0
+        self.queue: deque[Order] = deque()
 
     def __iter__(self) -> Iterator[Order]:
-        order = self.first
-        while order is not None:
-            yield order
-            order = order.behind
+        return (order for order in self.queue if order.remaining)
+
+    def first(self) -> Order:
+        """The first live order of a level that has one."""
+        queue = self.queue
+        while not queue[0].remaining:
+            queue.popleft()
+            self.gone -= 1
+        return queue[0]
+
+    def leave(self, order: Order) -> None:
+        """Mark an order of the queue as gone."""
+        self.lots -= order.remaining
+        order.remaining = 0
+        self.gone += 1
+        if not self.lots:
+            self.queue.clear()
+            self.gone = 0
+        elif self.gone > CLUTTER_MIN and self.gone * 2 > len(self.queue):
+            self.queue = deque(self)
+            self.gone = 0
 
 
 class BookSide:
-    """The levels of one side under keys that sort best price first; `best` is the first of them.
+    """The levels of one side under keys that sort best price first; `best` is the first that has orders.
 
     A key is the price of an ask and minus the price of a bid, so that both sides share every rule.
+    `heap` has the keys of `levels`. An empty level stays until it comes to the top or the `empty` prevail: most
+    prices are soon in use again.
     """
 
-    __slots__ = ("best", "levels", "name", "sign")
+    __slots__ = ("best", "empty", "heap", "levels", "name", "sign")
 
     def __init__(self, name: Side) -> None:
         self.name: Side = name
         self.sign = -1 if name == "BUY" else 1
-        self.levels: SortedDict[int, Level] = SortedDict()
+        self.levels: dict[int, Level] = {}
+        self.heap: list[int] = []
+        self.empty = 0
         self.best: Level | None = None
 
-    def open_level(self, price: int) -> Level:
-        """A new, empty level at `price`, which must have none."""
+    def append(self, order: Order) -> None:
+        """Queue an order behind all others at its price."""
+        price = order.price
         key = self.sign * price
-        level = self.levels[key] = Level(self, key, price)
-        if self.best is None or key < self.best.key:
-            self.best = level
-        return level
+        level = self.levels.get(key)
+        if level is None:
+            level = self.levels[key] = Level(key, price)
+            heappush(self.heap, key)
+            best = self.best
+            if best is None or key < best.key:
+                self.best = level
+        elif not level.lots:
+            self.empty -= 1
+            best = self.best
+            if best is None or key < best.key:
+                self.best = level
+        level.queue.append(order)
+        level.lots += order.remaining
 
-    def drop_level(self, level: Level) -> None:
-        """Forget a level that has become empty."""
-        del self.levels[level.key]
+    def take_out(self, order: Order) -> None:
+        """Take an order out, wherever in its queue it stands."""
+        level = self.levels[self.sign * order.price]
+        level.leave(order)
+        if not level.lots:
+            self.emptied(level)
+
+    def emptied(self, level: Level) -> None:
+        """Take note that the last order left `level`."""
+        self.empty += 1
         if level is self.best:
-            self.best = self.levels.peekitem(0)[1] if self.levels else None
+            self._find_best()
+        if self.empty > CLUTTER_MIN and self.empty * 2 > len(self.heap):
+            self.levels = {key: level for key, level in self.levels.items() if level.lots}
+            self.heap = list(self.levels)
+            heapify(self.heap)
+            self.empty = 0
 
-    def within(self, limit_key: int) -> Iterator[Level]:
-        """The levels that an order with this limit may trade with, best first."""
-        levels = self.levels
-        return (levels[key] for key in levels.irange(maximum=limit_key))
+    def _find_best(self) -> None:
+        heap, levels = self.heap, self.levels
+        while heap:
+            level = levels[heap[0]]
+            if level.lots:
+                self.best = level
+                return
+            del levels[heappop(heap)]
+            self.empty -= 1
+        self.best = None
+
+    def __iter__(self) -> Iterator[Level]:
+        """The levels that have orders, best first; the first n of them in O(n log n), however many follow."""
+        heap, levels = self.heap, self.levels
+        frontier = [(heap[0], 0)] if heap else []
+        while frontier:
+            key, index = heappop(frontier)
+            level = levels[key]
+            if level.lots:
+                yield level
+            for child in (2 * index + 1, 2 * index + 2):
+                if child < len(heap):
+                    heappush(frontier, (heap[child], child))
 
 
 class Book:
-    """Both sides, every resting order by its id, and each user's orders in order of entry."""
+    """Both sides, every resting order by its id in order of entry, and each user's orders likewise."""
 
     __slots__ = ("asks", "bids", "orders", "users")
 
@@ -89,17 +158,15 @@ class Book:
         self.orders: dict[int, Order] = {}
         self.users: dict[int, dict[int, Order]] = {}
 
-    def add(self, side: BookSide, price: int, order_id: int, user_id: int, remaining: int) -> None:
+    def side(self, name: Side) -> BookSide:
+        """The bids for BUY, the asks for SELL."""
+        return self.bids if name == "BUY" else self.asks
+
+    def add(self, side: BookSide, order: Order) -> None:
         """Queue an order behind all others at its price."""
-        level = side.levels.get(side.sign * price) or side.open_level(price)
-        last = level.last
-        order = Order(order_id, user_id, remaining, level, last)
-        if last is None:
-            level.first = order
-        else:
-            last.behind = order
-        level.last = order
-        level.lots += remaining
+        new = order.new
+        order_id, user_id = new.order_id, new.user_id
+        side.append(order)
         self.orders[order_id] = order
         own = self.users.get(user_id)
         if own is None:
@@ -108,34 +175,24 @@ class Book:
             own[order_id] = order
 
     def remove(self, order: Order) -> None:
-        """Take an order out, wherever in its queue it stands, in constant time (plus log(levels) for the last one)."""
-        level, ahead, behind = order.level, order.ahead, order.behind
-        level.lots -= order.remaining
-        if ahead is None:
-            level.first = behind
-        else:
-            ahead.behind = behind
-        if behind is None:
-            level.last = ahead
-        else:
-            behind.ahead = ahead
-        if level.first is None:
-            level.side.drop_level(level)
-        self.forget(order)
+        """Take an order out, wherever in its queue it stands; `remaining` is 0 then."""
+        self.side(order.new.side).take_out(order)
+        self.forget(order.new)
 
-    def forget(self, order: Order) -> None:
+    def forget(self, new: New) -> None:
         """Drop an order that left its level from the indexes."""
-        del self.orders[order.order_id]
-        own = self.users[order.user_id]
-        del own[order.order_id]
+        order_id, user_id = new.order_id, new.user_id
+        del self.orders[order_id]
+        own = self.users[user_id]
+        del own[order_id]
         if not own:
-            del self.users[order.user_id]
+            del self.users[user_id]
 
     def resting(self, side: BookSide) -> Iterator[Order]:
         """The orders of one side in the order in which they would trade."""
-        for level in side.levels.values():
+        for level in side:
             yield from level
 
     def depth(self, side: BookSide) -> list[tuple[int, int]]:
         """(price, lots) of every level of one side, best first."""
-        return [(level.price, level.lots) for level in side.levels.values()]
+        return [(level.price, level.lots) for level in side]

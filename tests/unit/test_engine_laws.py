@@ -37,30 +37,50 @@ LOGS = st.lists(st.one_of(NEW_ORDERS, NEW_ORDERS, NEW_ORDERS, NEW_ORDERS, CANCEL
 def assert_same_book(matcher: Matcher, reference: ReferenceMatcher) -> None:
     book = matcher.book
     for side in (book.bids, book.asks):
-        fast = [(order.order_id, order.user_id, order.level.price, order.remaining) for order in book.resting(side)]
-        slow = [(order.order_id, order.user_id, order.price, order.remaining) for order in reference.queue(side.name)]
-        assert fast == slow
+        fast = [(order.new, order.price, order.remaining) for order in book.resting(side)]
+        assert fast == [(order.new, order.price, order.remaining) for order in reference.queue(side.name)]
+        assert book.depth(side) == reference.depth(side.name)
+    waiting = [(order.new, order.price, order.remaining) for order in matcher.stops.orders.values()]
+    assert waiting == [(order.new, order.price, order.remaining) for order in reference.waiting]
+    positions = matcher.reductions.positions
+    assert {user: lots for user, lots in positions.items() if lots} == {
+        user: lots for user, lots in reference.positions.items() if lots
+    }
+    assert (matcher.event_seq, matcher.state) == (reference.event_seq, reference.state)
 
 
 def assert_sound(matcher: Matcher) -> None:
-    """Never crossed, no empty level, every sum and every index right."""
+    """Never crossed, nothing negative, every sum and every index right, no reduce-only order beyond the position."""
     book = matcher.book
     if book.bids.best is not None and book.asks.best is not None:
         assert book.bids.best.price < book.asks.best.price
     for side in (book.bids, book.asks):
-        levels = list(side.levels.values())
-        assert side.best is (levels[0] if levels else None)
-        for level in levels:
-            orders = list(level)
-            assert orders
-            assert level.lots == sum(order.remaining for order in orders)
-            assert all(order.remaining > 0 for order in orders)
-            assert level.last is orders[-1]
-            assert [order.ahead for order in orders] == [None, *orders[:-1]]
-    resting = {order.order_id: order for side in (book.bids, book.asks) for order in book.resting(side)}
+        assert sorted(side.heap) == sorted(side.levels)
+        live = sorted((level for level in side.levels.values() if level.lots), key=lambda level: level.key)
+        assert list(side) == live
+        assert side.best is (live[0] if live else None)
+        assert side.empty == len(side.levels) - len(live)
+        for level in side.levels.values():
+            assert level.lots == sum(order.remaining for order in level)
+            assert all(order.remaining >= 0 for order in level.queue)
+            assert level.gone == sum(not order.remaining for order in level.queue)
+    resting = {order.new.order_id: order for side in (book.bids, book.asks) for order in book.resting(side)}
     assert book.orders == resting
-    assert {key: order for own in book.users.values() for key, order in own.items()} == resting
-    assert all(own and {order.user_id for order in own.values()} == {user} for user, own in book.users.items())
+    for users, orders in ((book.users, book.orders), (matcher.stops.users, matcher.stops.orders)):
+        assert {key: order for own in users.values() for key, order in own.items()} == orders
+        assert all(own and {order.new.user_id for order in own.values()} == {user} for user, own in users.items())
+    assert not resting.keys() & matcher.stops.orders.keys()
+    assert_reducing(matcher)
+
+
+def assert_reducing(matcher: Matcher) -> None:
+    reductions = matcher.reductions
+    reducing = {key: order for key, order in matcher.book.orders.items() if order.new.reduce_only}
+    assert {key: order for user in reductions.users.values() for key, order in user.orders.items()} == reducing
+    for user_id, reducers in reductions.users.items():
+        assert {(order.new.user_id, order.new.side) for order in reducers.orders.values()} == {(user_id, reducers.side)}
+        assert reducers.lots == sum(order.remaining for order in reducers.orders.values())
+        assert 0 < reducers.lots <= reductions.reducible(user_id, reducers.side)
 
 
 @given(LOGS)
@@ -110,7 +130,7 @@ def test_every_lot_submitted_is_filled_open_or_ended() -> None:
             elif isinstance(event, Cancelled | Expired | Rejected):
                 left[event.order_id] += event.quantity
     for order in matcher.book.orders.values():
-        left[order.order_id] += order.remaining
+        left[order.new.order_id] += order.remaining
     assert left == submitted
 
 
@@ -132,8 +152,11 @@ def test_no_taker_passes_over_a_better_or_an_earlier_order() -> None:
     traded_count = 0
     for command in random_commands(3_000, seed=5):
         book = matcher.book
-        opposite = book.asks if isinstance(command, New) and command.side == "BUY" else book.bids
-        queue = [order.order_id for order in book.resting(opposite) if order.user_id != command.user_id]
+        if not isinstance(command, New):
+            matcher.apply(command)
+            continue
+        opposite = book.asks if command.side == "BUY" else book.bids
+        queue = [order.new.order_id for order in book.resting(opposite) if order.new.user_id != command.user_id]
         traded = [event.maker_order_id for event in matcher.apply(command) if isinstance(event, Trade)]
         assert traded == queue[: len(traded)]
         traded_count += len(traded)

@@ -32,7 +32,9 @@ def brief(events: list[AnyEvent]) -> list[tuple[Any, ...]]:
             lines.append((kind, event.maker_order_id, event.price, event.quantity))
         else:
             fields = msgspec.structs.asdict(event)
-            lines.append((kind, event.order_id, *(fields[name] for name in ("quantity", "reason") if name in fields)))
+            lines.append(
+                (kind, fields["order_id"], *(fields[name] for name in ("quantity", "reason") if name in fields))
+            )
     return lines
 
 
@@ -213,7 +215,7 @@ def test_a_cancel_takes_one_order_out_wherever_it_stands(gone: int) -> None:
     matcher, events = run(*book, Cancel(at=AT, order_id=gone, user_id=gone))
     assert brief(events) == [("Cancelled", gone, gone, "USER_REQUEST")]
     rest = [order_id for order_id in (1, 2, 3) if order_id != gone]
-    assert [order.order_id for order in matcher.book.resting(matcher.book.asks)] == rest
+    assert [order.new.order_id for order in matcher.book.resting(matcher.book.asks)] == rest
     assert depth(matcher) == ([], [(100, 6 - gone)])
     fills = matcher.apply(new(9, "BUY", 100, 6))
     assert [event.maker_order_id for event in fills if isinstance(event, Trade)] == rest

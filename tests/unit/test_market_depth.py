@@ -7,7 +7,7 @@ import pytest
 from domain.instruments import SHIPPED
 from domain.matching import Cancelled, Expired, Filled, Placed, Rejected, Side, Trade
 from market.depth import DepthBook
-from tests.engine_commands import AT, random_commands
+from tests.engine_commands import AT, any_commands, random_commands
 from tests.reference_book import ReferenceMatcher
 
 
@@ -38,13 +38,13 @@ def trade(maker_order_id: int, price: int, quantity: int, maker_remaining: int) 
 @pytest.mark.parametrize("seed", range(20))
 def test_depth_equals_the_resting_orders_after_every_command(seed: int) -> None:
     matcher, book = ReferenceMatcher(SHIPPED[0]), DepthBook()
-    for command in random_commands(300, seed):
+    for command in random_commands(300, seed) + any_commands(300, seed):
         for event in matcher.apply(command):
             book.apply(event)
         for side, levels in (("BUY", book.bids), ("SELL", book.asks)):
             resting: Counter[int] = Counter()
             for order in matcher.resting:
-                if order.side == side:
+                if order.new.side == side:
                     resting[order.price] += order.remaining
             assert levels == resting
 

@@ -1,0 +1,66 @@
+"""Whether a fill-or-kill order would trade in full at once: matching, tried out without touching the book."""
+
+from engine.book import Book, BookSide, Order
+from engine.reductions import Reductions
+
+
+class _Trial:
+    """A user's reduce-only orders while the trial goes on: trades shrink the position, and with it the newest."""
+
+    def __init__(self, reductions: Reductions, user_id: int) -> None:
+        reducers = reductions.users[user_id]
+        self.room = reductions.reducible(user_id, reducers.side)
+        self.lots = {order_id: order.remaining for order_id, order in reducers.orders.items()}
+        self.total = reducers.lots
+
+    def trade(self, order_id: int, lots: int) -> None:
+        """An order of the user traded."""
+        self.room -= lots
+        if order_id in self.lots:
+            self.lots[order_id] -= lots
+            self.total -= lots
+        while self.lots and self.total > max(0, self.room):
+            newest, open_lots = self.lots.popitem()
+            cut = min(open_lots, self.total - max(0, self.room))
+            self.total -= cut
+            if cut < open_lots:
+                self.lots[newest] = open_lots - cut
+
+
+def fillable(taker: Order, book: Book, opposite: BookSide, limit_key: int, reductions: Reductions) -> bool:
+    """Whether the whole quantity would trade at once, self-trade prevention and reduce-only orders considered."""
+    wanted = taker.remaining
+    if taker.new.user_id in book.users or reductions.users:
+        return _fillable_by_orders(taker, opposite, limit_key, reductions)
+    for level in opposite:
+        if level.key > limit_key:
+            return False
+        wanted -= level.lots
+        if wanted <= 0:
+            return True
+    return False
+
+
+def _fillable_by_orders(taker: Order, opposite: BookSide, limit_key: int, reductions: Reductions) -> bool:
+    wanted, trials = taker.remaining, dict[int, _Trial]()
+    for level in opposite:
+        if level.key > limit_key:
+            return False
+        for maker in level:
+            user_id, order_id = maker.new.user_id, maker.new.order_id
+            if user_id == taker.new.user_id:
+                if taker.new.stp_mode != "EXPIRE_MAKER":
+                    return False
+                continue
+            lots = maker.remaining
+            reducers = reductions.users.get(user_id)
+            if reducers is not None and reducers.side == opposite.name:
+                trial = trials.get(user_id) or trials.setdefault(user_id, _Trial(reductions, user_id))
+                if maker.new.reduce_only:
+                    lots = trial.lots.get(order_id, 0)
+                lots = min(lots, wanted)
+                trial.trade(order_id, lots)
+            wanted -= lots
+            if wanted <= 0:
+                return True
+    return False
