@@ -1,10 +1,14 @@
 """`python -m bench` (`make bench`): all benchmarks, or those named."""
 
 import argparse
+from collections.abc import Callable
 
-from bench import order_pipeline
+from bench import engine_process, order_pipeline
 
-BENCHMARKS = {"order_pipeline": order_pipeline.main}
+BENCHMARKS: dict[str, Callable[[], None]] = {
+    "order_pipeline": order_pipeline.main,
+    "engine_process": engine_process.main,
+}
 
 
 def main() -> None:

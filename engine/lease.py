@@ -17,8 +17,10 @@ _SESSION = "left('engine ' || c.epoch || ' ' || c.instrument_id, 63)"
 _TAKE = f"""
     UPDATE matching.cursors AS c
     SET owner = $2, epoch = epoch + 1, lease_until = clock_timestamp() + make_interval(secs => $3)
-    WHERE instrument_id = $1 AND (
-        owner = $2 OR coalesce(lease_until, '-infinity') + make_interval(secs => $4) < clock_timestamp())
+    WHERE instrument_id = (
+        SELECT instrument_id FROM matching.cursors WHERE instrument_id = $1 AND (
+            owner = $2 OR coalesce(lease_until, '-infinity') + make_interval(secs => $4) < clock_timestamp())
+        FOR UPDATE SKIP LOCKED)
     RETURNING epoch, command_seq, event_seq, set_config('application_name', {_SESSION}, FALSE)
 """
 _EVICT = f"""
@@ -64,8 +66,8 @@ async def take(
 ) -> Lease | None:
     """The lease for `seconds`, if nobody else has held it for `free_for` seconds.
 
-    Waits for a transaction of a former owner that is still in flight, but not for ever: once the lease has been
-    over for EVICT_SECONDS, its session is terminated.
+    Not while a transaction of a former owner is in flight; but once its lease has been over for EVICT_SECONDS, its
+    session is terminated.
     """
     await conn.execute(_EVICT, instrument_id, owner, EVICT_SECONDS)
     row = await conn.fetchrow(_TAKE, instrument_id, owner, seconds, free_for)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from decimal import Decimal
 from pathlib import Path
 
@@ -15,9 +15,8 @@ import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client
 
-from activities.matching import SETTLEMENT_CONSUMER, append_commands
-from domain.instruments import SHIPPED
-from domain.matching import AnyCommand, Cancel, Trade, decode_event, encode
+from activities.matching import SETTLEMENT_CONSUMER
+from domain.matching import AnyCommand, Cancel, encode
 from engine import lease as leases
 from engine.lease import LEASE_SECONDS, LeaseLostError
 from engine.log import Batch, write_batch
@@ -26,8 +25,9 @@ from engine.matcher import Matcher
 from settings import Settings
 from storage.db import Pool
 from tests.engine_commands import AT, new, random_commands
+from tests.engine_log import BTC, append, assert_log_is, owner_of, until_matched
+from tests.waiting import until
 
-BTC = SHIPPED[0]
 ID = BTC.instrument_id
 ROOT = Path(__file__).parents[2]
 NOWHERE = "127.0.0.1:1"
@@ -58,49 +58,9 @@ async def kill(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
-async def append(pool: Pool, commands: list[AnyCommand]) -> None:
-    async with pool.acquire() as conn, conn.transaction():
-        await append_commands(conn, {ID: commands})
-
-
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < deadline, "Expected it to become true in time"
-        await asyncio.sleep(0.02)
-
-
-async def until_matched(pool: Pool, command_seq: int, seconds: float = 10) -> None:
-    async def matched() -> bool:
-        seq: int = await pool.fetchval("SELECT command_seq FROM matching.cursors WHERE instrument_id = $1", ID)
-        return seq == command_seq
-
-    await until(matched, seconds)
-
-
 async def count(pool: Pool, table: str) -> int:
     number: int = await pool.fetchval(f"SELECT count(*) FROM {table}")
     return number
-
-
-async def assert_log_is(pool: Pool, commands: list[AnyCommand]) -> None:
-    """The event log, the tape and the cursor are what these commands lead to: gapless, once each, byte for byte."""
-    matcher = Matcher(BTC)
-    expected = [
-        (command_seq, encode(event).decode())
-        for command_seq, command in enumerate(commands, 1)
-        for event in matcher.apply(command)
-    ]
-    rows = await pool.fetch(
-        "SELECT seq, command_seq, payload FROM matching.events WHERE instrument_id = $1 ORDER BY seq", ID
-    )
-    assert [tuple(row) for row in rows] == [(seq, *event) for seq, event in enumerate(expected, 1)]
-    tape = await pool.fetch("SELECT trade_id, seq FROM matching.trade_tickers ORDER BY trade_id")
-    trades = [(seq, decode_event(payload)) for seq, (_, payload) in enumerate(expected, 1)]
-    assert [tuple(row) for row in tape] == [(event.trade_id, seq) for seq, event in trades if isinstance(event, Trade)]
-    cursor = await pool.fetchrow("SELECT command_seq, event_seq FROM matching.cursors WHERE instrument_id = $1", ID)
-    assert cursor is not None
-    assert tuple(cursor) == (len(commands), len(expected))
 
 
 async def outbox(pool: Pool) -> list[tuple[str, int]]:
@@ -201,12 +161,12 @@ async def test_a_second_engine_waits_for_the_lease_and_takes_over_after_it_expir
         await until_matched(pool, 100)
         async with running(pool, redis, without_temporal, "second"):
             await asyncio.sleep(1)
-            assert await _owner(pool) == "first"
+            assert await owner_of(pool) == "first"
             await kill(first)
             killed_at = time.monotonic()
             await append(pool, commands[100:])
             await until_matched(pool, 200, seconds=LEASE_SECONDS + 3)
-            assert await _owner(pool) == "second"
+            assert await owner_of(pool) == "second"
             assert time.monotonic() - killed_at > LEASE_SECONDS / 2
     await assert_log_is(pool, commands)
 
@@ -227,7 +187,7 @@ async def test_a_stopped_engine_gives_its_lease_to_the_next_at_once(
     async with running(pool, redis, without_temporal, "first"):
         await append(pool, [new(1, "SELL", 600_000, 5)])
         await until_matched(pool, 1)
-    assert await _owner(pool) is None
+    assert await owner_of(pool) is None
     async with running(pool, redis, without_temporal, "second"):
         await append(pool, [new(2, "BUY", 600_000, 5)])
         await until_matched(pool, 2, seconds=2)
@@ -252,7 +212,7 @@ async def test_an_engine_with_a_stale_epoch_can_write_nothing(pool: Pool) -> Non
             assert await count(pool, table) == 0
         await write_batch(conn, fresh, BTC, batch)
     assert await count(pool, "matching.events") == 4
-    assert await _owner(pool) == "a"
+    assert await owner_of(pool) == "a"
 
 
 async def test_an_engine_that_loses_its_lease_comes_back_only_when_it_is_free(
@@ -269,7 +229,7 @@ async def test_an_engine_that_loses_its_lease_comes_back_only_when_it_is_free(
         )
         await append(pool, commands[100:])
         await asyncio.sleep(1)
-        assert await _owner(pool) == "other"
+        assert await owner_of(pool) == "other"
         await until_matched(pool, 200, seconds=5)
     await assert_log_is(pool, commands)
 
@@ -362,7 +322,7 @@ async def test_a_starting_engine_signals_what_was_left_unsettled(
         async def started() -> bool:
             return [w.id async for w in temporal.list_workflows()] == [f"settlement-{ID}"]
 
-        await until(started)
+        await until(started, 10, "a settlement workflow")
 
 
 async def test_the_process_matches_its_instruments_and_releases_them_on_sigterm(
@@ -390,8 +350,3 @@ async def test_the_process_matches_its_instruments_and_releases_them_on_sigterm(
         if process.returncode is None:
             process.kill()
             await process.wait()
-
-
-async def _owner(pool: Pool) -> str | None:
-    owner: str | None = await pool.fetchval("SELECT owner FROM matching.cursors WHERE instrument_id = $1", ID)
-    return owner
