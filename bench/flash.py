@@ -28,8 +28,8 @@ RECORD = struct.Struct("<BBBBIQQqq")  # the fields of `Message`
 MAGIC, VERSION = 0x4D4542575F303031, 1
 NEW, CANCEL, MODIFY = 0, 1, 2
 SIDES: tuple[Side, Side] = ("BUY", "SELL")
-# Messages are decoded, applied and reported in runs of this many, so that memory does not grow with the file.
-RUN_MESSAGES = 50_000
+# Messages are decoded, applied and reported in runs of this many, about as the engine takes them from its log.
+RUN_MESSAGES = 1_000
 
 
 class Message(NamedTuple):
