@@ -135,7 +135,7 @@ class Matcher:
         """Carry out one command. Its events, in order, have the seqs that follow the former `event_seq`."""
         events: list[AnyEvent] = []
         if isinstance(command, New):
-            self._new(command, events)
+            self._new(command, command.at, events)
         elif isinstance(command, Cancel):
             self._cancel(command, events)
         else:
@@ -165,20 +165,20 @@ class Matcher:
 
     # Entry
 
-    def _new(self, new: New, events: list[AnyEvent]) -> None:
+    def _new(self, new: New, at: int, events: list[AnyEvent]) -> None:
         order_id = new.order_id
         if order_id in self.book.orders or order_id in self.stops.orders:
             # The same command twice. An event would be about the order that is there, which is in good order.
             return
         order = Order(new, new.price, new.quantity)
         if self.state != "TRADING":
-            events.append(_ended(Rejected, order, new.at, "INSTRUMENT_NOT_TRADING"))
+            events.append(_ended(Rejected, order, at, "INSTRUMENT_NOT_TRADING"))
         elif _invalid(new):
-            events.append(_ended(Rejected, order, new.at, "INVALID_ORDER"))
+            events.append(_ended(Rejected, order, at, "INVALID_ORDER"))
         elif new.type in PLAIN:
-            self._enter(order, new.at, Rejected, events)
+            self._enter(order, at, Rejected, events)
         else:
-            self._wait(order, new.at, events)
+            self._wait(order, at, events)
 
     def _wait(self, order: Order, at: int, events: list[AnyEvent]) -> None:
         new = order.new
@@ -409,11 +409,11 @@ class Matcher:
             return
         old = self._order_of(new.user_id, command.cancel_order_id)
         if old is None:
-            events.append(_ended(Rejected, Order(new, new.price, new.quantity), new.at, "REPLACED_ORDER_NOT_FOUND"))
+            events.append(_ended(Rejected, Order(new, new.price, new.quantity), command.at, "REPLACED_ORDER_NOT_FOUND"))
             return
         if self.state == "TRADING" and not _invalid(new):
             self._take_out(old, command.at, "REPLACED", events)
-        self._new(new, events)
+        self._new(new, command.at, events)
 
     def _order_of(self, user_id: int, order_id: int) -> Order | None:
         """The user's order of this id, resting or waiting."""

@@ -4,34 +4,70 @@ from collections import defaultdict
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from domain.instruments import SHIPPED
-from domain.matching import AnyCommand, AnyEvent, Cancel, CancelAll, Cancelled, Expired, New, Rejected, Trade, encode
+from domain.matching import (
+    Amend,
+    Amended,
+    AnyCommand,
+    AnyEvent,
+    Cancel,
+    CancelAll,
+    Cancelled,
+    CancelReplace,
+    Expired,
+    MarkPrice,
+    New,
+    Rejected,
+    SetState,
+    Trade,
+    TradingState,
+    decode_event,
+    encode,
+)
 from engine.matcher import Matcher
-from tests.engine_commands import AT, random_commands
+from tests.engine_commands import AT, STOP_TYPES, any_commands, random_commands
 from tests.reference_book import ReferenceMatcher
 
 # Few ids, users and prices: collisions, self-trades and duplicates are then frequent.
 ORDER_IDS = st.integers(1, 40)
 USERS = st.integers(1, 4)
+PRICES = st.one_of(st.integers(97, 103), st.integers(97, 103), st.integers(97, 103), st.integers(-1, 0))
 NEW_ORDERS = st.builds(
     New,
     at=st.integers(AT, AT + 9),
     order_id=ORDER_IDS,
     user_id=USERS,
     side=st.sampled_from(["BUY", "SELL"]),
-    type=st.sampled_from(["LIMIT", "LIMIT", "LIMIT", "MARKET"]),
-    time_in_force=st.sampled_from(["GTC", "GTC", "GTC", "IOC", "FOK"]),
-    price=st.integers(97, 103),
+    type=st.sampled_from(["LIMIT", "LIMIT", "LIMIT", "LIMIT", "MARKET", *STOP_TYPES]),
+    time_in_force=st.sampled_from(["GTC", "GTC", "GTC", "GTC", "IOC", "FOK"]),
+    price=PRICES,
     quantity=st.integers(0, 12),
     stp_mode=st.sampled_from(["EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH"]),
     liquidation=st.booleans(),
+    post_only=st.sampled_from([False, False, False, True]),
+    reduce_only=st.sampled_from([False, False, True]),
+    stop_price=PRICES,
+    working_type=st.sampled_from(["MARK", "LAST"]),
 )
-CANCELS = st.builds(Cancel, at=st.just(AT), order_id=ORDER_IDS, user_id=USERS)
-CANCEL_ALLS = st.builds(CancelAll, at=st.just(AT), user_id=USERS)
-LOGS = st.lists(st.one_of(NEW_ORDERS, NEW_ORDERS, NEW_ORDERS, NEW_ORDERS, CANCELS, CANCEL_ALLS), max_size=80)
+CHANGES = st.one_of(
+    st.builds(Cancel, at=st.just(AT), order_id=ORDER_IDS, user_id=USERS),
+    st.builds(CancelAll, at=st.just(AT), user_id=USERS),
+    st.builds(
+        Amend,
+        at=st.just(AT),
+        order_id=ORDER_IDS,
+        user_id=USERS,
+        price=st.none() | PRICES,
+        quantity=st.none() | st.integers(-1, 12),
+    ),
+    st.builds(CancelReplace, at=st.just(AT), cancel_order_id=ORDER_IDS, order=NEW_ORDERS),
+    st.builds(MarkPrice, at=st.just(AT), price=PRICES),
+)
+COMMANDS = st.one_of(NEW_ORDERS, NEW_ORDERS, CHANGES)
 
 
 def assert_same_book(matcher: Matcher, reference: ReferenceMatcher) -> None:
@@ -83,15 +119,73 @@ def assert_reducing(matcher: Matcher) -> None:
         assert 0 < reducers.lots <= reductions.reducible(user_id, reducers.side)
 
 
-@given(LOGS)
-@settings(max_examples=300, deadline=None)
-def test_the_engine_and_the_reference_book_agree_after_every_command(log: list[AnyCommand]) -> None:
+class Agreement(RuleBasedStateMachine):
+    """The engine and the reference book side by side, and a second engine that lives from dump to dump."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matcher, self.loaded = Matcher(SHIPPED[0]), Matcher(SHIPPED[0])
+        self.reference = ReferenceMatcher(SHIPPED[0])
+
+    @rule(command=COMMANDS)
+    def apply(self, command: AnyCommand) -> None:
+        events = self.matcher.apply(command)
+        assert events == self.reference.apply(command)
+        assert self.loaded.apply(command) == events
+        assert [decode_event(encode(event)) for event in events] == events
+
+    @rule(state=st.sampled_from(["TRADING", "TRADING", "TRADING", "CANCEL_ONLY", "HALTED"]))
+    def trading_is_open_or_not(self, state: TradingState) -> None:
+        self.apply(SetState(at=AT, state=state))
+
+    @rule()
+    def dump_and_load(self) -> None:
+        self.loaded = Matcher.load(SHIPPED[0], self.loaded.dump())
+        assert self.loaded.dump() == self.matcher.dump()
+
+    @invariant()
+    def same_book(self) -> None:
+        assert_same_book(self.matcher, self.reference)
+        assert_sound(self.matcher)
+        assert_sound(self.loaded)
+
+
+TestAgreement = Agreement.TestCase
+TestAgreement.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_engine_and_the_reference_book_agree_on_every_kind_of_command(seed: int) -> None:
     matcher, reference = Matcher(SHIPPED[0]), ReferenceMatcher(SHIPPED[0])
-    for command in log:
+    for command in any_commands(400, seed):
         assert matcher.apply(command) == reference.apply(command)
-        assert matcher.event_seq == reference.event_seq
         assert_same_book(matcher, reference)
         assert_sound(matcher)
+
+
+def test_logs_of_every_kind_of_command_have_every_kind_of_event() -> None:
+    found: set[tuple[str, str]] = set()
+    for seed in range(10):
+        matcher = Matcher(SHIPPED[0])
+        for command in any_commands(400, seed):
+            found.update((type(event).__name__, getattr(event, "reason", "")) for event in matcher.apply(command))
+    assert found >= {
+        ("Amended", "USER_REQUEST"),
+        ("Amended", "REDUCE_ONLY"),
+        ("AmendRejected", "INVALID_ORDER"),
+        ("AmendRejected", "INSTRUMENT_NOT_TRADING"),
+        ("Cancelled", "REPLACED"),
+        ("Expired", "POST_ONLY_WOULD_CROSS"),
+        ("Expired", "REDUCE_ONLY"),
+        ("Rejected", "INSTRUMENT_NOT_TRADING"),
+        ("Rejected", "INVALID_ORDER"),
+        ("Rejected", "POST_ONLY_WOULD_CROSS"),
+        ("Rejected", "REDUCE_ONLY_REJECTED"),
+        ("Rejected", "REPLACED_ORDER_NOT_FOUND"),
+        ("StateChanged", ""),
+        ("StopPlaced", ""),
+        ("Triggered", ""),
+    }
 
 
 def test_the_engine_and_the_reference_book_agree_over_a_long_log() -> None:
@@ -116,20 +210,25 @@ def test_the_engine_and_the_reference_book_agree_over_a_long_log() -> None:
     }
 
 
-def test_every_lot_submitted_is_filled_open_or_ended() -> None:
+@pytest.mark.parametrize("log", [random_commands(5_000, seed=11), any_commands(5_000, seed=11)], ids=["plain", "any"])
+def test_every_lot_submitted_is_filled_open_or_ended(log: list[AnyCommand]) -> None:
     matcher = Matcher(SHIPPED[0])
     submitted: dict[int, int] = defaultdict(int)
     left: dict[int, int] = defaultdict(int)
-    for command in random_commands(5_000, seed=11):
-        if isinstance(command, New):
-            submitted[command.order_id] += command.quantity
+    for command in log:
+        new = command if isinstance(command, New) else command.order if isinstance(command, CancelReplace) else None
+        is_there = new is not None and (new.order_id in matcher.book.orders or new.order_id in matcher.stops.orders)
+        if new is not None and not is_there:
+            submitted[new.order_id] += new.quantity
         for event in matcher.apply(command):
             if isinstance(event, Trade):
                 left[event.maker_order_id] += event.quantity
                 left[event.taker_order_id] += event.quantity
             elif isinstance(event, Cancelled | Expired | Rejected):
                 left[event.order_id] += event.quantity
-    for order in matcher.book.orders.values():
+            elif isinstance(event, Amended):
+                submitted[event.order_id] += event.quantity - event.old_quantity
+    for order in (*matcher.book.orders.values(), *matcher.stops.orders.values()):
         left[order.new.order_id] += order.remaining
     assert left == submitted
 
@@ -138,7 +237,7 @@ def test_the_same_log_gives_the_same_bytes() -> None:
     def replay() -> list[bytes]:
         matcher = Matcher(SHIPPED[0])
         events: list[AnyEvent] = []
-        for command in random_commands(5_000, seed=3):
+        for command in any_commands(5_000, seed=3):
             events += matcher.apply(command)
         return [encode(event) for event in events]
 
@@ -164,7 +263,7 @@ def test_no_taker_passes_over_a_better_or_an_earlier_order() -> None:
 
 
 def test_a_matcher_loaded_from_a_dump_at_any_point_goes_on_with_the_same_bytes() -> None:
-    log = random_commands(1_500, seed=13)
+    log = any_commands(1_500, seed=13)
     whole = Matcher(SHIPPED[0])
     loaded = Matcher(SHIPPED[0])
     for seq, command in enumerate(log):
