@@ -122,8 +122,10 @@ SETTLED_CHECKS = {
                    SELECT 1 FROM orders.v_open_sagas s JOIN orders.v_orders x ON x.order_id = ANY (s.order_ids)
                    WHERE s.kind = 'PLACE' AND x.user_id = coalesce(e.user_id, o.user_id)))
         FROM (SELECT user_id, instrument_id, count(*) AS open_orders,
-                     coalesce(sum((quantity - filled_quantity) * bound_price) FILTER (WHERE side = 'BUY'), 0) AS bids,
-                     coalesce(sum((quantity - filled_quantity) * bound_price) FILTER (WHERE side = 'SELL'), 0) AS asks
+                     coalesce(sum((quantity - filled_quantity) * bound_price)
+                              FILTER (WHERE side = 'BUY' AND NOT reduce_only), 0) AS bids,
+                     coalesce(sum((quantity - filled_quantity) * bound_price)
+                              FILTER (WHERE side = 'SELL' AND NOT reduce_only), 0) AS asks
               FROM orders.v_orders WHERE status IN ('ACCEPTED', 'PLACED', 'PARTIALLY_FILLED', 'CANCEL_REQUESTED')
               GROUP BY user_id, instrument_id) o
         FULL JOIN risk.v_exposures e USING (user_id, instrument_id)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from temporalio import activity
 
-from domain.matching import AnyCommand, encode
+from domain.matching import AnyCommand, SetState, TradingState, encode
 from domain.sagas import ACKNOWLEDGE, EventRange, Progress
 from storage.db import Connection, Pool
 
@@ -33,6 +33,26 @@ async def append_commands(conn: Connection, commands: Mapping[str, Sequence[AnyC
             columns=["instrument_id", "seq", "payload"],
             records=[(instrument_id, first_seq + i, encode(command).decode()) for i, command in enumerate(batch)],
         )
+
+
+async def change_state(conn: Connection, instrument_id: str, state: TradingState, at_ms: int) -> bool:
+    """Put an instrument into `state` in the caller's transaction: for the api, and through the log for the engine.
+
+    False when there is no such instrument; one that is in the state already stays in it.
+    """
+    before = await conn.fetchval(
+        "SELECT state FROM matching.instruments WHERE instrument_id = $1 FOR UPDATE", instrument_id
+    )
+    if before is None:
+        return False
+    if before != state:
+        await conn.execute(
+            "UPDATE matching.instruments SET state = $2, updated_at = now() WHERE instrument_id = $1",
+            instrument_id,
+            state,
+        )
+        await append_commands(conn, {instrument_id: [SetState(at=at_ms, state=state)]})
+    return True
 
 
 class MatchingActivities:

@@ -44,16 +44,22 @@ async def take_in(conn: Connection, orders: Sequence[NewOrder], now: datetime) -
             order.request.quantity,
             order.request.stp_mode,
             round_up(order.open_loss),
+            order.request.post_only,
+            order.request.reduce_only,
+            order.request.stop_price,
+            order.request.working_type if order.request.is_stop else None,
         )
         for order_id, order in zip(ids, orders, strict=True)
     ]
     inserted = await conn.fetch(
         "INSERT INTO orders.orders (order_id, user_id, instrument_id, client_order_id, side, type, time_in_force,"
-        " price, bound_price, quantity, stp_mode, open_loss, created_at, updated_at)"
-        " SELECT n.*, $13, $13 FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[],"
-        " $7::text[], $8::numeric[], $9::numeric[], $10::numeric[], $11::text[], $12::numeric[]) AS n"
+        " price, bound_price, quantity, stp_mode, open_loss, post_only, reduce_only, stop_price, working_type,"
+        " created_at, updated_at)"
+        " SELECT n.*, $17, $17 FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[],"
+        " $7::text[], $8::numeric[], $9::numeric[], $10::numeric[], $11::text[], $12::numeric[], $13::bool[],"
+        " $14::bool[], $15::numeric[], $16::text[]) AS n"
         " ON CONFLICT (user_id, client_order_id) WHERE client_order_id IS NOT NULL DO NOTHING RETURNING order_id",
-        *columns(rows, 12),
+        *columns(rows, 16),
         now,
     )
     kept = {row["order_id"] for row in inserted}

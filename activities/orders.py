@@ -19,7 +19,19 @@ from activities.matching import append_commands
 from domain.clock import iso, to_ms
 from domain.events import BusinessEvent, OrderCancelRequested, OrderCreated
 from domain.instruments import Instrument
-from domain.matching import AnyCommand, Cancel, Cancelled, Expired, Filled, New, Placed, Rejected, Trade
+from domain.matching import (
+    Amended,
+    AnyCommand,
+    Cancel,
+    Cancelled,
+    Expired,
+    Filled,
+    New,
+    Placed,
+    Rejected,
+    StopPlaced,
+    Trade,
+)
 from domain.money import ZERO, plain
 from domain.sagas import (
     ACCEPT_ORDERS,
@@ -45,7 +57,8 @@ IN_ENGINE_STATUSES = ("ACCEPTED", "PLACED", "PARTIALLY_FILLED")
 VERDICTS_CHANNEL = "orders:verdicts"
 ORDER_COLUMNS = (
     "order_id, client_order_id, user_id, instrument_id, side, type, time_in_force, price, quantity, filled_quantity,"
-    " filled_notional, status, failure_reason, stp_mode, is_liquidation, created_at, updated_at"
+    " filled_notional, status, failure_reason, stp_mode, post_only, reduce_only, stop_price, working_type,"
+    " is_liquidation, created_at, updated_at"
 )
 
 
@@ -68,6 +81,10 @@ def order_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, Any]:
         "status": row["status"],
         "failureReason": row["failure_reason"],
         "stpMode": row["stp_mode"],
+        "postOnly": row["post_only"],
+        "reduceOnly": row["reduce_only"],
+        "stopPrice": None if row["stop_price"] is None else plain(row["stop_price"]),
+        "workingType": row["working_type"],
         "isLiquidation": row["is_liquidation"],
         "createdAt": iso(row["created_at"]),
         "updatedAt": iso(row["updated_at"]),
@@ -89,6 +106,9 @@ class OrderChange:
     filled_notional: Decimal = ZERO
     final_status: str | None = None
     reason: str | None = None
+    # After an amendment: what the order is over, less what it had filled before these events; and its price.
+    quantity: Decimal | None = None
+    price: Decimal | None = None
 
 
 def fold_events(log: Iterable[SequencedEvent], instrument: Instrument) -> dict[int, OrderChange]:
@@ -103,8 +123,12 @@ def fold_events(log: Iterable[SequencedEvent], instrument: Instrument) -> dict[i
                     change = changes[order_id]
                     change.filled_quantity += quantity
                     change.filled_notional += notional
-            case Placed():
+            case Placed() | StopPlaced():
                 changes[event.order_id].reason = None
+            case Amended():
+                change = changes[event.order_id]
+                change.quantity = change.filled_quantity + instrument.lots_to_quantity(event.quantity)
+                change.price = instrument.ticks_to_price(event.price)
             case Filled():
                 changes[event.order_id].final_status = "FILLED"
             case Cancelled():
@@ -113,6 +137,8 @@ def fold_events(log: Iterable[SequencedEvent], instrument: Instrument) -> dict[i
                 changes[event.order_id].final_status, changes[event.order_id].reason = "EXPIRED", event.reason
             case Rejected():
                 changes[event.order_id].final_status, changes[event.order_id].reason = "REJECTED", event.reason
+            case _:
+                pass
     return dict(changes)
 
 
@@ -182,7 +208,7 @@ async def _accept(conn: Connection, order_ids: Sequence[int], instruments: Mappi
         "UPDATE orders.orders SET status = 'ACCEPTED', updated_at = now()"
         " WHERE order_id = ANY($1) AND status = 'PENDING'"
         " RETURNING order_id, user_id, instrument_id, side, type, time_in_force, price, bound_price, quantity,"
-        " stp_mode, is_liquidation, updated_at",
+        " stp_mode, post_only, reduce_only, stop_price, working_type, is_liquidation, updated_at",
         order_ids,
     )
     commands: defaultdict[str, list[AnyCommand]] = defaultdict(list)
@@ -217,6 +243,10 @@ def _new(row: asyncpg.Record, instrument: Instrument) -> New:
         quantity=instrument.quantity_to_lots(row["quantity"]),
         stp_mode=row["stp_mode"],
         liquidation=row["is_liquidation"],
+        post_only=row["post_only"],
+        reduce_only=row["reduce_only"],
+        stop_price=0 if row["stop_price"] is None else instrument.price_to_ticks(row["stop_price"]),
+        working_type=row["working_type"] or "MARK",
     )
 
 
@@ -262,13 +292,22 @@ async def _apply(conn: Connection, changes: dict[int, OrderChange]) -> None:
     await _lock(conn, list(changes))
     rows = await conn.fetch(
         "UPDATE orders.orders SET filled_quantity = filled_quantity + n.traded,"
-        " filled_notional = filled_notional + n.paid,"
+        " filled_notional = filled_notional + n.paid, quantity = coalesce(filled_quantity + n.quantity_left, quantity),"
+        " price = CASE WHEN price IS NULL THEN NULL ELSE coalesce(n.new_price, price) END,"
+        " bound_price = coalesce(n.new_price, bound_price),"
         " status = CASE WHEN n.final IS NOT NULL THEN n.final WHEN status = 'CANCEL_REQUESTED' THEN status"
         "   WHEN filled_quantity + n.traded > 0 THEN 'PARTIALLY_FILLED' ELSE 'PLACED' END,"
         " failure_reason = coalesce(n.reason, failure_reason), updated_at = now()"
-        " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::text[], $5::text[])"
-        f" AS n (id, traded, paid, final, reason) WHERE order_id = n.id RETURNING {ORDER_COLUMNS}",
-        *columns([(i, c.filled_quantity, c.filled_notional, c.final_status, c.reason) for i, c in changes.items()], 5),
+        " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::text[], $5::text[], $6::numeric[], $7::numeric[])"
+        " AS n (id, traded, paid, final, reason, quantity_left, new_price)"
+        f" WHERE order_id = n.id RETURNING {ORDER_COLUMNS}",
+        *columns(
+            [
+                (i, c.filled_quantity, c.filled_notional, c.final_status, c.reason, c.quantity, c.price)
+                for i, c in changes.items()
+            ],
+            7,
+        ),
     )
     await outbox.emit(conn, pushes=_order_pushes(rows))
 

@@ -18,7 +18,7 @@ from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPas
 from domain.exposure import Exposure, Side
 from domain.instruments import Instrument
 from domain.margin import Tier, tier_of
-from domain.matching import Cancelled, Ended, Expired, Filled, Rejected, Trade
+from domain.matching import Amended, Cancelled, Ended, Expired, Filled, Rejected, StateChanged, Trade
 from domain.money import ZERO, plain
 from domain.order_entry import NewOrder
 from domain.problems import Problem
@@ -111,11 +111,13 @@ async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | N
     instrument = (await read_instruments(conn))[request.instrument_id]
     row = await conn.fetchrow("SELECT * FROM risk.exposures WHERE user_id = $1 AND instrument_id = $2", *key)
     state = Exposure(instrument.default_leverage) if row is None else _exposure(row)
-    after = state.with_order(request.side, request.quantity, order.bound_price)
+    after = _with(state, request.side, request.quantity, order.bound_price, request.reduce_only)
     added = after.order_margin(instrument.taker_fee_rate) - state.order_margin(instrument.taker_fee_rate)
     limits = (await _read_limits(conn, [key]))[key]
     tiers = (await read_tiers(conn))[request.instrument_id]
     budget = (await _read_available(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
+    if request.reduce_only and not after.can_reduce(request.side):
+        return added, "REDUCE_ONLY_REJECTED"
     return added, refusal_reason(after, request.quantity, added, budget - order.open_loss, limits, tiers)
 
 
@@ -147,7 +149,8 @@ async def set_leverage(conn: Connection, user_id: int, instrument: Instrument, l
 
 async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckResult:
     orders = await conn.fetch(
-        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price, open_loss FROM orders.v_orders"
+        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price, open_loss, reduce_only"
+        " FROM orders.v_orders"
         " WHERE order_id = ANY($1) ORDER BY order_id",
         request.order_ids,
     )
@@ -172,12 +175,14 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
             continue
         instrument = instruments[key[1]]
         purse = (key[0], instrument.quote_asset)
-        after = states[key].with_order(order["side"], order["quantity"], order["bound_price"])
+        after = _with(states[key], order["side"], order["quantity"], order["bound_price"], order["reduce_only"])
         margin = after.order_margin(instrument.taker_fee_rate)
         added = margin - margins[key]
         budget = budgets.get(purse, ZERO)
         free = budget - order["open_loss"]
         reason = refusal_reason(after, order["quantity"], added, free, limits[key], tiers[key[1]])
+        if order["reduce_only"] and not after.can_reduce(order["side"]):
+            reason = "REDUCE_ONLY_REJECTED"
         if reason:
             refused.append(Refusal(order["order_id"], reason))
             continue
@@ -194,7 +199,7 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
 
 async def _release(conn: Connection, request: StepRequest, rules: Rules) -> MarginMoves:
     orders = await conn.fetch(
-        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price FROM orders.v_orders"
+        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price, reduce_only FROM orders.v_orders"
         " WHERE order_id = ANY($1) ORDER BY order_id",
         request.order_ids,
     )
@@ -211,7 +216,10 @@ async def _release(conn: Connection, request: StepRequest, rules: Rules) -> Marg
     for order in orders:
         key = (order["user_id"], order["instrument_id"])
         instrument = instruments[key[1]]
-        states[key] = states[key].without_order(order["side"], order["quantity"], order["bound_price"])
+        if order["reduce_only"]:
+            states[key] = states[key].with_order_filled()
+        else:
+            states[key] = states[key].without_order(order["side"], order["quantity"], order["bound_price"])
         margin = states[key].order_margin(instrument.taker_fee_rate)
         ended.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, margins[key] - margin))
         margins[key] = margin
@@ -246,17 +254,17 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
     for seq, event in log:
         match event:
             case Trade():
-                for role, user_id, side, bound in (
-                    ("MAKER", event.maker_user_id, OPPOSITE[event.taker_side], event.price),
-                    ("TAKER", event.taker_user_id, event.taker_side, event.taker_price),
+                maker_side = OPPOSITE[event.taker_side]
+                for role, user_id, side, bound, reduces in (
+                    ("MAKER", event.maker_user_id, maker_side, event.price, event.maker_reduce_only),
+                    ("TAKER", event.taker_user_id, event.taker_side, event.taker_price, event.taker_reduce_only),
                 ):
                     key = (user_id, instrument_id)
+                    if not reduces:
+                        quantity = instrument.lots_to_quantity(event.quantity)
+                        states[key] = states[key].with_fill(side, quantity, instrument.ticks_to_price(bound))
                     fill = fills[seq, role]
-                    states[key] = (
-                        states[key]
-                        .with_fill(side, instrument.lots_to_quantity(event.quantity), instrument.ticks_to_price(bound))
-                        .with_position(fill["signed_quantity_after"], fill["entry_notional_after"])
-                    )
+                    states[key] = states[key].with_position(fill["signed_quantity_after"], fill["entry_notional_after"])
             case Filled():
                 key = (event.user_id, instrument_id)
                 states[key] = states[key].with_order_filled()
@@ -266,6 +274,14 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                 states[key] = _without(states[key], event, instrument)
                 freed = before - states[key].order_margin(instrument.taker_fee_rate)
                 ended.append(OrderMargin(event.order_id, *key, instrument.quote_asset, freed))
+            case Amended() if not event.reduce_only:
+                key = (event.user_id, instrument_id)
+                old, new = instrument.ticks_to_price(event.old_price), instrument.ticks_to_price(event.price)
+                states[key] = (
+                    states[key]
+                    .without_order(event.side, instrument.lots_to_quantity(event.old_quantity), old)
+                    .with_order(event.side, instrument.lots_to_quantity(event.quantity), new)
+                )
             case _:
                 pass
     for key, state in states.items():
@@ -274,7 +290,16 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
     return MarginMoves(_moves(exposures, margins, instruments), ended)
 
 
+def _with(state: Exposure, side: Side, quantity: Decimal, bound_price: Decimal, reduce_only: bool) -> Exposure:
+    """One more order; one that only reduces needs no margin of its own, the engine keeps it within the position."""
+    if reduce_only:
+        return state.with_reducing_order()
+    return state.with_order(side, quantity, bound_price)
+
+
 def _without(state: Exposure, event: Ended, instrument: Instrument) -> Exposure:
+    if event.reduce_only:
+        return state.with_order_filled()
     return state.without_order(
         event.side, instrument.lots_to_quantity(event.quantity), instrument.ticks_to_price(event.price)
     )
@@ -287,7 +312,7 @@ def users_of(log: list[SequencedEvent]) -> set[int]:
         if isinstance(event, Trade):
             users.add(event.maker_user_id)
             users.add(event.taker_user_id)
-        else:
+        elif not isinstance(event, StateChanged):
             users.add(event.user_id)
     return users
 

@@ -1,11 +1,17 @@
 """Operations of the exchange's own people."""
 
+from datetime import UTC, datetime
+
 from fastapi import APIRouter
 
 from activities.audit import run_audit
+from activities.matching import change_state
 from api.gateway import Admin
-from api.models import ApiModel
-from api.state import State
+from api.models import ApiModel, SafeText
+from api.state import AppState, State
+from domain.clock import to_ms
+from domain.matching import TradingState
+from domain.problems import Problem
 
 router = APIRouter(prefix="/api/admin", tags=["admin"])
 
@@ -24,6 +30,38 @@ class AuditView(ApiModel):
     ok: bool
     checked_at: str
     checks: list[CheckView]
+
+
+class InstrumentStateView(ApiModel):
+    """TRADING; CANCEL_ONLY and HALTED take no new orders, and let open ones be cancelled."""
+
+    instrument_id: str
+    state: TradingState
+
+
+@router.post("/instruments/{instrument_id}/halt")
+async def halt(state: State, _: Admin, instrument_id: SafeText) -> InstrumentStateView:
+    """Stop trading, marks and liquidations in an instrument."""
+    return await _change_state(state, instrument_id, "HALTED")
+
+
+@router.post("/instruments/{instrument_id}/cancel-only")
+async def cancel_only(state: State, _: Admin, instrument_id: SafeText) -> InstrumentStateView:
+    """Take no new orders in an instrument."""
+    return await _change_state(state, instrument_id, "CANCEL_ONLY")
+
+
+@router.post("/instruments/{instrument_id}/resume")
+async def resume(state: State, _: Admin, instrument_id: SafeText) -> InstrumentStateView:
+    """Trade again."""
+    return await _change_state(state, instrument_id, "TRADING")
+
+
+async def _change_state(state: AppState, instrument_id: str, wanted: TradingState) -> InstrumentStateView:
+    async with state.pool.acquire() as conn, conn.transaction():
+        if not await change_state(conn, instrument_id, wanted, to_ms(datetime.now(UTC))):
+            raise Problem("INSTRUMENT_NOT_FOUND", f"There is no instrument {instrument_id[:64]!r}")
+    return InstrumentStateView(instrument_id=instrument_id, state=wanted)
 
 
 @router.get("/ledger/audit")

@@ -17,7 +17,8 @@ from api.models import ApiModel, Page, SafeText, Timestamp
 from api.problems import invalid, problem_members
 from api.state import AppState, State
 from domain.identity import Identity
-from domain.order_entry import NewOrder, OrderRequest
+from domain.matching import OrderType
+from domain.order_entry import LIMIT_TYPES, NewOrder, OrderRequest
 from domain.problems import Problem
 
 router = APIRouter(tags=["orders"])
@@ -51,28 +52,32 @@ class OrderCreate(ApiModel):
 
     instrument_id: str = Field(max_length=64)
     side: Literal["BUY", "SELL"]
-    type: Literal["LIMIT", "MARKET"]
+    type: OrderType
     quantity: Quantity
     price: Price | None = None
     time_in_force: Literal["GTC", "IOC", "FOK"] = "GTC"
     stp_mode: Literal["EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH"] = "EXPIRE_TAKER"
     client_order_id: Annotated[str, Field(min_length=1, max_length=36)] | None = None
-    # Known to clients and not to the engine yet: asking for them is refused rather than ignored.
-    post_only: Literal[False] = False
-    reduce_only: Literal[False] = False
-    stop_price: None = None
+    post_only: bool = False
+    reduce_only: bool = False
+    stop_price: Price | None = None
+    working_type: Literal["MARK", "LAST"] = "MARK"
 
     def request(self) -> OrderRequest:
-        """The same, for the rules. A MARKET order never rests."""
+        """The same, for the rules. An order without a limit never rests in the book."""
         return OrderRequest(
             self.instrument_id,
             self.side,
             self.type,
             self.quantity,
             self.price,
-            "IOC" if self.type == "MARKET" and self.time_in_force == "GTC" else self.time_in_force,
+            self.time_in_force if self.type in LIMIT_TYPES or self.time_in_force == "FOK" else "IOC",
             self.stp_mode,
             self.client_order_id,
+            self.post_only,
+            self.reduce_only,
+            self.stop_price,
+            self.working_type,
         )
 
 
@@ -99,6 +104,10 @@ class OrderView(ApiModel):
     status: OrderStatus
     failure_reason: str | None
     stp_mode: str
+    post_only: bool
+    reduce_only: bool
+    stop_price: str | None
+    working_type: str | None
     is_liquidation: bool
     created_at: Timestamp
     updated_at: Timestamp

@@ -129,6 +129,34 @@ class OrderRejected(BusinessEvent, frozen=True):
     reason: str
 
 
+class OrderAmended(BusinessEvent, frozen=True):
+    """What is open of an order is now `quantity` at `price`."""
+
+    topic: ClassVar[str] = "matching.order-amended"
+    order_id: int
+    instrument_id: str
+    user_id: str
+    side: str
+    price: str
+    quantity: str
+    reason: str
+
+
+class OrderTriggered(BusinessEvent, frozen=True):
+    """A stop or take-profit order has seen its price and enters."""
+
+    topic: ClassVar[str] = "matching.order-triggered"
+    order_id: int
+    instrument_id: str
+    user_id: str
+
+
+class InstrumentStateChanged(BusinessEvent, frozen=True):
+    topic: ClassVar[str] = "matching.instrument-state"
+    instrument_id: str
+    state: str
+
+
 class TradeExecuted(BusinessEvent, frozen=True):
     topic: ClassVar[str] = "matching.trade-executed"
     trade_id: int

@@ -39,6 +39,14 @@ class Exposure(Struct, frozen=True):
         """One more order open."""
         return replace(self._moved(side, quantity, bound_price), open_orders=self.open_orders + 1)
 
+    def with_reducing_order(self) -> "Exposure":
+        """One more order open that can only reduce the position."""
+        return replace(self, open_orders=self.open_orders + 1)
+
+    def can_reduce(self, side: Side) -> bool:
+        """Whether there is a position that an order of `side` would reduce."""
+        return self.signed_quantity < 0 if side == "BUY" else self.signed_quantity > 0
+
     def without_order(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
         """An order ended with `quantity` unfilled."""
         return replace(self._moved(side, -quantity, bound_price), open_orders=self.open_orders - 1)

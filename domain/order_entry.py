@@ -5,10 +5,11 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 from domain.instruments import Instrument
 from domain.margin import open_loss
-from domain.matching import OrderType, Side, StpMode, TimeInForce
+from domain.matching import OrderType, Side, StpMode, TimeInForce, WorkingType
 from domain.money import ZERO
 from domain.problems import Problem
 
+LIMIT_TYPES = ("LIMIT", "STOP_LIMIT", "TAKE_PROFIT_LIMIT")
 MARKET_PROTECTION = Decimal("0.05")
 PRICE_BAND = Decimal("0.5")
 QUANTITY_MAX = Decimal("1e9")
@@ -26,6 +27,20 @@ class OrderRequest:
     time_in_force: TimeInForce = "GTC"
     stp_mode: StpMode = "EXPIRE_TAKER"
     client_order_id: str | None = None
+    post_only: bool = False
+    reduce_only: bool = False
+    stop_price: Decimal | None = None
+    working_type: WorkingType = "MARK"
+
+    @property
+    def is_stop(self) -> bool:
+        """Whether it waits for a price before it enters."""
+        return self.type not in ("LIMIT", "MARKET")
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether it has a price of its own; the others get a protection price."""
+        return self.type in LIMIT_TYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +66,11 @@ class Reference:
 
 
 def bound_price(request: OrderRequest, instrument: Instrument, reference: Reference) -> Decimal:
-    """The worst price the order may trade at: its limit, or for MARKET the protection price; a whole tick.
+    """The worst price the order may trade at: its limit, or without one the protection price; a whole tick.
 
     A limit has to lie within PRICE_BAND of mark. Protection is MARKET_PROTECTION beyond the best opposite quote
-    (mark if there is none), rounded inwards, and never beyond the band.
+    (mark if there is none; the stop price of a stop order), rounded inwards, and never beyond the band.
+    An order that only reduces may be smaller than the minimum notional.
     Raises Problem INSTRUMENT_NOT_TRADING, VALIDATION_FAILED, PRICE_NOT_ON_TICK, QUANTITY_NOT_ON_LOT, MIN_NOTIONAL
     or PRICE_OUT_OF_BAND.
     """
@@ -64,21 +80,42 @@ def bound_price(request: OrderRequest, instrument: Instrument, reference: Refere
         raise Problem("VALIDATION_FAILED", f"Expected 0 < quantity <= {QUANTITY_MAX:f}, was {request.quantity}")
     instrument.quantity_to_lots(request.quantity)
     low, high = reference.mark * (1 - PRICE_BAND), reference.mark * (1 + PRICE_BAND)
-    if request.type == "MARKET":
-        if request.price is not None:
-            raise Problem("VALIDATION_FAILED", "A MARKET order has no price")
-        bound = _protection_price(request.side, instrument, reference, low, high)
-    else:
+    _check_terms(request, instrument, low, high)
+    if request.has_limit:
         bound = _limit_price(request, instrument, low, high)
-    if bound * request.quantity < instrument.min_notional:
+    else:
+        # A stop will meet the book that there is when its price is reached.
+        start = Reference(request.stop_price) if request.stop_price is not None else reference
+        bound = _protection_price(request.side, instrument, start, low, high)
+    if not request.reduce_only and bound * request.quantity < instrument.min_notional:
         raise Problem(
             "MIN_NOTIONAL", f"Expected a notional of at least {instrument.min_notional} {instrument.quote_asset}"
         )
     return bound
 
 
+def _check_terms(request: OrderRequest, instrument: Instrument, low: Decimal, high: Decimal) -> None:
+    if not request.has_limit and request.price is not None:
+        raise Problem("VALIDATION_FAILED", f"A {request.type} order has no price")
+    if request.post_only and (request.type != "LIMIT" or request.time_in_force != "GTC"):
+        raise Problem("VALIDATION_FAILED", "postOnly goes with LIMIT orders that are GTC")
+    if request.is_stop != (request.stop_price is not None):
+        raise Problem("VALIDATION_FAILED", "stopPrice goes with stop and take-profit orders, which need it")
+    if request.stop_price is not None:
+        if not low <= request.stop_price <= high:
+            raise Problem(
+                "PRICE_OUT_OF_BAND", f"Expected a stopPrice from {low:f} to {high:f}, was {request.stop_price}"
+            )
+        instrument.price_to_ticks(request.stop_price)
+
+
 def expected_open_loss(request: OrderRequest, reference: Reference) -> Decimal:
-    """Open loss (quote, >= 0) at the limit, or for MARKET at the best opposite quote, against mark."""
+    """Open loss (quote, >= 0) at the limit, or for MARKET at the best opposite quote, against mark.
+
+    0 for what waits for another mark price, and for what only reduces.
+    """
+    if request.is_stop or request.reduce_only:
+        return ZERO
     best = reference.best_ask if request.side == "BUY" else reference.best_bid
     price = request.price or best or reference.mark
     return open_loss(request.side, request.quantity, price, reference.mark)
@@ -86,7 +123,7 @@ def expected_open_loss(request: OrderRequest, reference: Reference) -> Decimal:
 
 def _limit_price(request: OrderRequest, instrument: Instrument, low: Decimal, high: Decimal) -> Decimal:
     if request.price is None or request.price <= 0:
-        raise Problem("VALIDATION_FAILED", "A LIMIT order needs a price above 0")
+        raise Problem("VALIDATION_FAILED", f"A {request.type} order needs a price above 0")
     if request.price > high:
         raise Problem("PRICE_OUT_OF_BAND", f"Expected a price of at most {high:f}, was {request.price}")
     instrument.price_to_ticks(request.price)

@@ -9,7 +9,7 @@ from domain.instruments import Instrument
 from domain.matching import AnyCommand, AnyEvent, Trade, decode_command, encode
 from engine import lease as leases
 from engine.lease import Lease
-from engine.outgoing import TradeRow, business_event, trade_row
+from engine.outgoing import TradeRow, business_events, trade_row
 from storage.db import Connection
 from storage.outbox import emit
 
@@ -75,7 +75,7 @@ async def write_batch(conn: Connection, lease: Lease, instrument: Instrument, ba
         if batch.events:
             await _copy_events(conn, instrument.instrument_id, batch)
             await _copy_trades(conn, instrument, batch)
-            await emit(conn, [business_event(instrument, event) for event in batch.events])
+            await emit(conn, business_events(instrument, batch.events))
 
 
 async def _copy_events(conn: Connection, instrument_id: str, batch: Batch) -> None:

@@ -1,14 +1,36 @@
 """Engine events in the words of the rest of the exchange: decimal prices and quantities, times, business events."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
 from typing import NamedTuple
 
 from domain.clock import from_ms, iso
-from domain.events import BusinessEvent, OrderCancelled, OrderFilled, OrderPlaced, OrderRejected, TradeExecuted
+from domain.events import (
+    BusinessEvent,
+    InstrumentStateChanged,
+    OrderAmended,
+    OrderCancelled,
+    OrderFilled,
+    OrderPlaced,
+    OrderRejected,
+    OrderTriggered,
+    TradeExecuted,
+)
 from domain.instruments import Instrument
-from domain.matching import AnyEvent, Filled, Placed, Rejected, Trade
+from domain.matching import (
+    Amended,
+    AnyEvent,
+    Cancelled,
+    Expired,
+    Filled,
+    Placed,
+    Rejected,
+    StateChanged,
+    Trade,
+    Triggered,
+)
 from domain.money import plain
 
 
@@ -54,35 +76,50 @@ def trade_row(instrument: Instrument, seq: int, trade: Trade) -> TradeRow:
     )
 
 
-def business_event(instrument: Instrument, event: AnyEvent) -> BusinessEvent:
-    """The catalogue's event for an engine event; `fee` of a trade is that of both sides together."""
-    if isinstance(event, Trade):
-        return _trade_executed(instrument, event)
-    if isinstance(event, Placed):
-        return OrderPlaced(
-            order_id=event.order_id,
-            instrument_id=instrument.instrument_id,
-            side=event.side,
-            price=plain(instrument.ticks_to_price(event.price)),
-            quantity=plain(instrument.lots_to_quantity(event.quantity)),
-        )
-    if isinstance(event, Filled):
-        return OrderFilled(order_id=event.order_id, instrument_id=instrument.instrument_id, user_id=str(event.user_id))
-    if isinstance(event, Rejected):
-        return OrderRejected(
-            order_id=event.order_id,
-            instrument_id=instrument.instrument_id,
-            user_id=str(event.user_id),
-            reason=event.reason,
-        )
-    return OrderCancelled(
-        order_id=event.order_id,
-        instrument_id=instrument.instrument_id,
-        user_id=str(event.user_id),
-        status=str(event.__struct_config__.tag),
-        reason=event.reason,
-        remaining_quantity=plain(instrument.lots_to_quantity(event.quantity)),
-    )
+def business_events(instrument: Instrument, events: Iterable[AnyEvent]) -> list[BusinessEvent]:
+    """The catalogue's events for engine events, in their order; some are of no interest to anybody outside."""
+    found = (business_event(instrument, event) for event in events)
+    return [event for event in found if event is not None]
+
+
+def business_event(instrument: Instrument, event: AnyEvent) -> BusinessEvent | None:
+    """The catalogue's event for an engine event, if it has one; `fee` of a trade is that of both sides together."""
+    name = instrument.instrument_id
+    found: BusinessEvent | None = None
+    match event:
+        case Trade():
+            found = _trade_executed(instrument, event)
+        case Placed():
+            found = OrderPlaced(
+                event.order_id, name, event.side, _price(instrument, event.price), _quantity(instrument, event.quantity)
+            )
+        case Filled():
+            found = OrderFilled(event.order_id, name, str(event.user_id))
+        case Rejected():
+            found = OrderRejected(event.order_id, name, str(event.user_id), event.reason)
+        case Cancelled() | Expired():
+            status = str(event.__struct_config__.tag)
+            rest = _quantity(instrument, event.quantity)
+            found = OrderCancelled(event.order_id, name, str(event.user_id), status, event.reason, rest)
+        case Amended():
+            price, quantity = _price(instrument, event.price), _quantity(instrument, event.quantity)
+            user_id = str(event.user_id)
+            found = OrderAmended(event.order_id, name, user_id, event.side, price, quantity, event.reason)
+        case Triggered():
+            found = OrderTriggered(event.order_id, name, str(event.user_id))
+        case StateChanged():
+            found = InstrumentStateChanged(name, event.state)
+        case _:
+            pass
+    return found
+
+
+def _price(instrument: Instrument, ticks: int) -> str:
+    return plain(instrument.ticks_to_price(ticks))
+
+
+def _quantity(instrument: Instrument, lots: int) -> str:
+    return plain(instrument.lots_to_quantity(lots))
 
 
 def _trade_executed(instrument: Instrument, trade: Trade) -> TradeExecuted:

@@ -6,7 +6,7 @@ having rested leaves the depth as it was.
 
 from dataclasses import dataclass
 
-from domain.matching import AnyEvent, Cancelled, Expired, Placed, Trade
+from domain.matching import Amended, AnyEvent, Cancelled, Expired, Placed, Trade
 
 
 @dataclass(slots=True)
@@ -35,8 +35,13 @@ class DepthBook:
             self._reduce(event.maker_order_id, event.quantity)
         elif isinstance(event, Cancelled | Expired) and event.order_id in self._orders:
             self._reduce(event.order_id, self._orders[event.order_id].lots)
+        elif isinstance(event, Amended):
+            if event.was_resting:
+                self._reduce(event.order_id, self._orders[event.order_id].lots)
+            if event.resting:
+                self._place(event)
 
-    def _place(self, event: Placed) -> None:
+    def _place(self, event: Placed | Amended) -> None:
         if event.side == "BUY":
             order = _Resting(self.bids, self.changed_bids, event.price, event.quantity)
         else:

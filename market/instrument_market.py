@@ -17,7 +17,7 @@ import msgspec
 from domain.clock import from_ms, iso
 from domain.events import MarkPriceUpdated
 from domain.instruments import Instrument
-from domain.matching import AnyEvent, Trade
+from domain.matching import AnyEvent, Ended, StopPlaced, Trade, Triggered
 from domain.money import plain
 from market.depth import DepthBook
 from market.rolling_day import RollingDay
@@ -84,6 +84,8 @@ class InstrumentMarket:
         self.book = DepthBook()
         self.mark: MarkPriceUpdated | None = None
         self.funding: Funding | None = None
+        # Stop orders that the mark price triggers: only while there are some does the engine have to hear of it.
+        self.waiting_for_mark: set[int] = set()
         self._id = instrument.instrument_id.encode()
         self._day = RollingDay()
         self._last_price: int | None = None
@@ -104,6 +106,11 @@ class InstrumentMarket:
             self.book.apply(event)
             if isinstance(event, Trade):
                 self._trade(event)
+            elif isinstance(event, StopPlaced):
+                if event.working_type == "MARK":
+                    self.waiting_for_mark.add(event.order_id)
+            elif isinstance(event, Triggered | Ended):
+                self.waiting_for_mark.discard(event.order_id)
             self.seq += 1
 
     def bids(self) -> list[tuple[Decimal, Decimal]]:

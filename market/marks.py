@@ -11,10 +11,12 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from activities.matching import append_commands
 from domain import mark_price
-from domain.clock import iso
+from domain.clock import iso, to_ms
 from domain.events import MarkPriceUpdated
 from domain.mark_price import MarkPrice
+from domain.matching import MarkPrice as MarkPriceCommand
 from domain.money import ZERO, plain
 from market.index_price import SOURCE, SimulatedIndex
 from market.instrument_market import Funding, InstrumentMarket
@@ -67,6 +69,7 @@ class MarkPrices:
         self._funding_interval = funding_interval
         self._changed = changed
         self._nudged = asyncio.Event()
+        self._told: dict[str, int] = {}
 
     def nudge(self) -> None:
         """Price again now: an operator has held or released an index."""
@@ -98,6 +101,10 @@ class MarkPrices:
             await conn.execute(_INSERT, *_history(marks, now))
             events = {name: _event(name, mark, now) for name, mark in marks.items()}
             await emit(conn, list(events.values()))
+            told = self._to_tell(marks)
+            at_ms = to_ms(now)
+            await append_commands(conn, {name: [MarkPriceCommand(at=at_ms, price=told[name])] for name in told})
+        self._told.update(told)
         await self._redis.mset({mark_key(name): _encode(event) for name, event in events.items()})
         next_funding = iso(mark_price.next_funding_time(now, self._funding_interval))
         for name, market in self._markets.items():
@@ -105,6 +112,18 @@ class MarkPrices:
             market.mark = events[name]
             market.funding = Funding(None if rate is None else plain(rate), next_funding)
         self._changed.set()
+
+    def _to_tell(self, marks: Mapping[str, MarkPrice]) -> dict[str, int]:
+        """Marks, in ticks, that the engine has to hear: those that stop orders wait for, when they have moved."""
+        told = {}
+        for name, mark in marks.items():
+            market = self._markets[name]
+            ticks = int((mark.mark_price / market.instrument.tick_size).to_integral_value())
+            if not market.waiting_for_mark:
+                self._told.pop(name, None)
+            elif self._told.get(name) != ticks:
+                told[name] = ticks
+        return told
 
     async def _held_prices(self) -> dict[str, Decimal]:
         names = list(self._markets)

@@ -183,6 +183,11 @@ orders = Table(
     _col("status", Text(), default="'PENDING'"),
     _col("failure_reason", Text(), null=True),
     _col("stp_mode", Text(), default="'EXPIRE_TAKER'"),
+    _col("post_only", Boolean(), default="false"),
+    _col("reduce_only", Boolean(), default="false"),
+    # Of stop and take-profit orders: the price that triggers them, and which price has to get there.
+    _col("stop_price", AMOUNT, null=True),
+    _col("working_type", Text(), null=True),
     _col("is_liquidation", Boolean(), default="false"),
     _created(),
     _updated(),

@@ -4,7 +4,7 @@ VIEWS: dict[str, str] = {
     "users.v_users": "SELECT user_id, email, status, roles FROM users.users",
     "orders.v_orders": (
         "SELECT order_id, user_id, instrument_id, side, type, time_in_force, price, bound_price, open_loss, quantity,"
-        " filled_quantity, filled_notional, status, is_liquidation FROM orders.orders"
+        " filled_quantity, filled_notional, status, is_liquidation, reduce_only FROM orders.orders"
     ),
     "orders.v_open_sagas": "SELECT workflow_id, kind, order_ids FROM orders.sagas WHERE NOT done",
     "orders.v_cursors": "SELECT instrument_id, applied_seq FROM orders.cursors",

@@ -236,6 +236,94 @@ async def test_cancel_all_takes_the_callers_orders_of_one_instrument_or_of_all(
     assert (await trader.client.delete("/api/orders")).json()["items"] == []
 
 
+async def test_a_post_only_order_rests_or_is_rejected_and_gives_its_money_back(
+    exchange: Exchange, admin: Trader
+) -> None:
+    alice, bob = await exchange.trader(admin, "10000"), await exchange.trader(admin, "10000")
+    assert (await alice.place("SELL", "0.1", "60000", postOnly=True))["status"] == "PLACED"
+    refused = await bob.place("BUY", "0.1", "60000", postOnly=True)
+    assert (refused["status"], refused["failureReason"]) == ("REJECTED", "POST_ONLY_WOULD_CROSS")
+    await exchange.until_settled()
+    assert await bob.balance() == (D("10000"), D("0"))
+
+
+async def test_a_reduce_only_order_needs_a_position_and_shrinks_with_it(exchange: Exchange, admin: Trader) -> None:
+    alice, bob = await exchange.trader(admin, "10000"), await exchange.trader(admin, "10000")
+    refused = (await alice.send(limit("SELL", "0.1", "61000", reduceOnly=True))).json()
+    failed = await until_status(alice, refused["orderId"], "FAILED")
+    assert failed["failureReason"] == "REDUCE_ONLY_REJECTED"
+
+    await bob.place("SELL", "0.1", "60000")
+    await alice.place("BUY", "0.1", "60000")
+    await exchange.until_settled()
+    before = await alice.balance()
+    closing = await alice.place("SELL", "0.25", "61000", reduceOnly=True)
+    assert closing["status"] == "PLACED"
+    await exchange.until_settled()
+    assert await alice.balance() == before
+    assert (await alice.order(closing["orderId"]))["quantity"] == "0.1"
+
+    # Half of the position is closed otherwise: the order follows it down.
+    await bob.place("BUY", "0.05", "59000")
+    await alice.place("SELL", "0.05", "59000")
+    await exchange.until_settled()
+    assert (await alice.order(closing["orderId"]))["quantity"] == "0.05"
+    await bob.place("BUY", "0.2", "61000")
+    filled = await until_status(alice, closing["orderId"], "FILLED")
+    assert filled["filledQuantity"] == "0.05"
+    await exchange.until_settled()
+    assert (await alice.position())["quantity"] == "0"
+
+
+async def test_a_stop_order_waits_for_the_last_price_and_then_trades(exchange: Exchange, admin: Trader) -> None:
+    alice, bob = await exchange.trader(admin, "10000"), await exchange.trader(admin, "10000")
+    carol = await exchange.trader(admin, "10000")
+    await bob.place("SELL", "0.01", "60000")
+    await carol.place("BUY", "0.01", "60000")
+    stop = await alice.place("BUY", "0.02", type="STOP_MARKET", stopPrice="60500", workingType="LAST")
+    assert (stop["status"], stop["stopPrice"], stop["workingType"]) == ("PLACED", "60500", "LAST")
+    await bob.place("SELL", "0.05", "60500")
+    await carol.place("BUY", "0.03", "60500")
+    triggered = await until_status(alice, stop["orderId"], "FILLED")
+    assert triggered["averagePrice"] == "60500"
+
+
+async def test_a_stop_order_waits_for_the_mark_price(exchange: Exchange, admin: Trader) -> None:
+    alice, bob = await exchange.trader(admin, "10000"), await exchange.trader(admin, "10000")
+    stop = await alice.place("SELL", "0.02", "57000", type="STOP_LIMIT", stopPrice="58000")
+    assert stop["status"] == "PLACED"
+    await bob.place("BUY", "0.02", "57500")
+    await admin.client.post(f"/api/admin/mark-price/{BTC}", json={"price": "57900"})
+    assert (await until_status(alice, stop["orderId"], "FILLED"))["averagePrice"] == "57500"
+    await exchange.hold_marks(admin)
+
+
+async def test_an_instrument_can_be_closed_and_opened_again(exchange: Exchange, admin: Trader) -> None:
+    alice = await exchange.trader(admin, "10000")
+    resting = await alice.place("BUY", "0.01", "59000")
+
+    async def refused() -> bool:
+        answer = await alice.send(limit("BUY", "0.01", "59000"), wait=True)
+        return answer.status_code == 400 and answer.json()["code"] == "INSTRUMENT_NOT_TRADING"
+
+    closed = await admin.client.post(f"/api/admin/instruments/{BTC}/cancel-only")
+    assert closed.json() == {"instrumentId": BTC, "state": "CANCEL_ONLY"}
+    await until(refused, 5, "new orders to be refused")
+    await alice.client.delete(f"/api/orders/{resting['orderId']}")
+    await until_status(alice, resting["orderId"], "CANCELLED")
+    await admin.client.post(f"/api/admin/instruments/{BTC}/halt")
+    assert await refused()
+    await admin.client.post(f"/api/admin/instruments/{BTC}/resume")
+
+    async def accepted() -> bool:
+        answer = await alice.send(limit("BUY", "0.01", "59000"), wait=True)
+        return answer.status_code == 200 and answer.json()["status"] == "PLACED"
+
+    await until(accepted, 5, "new orders to be taken")
+    assert (await alice.client.post(f"/api/admin/instruments/{BTC}/halt")).status_code == 403
+    assert (await admin.client.post("/api/admin/instruments/XYZ/halt")).json()["code"] == "INSTRUMENT_NOT_FOUND"
+
+
 async def test_a_dead_man_switch_cancels_what_its_user_left_open(exchange: Exchange, admin: Trader) -> None:
     alice, bob = await exchange.trader(admin, "10000"), await exchange.trader(admin, "10000")
     left, kept = await alice.place("BUY", "0.01", "55000"), await bob.place("BUY", "0.01", "55000")
