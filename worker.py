@@ -11,6 +11,7 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 from activities.registry import operations_activities, order_activities, register_schedules, settlement_activities
 from clients import OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE, connect_temporal, open_redis
 from monitors.countdowns import run_countdowns
+from monitors.pruner import run_pruner
 from monitors.relay import run_relay
 from monitors.sweeper import run_sweeper
 from settings import Settings, get_settings
@@ -62,6 +63,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             tasks.create_task(_run_worker(worker, stop))
         tasks.create_task(run_relay(pool, open_redis(settings), stop))
         tasks.create_task(run_sweeper(pool, client, stop))
+        tasks.create_task(run_pruner(pool, stop))
         tasks.create_task(run_countdowns(pool, client, stop))
     await pool.close()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from temporalio.client import Client
 from temporalio.common import (
@@ -83,6 +83,25 @@ async def sweep_up(pool: Pool, older_than: timedelta, limit: int) -> list[Saga]:
     for saga in found.values():
         saga.batch.order_ids.sort()
     return list(found.values())
+
+
+async def time_before_open_sagas(conn: Connection, kept: timedelta) -> datetime:
+    """`kept` ago, or when the oldest saga that is still open was written down, if that is earlier."""
+    before: datetime = await conn.fetchval(
+        "SELECT least(now() - $1::interval, min(created_at)) FROM orders.sagas WHERE NOT done", kept
+    )
+    return before
+
+
+async def forget_done_sagas(conn: Connection, before: datetime, limit: int) -> int:
+    """Delete up to `limit` sagas that are done and were written down before then; how many it was."""
+    status = await conn.execute(
+        "DELETE FROM orders.sagas WHERE saga_id IN ("
+        " SELECT saga_id FROM orders.sagas WHERE done AND created_at < $1 ORDER BY created_at LIMIT $2)",
+        before,
+        limit,
+    )
+    return int(status.split()[-1])
 
 
 async def start_saga(client: Client, saga: Saga, *, eager: bool) -> bool:

@@ -3,6 +3,7 @@
 Both are written in the transaction that has the effect, so that a repeat after any crash changes nothing.
 """
 
+from datetime import datetime
 from typing import TypeVar
 
 import msgspec
@@ -12,6 +13,9 @@ from domain.sagas import CURSOR_GAP, EventRange
 from storage.db import Connection
 
 T = TypeVar("T")
+
+# Kinds of steps that only their own saga or settlement repeats.
+PASSING_STEPS = ["check", "freeze", "release", "unfreeze", "settle"]
 
 
 class CursorGapError(ApplicationError):
@@ -62,3 +66,23 @@ async def store_result(conn: Connection, schema: str, step_id: str, result: obje
     await conn.execute(
         f"INSERT INTO {schema}.steps (step_id, result) VALUES ($1, $2)", step_id, msgspec.json.encode(result).decode()
     )
+
+
+async def forget_steps(conn: Connection, schema: str, before: datetime, limit: int) -> int:
+    """Delete up to `limit` results of steps of sagas and settlement stored before then; how many it was.
+
+    Two are asked for however old they are: the freeze of a user's last check (by the next check), and the margin moves
+    of the range at which risk stands (by the ledger, if it has not settled that yet).
+    """
+    status = await conn.execute(
+        f"DELETE FROM {schema}.steps WHERE step_id IN (SELECT s.step_id FROM {schema}.steps s"
+        " WHERE s.created_at < $1 AND split_part(s.step_id, ':', 1) = ANY($2)"
+        " AND NOT EXISTS (SELECT FROM risk.v_exposures e WHERE s.step_id = 'freeze:' || e.pending_step)"
+        " AND NOT EXISTS ("
+        "  SELECT FROM risk.v_cursors c WHERE s.step_id = 'settle:' || c.instrument_id || ':' || c.applied_seq)"
+        " ORDER BY s.created_at LIMIT $3)",
+        before,
+        PASSING_STEPS,
+        limit,
+    )
+    return int(status.split()[-1])

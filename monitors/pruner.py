@@ -1,0 +1,46 @@
+"""The pruner: deletes finished sagas and the results of their steps once nothing can ask for them any more.
+
+Deposits and withdrawals keep theirs for ever: their references are the callers', who may repeat one at any time.
+"""
+
+import asyncio
+import logging
+from datetime import timedelta
+
+from activities.sagas import forget_done_sagas, time_before_open_sagas
+from storage.db import Connection, Pool
+from storage.leadership import PRUNER_LOCK, run_as_leader
+from storage.once import forget_steps
+
+log = logging.getLogger(__name__)
+
+KEPT = timedelta(days=7)
+PRUNE_SECONDS = 600.0
+# Short transactions: neither locks nor vacuum wait for a long one.
+DELETED_MAX = 2_000
+
+
+async def run_pruner(pool: Pool, stop: asyncio.Event) -> None:
+    """Prune until `stop`, while this process leads."""
+
+    async def prune_for_ever(conn: Connection) -> None:
+        while True:
+            deleted = await prune(conn, KEPT)
+            if deleted:
+                log.info("Deleted %d old steps and sagas", deleted)
+            await asyncio.sleep(PRUNE_SECONDS)
+
+    await run_as_leader(pool, PRUNER_LOCK, stop, prune_for_ever)
+
+
+async def prune(conn: Connection, kept: timedelta, limit: int = DELETED_MAX) -> int:
+    """Delete what is older than `kept` and than every saga still open, `limit` rows at a time; how many it was."""
+    before = await time_before_open_sagas(conn, kept)
+    total = 0
+    while deleted := (
+        await forget_steps(conn, "risk", before, limit)
+        + await forget_steps(conn, "ledger", before, limit)
+        + await forget_done_sagas(conn, before, limit)
+    ):
+        total += deleted
+    return total

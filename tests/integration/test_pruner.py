@@ -1,0 +1,86 @@
+"""The pruner deletes what nobody can ask for any more, and nothing else."""
+
+from datetime import timedelta
+from decimal import Decimal
+
+import pytest
+from redis.asyncio import Redis
+
+from activities.ledger import transfer_external
+from monitors.pruner import KEPT, prune
+from storage.db import Pool
+from tests.integration.ledger_world import World, advance, assert_conserved, limit
+
+LONG = timedelta(days=8)
+
+
+@pytest.fixture
+async def world(pool: Pool, redis: Redis) -> World:
+    world = World(pool, redis)
+    await world.deposit(100_000, 1, 2)
+    return world
+
+
+async def age(pool: Pool) -> None:
+    """Everything there is happened long ago."""
+    for table in ("risk.steps", "ledger.steps", "orders.sagas"):
+        await pool.execute(f"UPDATE {table} SET created_at = created_at - $1::interval", LONG)
+
+
+async def pruned(pool: Pool, limit: int = 1_000) -> int:
+    async with pool.acquire() as conn:
+        return await prune(conn, KEPT, limit)
+
+
+async def kinds(pool: Pool) -> list[str]:
+    """Which kinds of steps are left, and SAGA for every saga."""
+    rows = await pool.fetch(
+        "SELECT split_part(step_id, ':', 1) FROM risk.steps"
+        " UNION ALL SELECT split_part(step_id, ':', 1) FROM ledger.steps UNION ALL SELECT 'SAGA' FROM orders.sagas"
+    )
+    return sorted(row[0] for row in rows)
+
+
+async def test_old_steps_and_sagas_go_but_deposits_and_what_is_still_asked_for_stay(world: World, pool: Pool) -> None:
+    await world.trade(1, 2, "0.1", 50_000)
+    await world.trade(1, 2, "0.1", 50_000)
+    assert await kinds(pool) == [*["DEPOSIT"] * 2, *["SAGA"] * 4, *["check"] * 4, *["freeze"] * 4, *["settle"] * 2]
+    await age(pool)
+    assert await pruned(pool, limit=1) == 4 + 4 + 2 + 1
+    # The freeze of each one's last check, and the margin moves of the last range.
+    assert await kinds(pool) == [*["DEPOSIT"] * 2, *["freeze"] * 2, "settle"]
+    assert await pruned(pool) == 0
+
+
+async def test_users_whose_steps_were_deleted_go_on_trading(world: World, pool: Pool) -> None:
+    await world.trade(1, 2, "0.1", 50_000)
+    await age(pool)
+    await pruned(pool)
+    await world.trade(2, 1, "0.1", 51_000)
+    assert await pool.fetchval("SELECT count(*) FROM orders.orders WHERE status = 'FILLED'") == 4
+    await assert_conserved(world)
+
+
+async def test_a_deposit_repeated_after_years_is_booked_once(world: World, pool: Pool) -> None:
+    await age(pool)
+    await pruned(pool)
+    async with pool.acquire() as conn, conn.transaction():
+        assert not await transfer_external(conn, "DEPOSIT", "first-1", 1, "USDT", Decimal(100_000))
+    assert (await world.balance(1))[0] == 100_000
+
+
+async def test_what_is_young_stays(world: World, pool: Pool) -> None:
+    await world.trade(1, 2, "0.1", 50_000)
+    assert await pruned(pool) == 0
+
+
+async def test_a_saga_that_is_still_open_keeps_its_steps(world: World, pool: Pool) -> None:
+    batch = await world.take_in(limit(1, "BUY", "0.1", 50_000))
+    placement = world.placement(batch)
+    await advance(placement, "frozen")
+    before = await kinds(pool)
+    await age(pool)
+    assert await pruned(pool) == 0
+    assert await kinds(pool) == before
+    await advance(placement, "accepted")
+    assert await pruned(pool) == 2
