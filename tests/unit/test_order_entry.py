@@ -127,3 +127,50 @@ def test_protection_is_on_tick_and_never_worse_than_allowed(
     else:
         assert bound >= reference.mark * (1 - PRICE_BAND)
         assert bound >= (reference.best_bid or reference.mark) * (1 - MARKET_PROTECTION)
+
+
+def stop(kind: Any, stop_price: str, price: str | None = None, **terms: Any) -> OrderRequest:
+    limit_price = None if price is None else Decimal(price)
+    side = terms.pop("side", "BUY")
+    return OrderRequest(BTC.instrument_id, side, kind, Decimal(1), limit_price, stop_price=Decimal(stop_price), **terms)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (limit(stop_price=Decimal(60_000)), "VALIDATION_FAILED"),
+        (replace(stop("STOP_MARKET", "61000"), stop_price=None), "VALIDATION_FAILED"),
+        (stop("STOP_MARKET", "61000", "61000"), "VALIDATION_FAILED"),
+        (stop("STOP_LIMIT", "61000"), "VALIDATION_FAILED"),
+        (stop("STOP_MARKET", "61000.05"), "PRICE_NOT_ON_TICK"),
+        (stop("TAKE_PROFIT_MARKET", "90000.1"), "PRICE_OUT_OF_BAND"),
+        (stop("TAKE_PROFIT_LIMIT", "61000", "90000.1"), "PRICE_OUT_OF_BAND"),
+        (limit(post_only=True, time_in_force="IOC"), "VALIDATION_FAILED"),
+        (replace(market("BUY"), post_only=True), "VALIDATION_FAILED"),
+    ],
+)
+def test_terms_that_do_not_go_together_are_refused(request_: OrderRequest, code: str) -> None:
+    with pytest.raises(Problem, match=code):
+        bound_price(request_, BTC, MARK)
+
+
+@pytest.mark.parametrize(
+    ("request_", "bound"),
+    [
+        (stop("STOP_MARKET", "70000"), "73500"),
+        (stop("TAKE_PROFIT_MARKET", "50000", side="SELL"), "47500"),
+        (stop("STOP_LIMIT", "61000", "61500"), "61500"),
+    ],
+)
+def test_a_stop_is_bound_by_its_limit_or_beyond_its_stop_price(request_: OrderRequest, bound: str) -> None:
+    assert bound_price(request_, BTC, Reference(Decimal(60_000), Decimal(59_999), Decimal(60_001))) == Decimal(bound)
+
+
+def test_what_only_reduces_may_be_smaller_than_the_minimum() -> None:
+    small = replace(limit(price="4000", quantity="0.001"), reduce_only=True)
+    assert bound_price(small, BTC, Reference(Decimal(4000))) == 4000
+
+
+def test_what_waits_or_only_reduces_loses_nothing_at_once() -> None:
+    assert expected_open_loss(stop("STOP_LIMIT", "61000", "66000"), MARK) == 0
+    assert expected_open_loss(limit(price="66000", reduce_only=True), MARK) == 0
