@@ -8,7 +8,25 @@ import msgspec
 import pytest
 
 from domain.instruments import SHIPPED, Instrument
-from domain.matching import AnyCommand, AnyEvent, Cancel, CancelAll, StpMode, Trade
+from domain.matching import (
+    Amend,
+    AnyCommand,
+    AnyEvent,
+    Cancel,
+    CancelAll,
+    Cancelled,
+    CancelReplace,
+    MarkPrice,
+    SetState,
+    Side,
+    StateChanged,
+    StopPlaced,
+    StpMode,
+    Trade,
+    TradingState,
+    Triggered,
+    encode,
+)
 from engine.matcher import Matcher
 from tests.engine_commands import AT, new
 
@@ -280,3 +298,232 @@ def test_trade_ids_are_the_seq_of_their_event_and_differ_between_instruments() -
 def test_events_carry_the_time_of_their_command() -> None:
     _, events = run(new(1, "SELL", 100, 2), new(2, "BUY", 100, 3, at=AT + 5))
     assert {event.at for event in events} == {AT + 5}
+
+
+def long_position(user_id: int, lots: int, price: int = 100) -> list[AnyCommand]:
+    """User `user_id` buys `lots` from user 900: orders 901 and 902."""
+    return [new(901, "SELL", price, lots, user_id=900), new(902, "BUY", price, lots, user_id=user_id)]
+
+
+def test_a_post_only_order_that_would_take_is_rejected_and_touches_nothing() -> None:
+    matcher, events = run(new(1, "SELL", 100, 5), new(2, "BUY", 100, 5, post_only=True))
+    assert brief(events) == [("Rejected", 2, 5, "POST_ONLY_WOULD_CROSS")]
+    assert depth(matcher) == ([], [(100, 5)])
+
+
+def test_a_post_only_order_that_takes_nothing_rests() -> None:
+    _, events = run(new(1, "SELL", 100, 5), new(2, "BUY", 99, 5, post_only=True))
+    assert brief(events) == [("Placed", 2, 5)]
+
+
+@pytest.mark.parametrize("terms", [{"type": "MARKET"}, {"time_in_force": "IOC"}, {"time_in_force": "FOK"}])
+def test_a_post_only_order_that_can_only_take_is_rejected(terms: dict[str, Any]) -> None:
+    _, events = run(new(1, "BUY", 99, 5, post_only=True, **terms))
+    assert brief(events) == [("Rejected", 1, 5, "INVALID_ORDER")]
+
+
+def test_an_amendment_that_only_lowers_the_quantity_keeps_the_place_in_the_queue() -> None:
+    matcher, events = run(
+        new(1, "SELL", 100, 5), new(2, "SELL", 100, 5), Amend(at=AT, order_id=1, user_id=1, quantity=2)
+    )
+    assert brief(events) == [("Amended", 1, 2, "USER_REQUEST")]
+    assert [order.new.order_id for order in matcher.book.resting(matcher.book.asks)] == [1, 2]
+    assert depth(matcher) == ([], [(100, 7)])
+
+
+@pytest.mark.parametrize("change", [{"quantity": 6}, {"price": 101}, {"price": 101, "quantity": 1}])
+def test_any_other_amendment_goes_to_the_end_of_its_queue(change: dict[str, int]) -> None:
+    book = [new(1, "SELL", 100, 5), new(2, "SELL", 100, 5), new(3, "SELL", 101, 5)]
+    matcher, events = run(*book, Amend(at=AT, order_id=1, user_id=1, **change))
+    quantity, price = change.get("quantity", 5), change.get("price", 100)
+    assert brief(events) == [("Amended", 1, quantity, "USER_REQUEST"), ("Placed", 1, quantity)]
+    at_price = [order.new.order_id for order in matcher.book.resting(matcher.book.asks) if order.price == price]
+    assert at_price[-1] == 1
+
+
+def test_an_amended_order_that_crosses_trades() -> None:
+    _, events = run(new(1, "SELL", 100, 2), new(2, "BUY", 99, 5), Amend(at=AT, order_id=2, user_id=2, price=100))
+    assert brief(events) == [("Amended", 2, 5, "USER_REQUEST"), ("Trade", 1, 100, 2), ("Filled", 1), ("Placed", 2, 3)]
+
+
+def test_a_post_only_order_cannot_be_amended_into_a_taker() -> None:
+    book = [new(1, "SELL", 100, 2), new(2, "BUY", 99, 5, post_only=True)]
+    matcher, events = run(*book, Amend(at=AT, order_id=2, user_id=2, price=100))
+    assert brief(events) == [("AmendRejected", 2, "POST_ONLY_WOULD_CROSS")]
+    assert depth(matcher) == ([(99, 5)], [(100, 2)])
+
+
+@pytest.mark.parametrize(("order_id", "user_id"), [(2, 1), (1, 2)], ids=["unknown order", "order of another user"])
+def test_an_amendment_of_no_order_of_the_user_does_nothing(order_id: int, user_id: int) -> None:
+    _, events = run(new(1, "SELL", 100, 5), Amend(at=AT, order_id=order_id, user_id=user_id, quantity=1))
+    assert events == []
+
+
+def test_cancel_replace_enters_the_new_order_in_place_of_the_old() -> None:
+    matcher, events = run(
+        new(1, "SELL", 100, 5, user_id=7),
+        CancelReplace(at=AT, cancel_order_id=1, order=new(2, "SELL", 99, 4, user_id=7)),
+    )
+    assert brief(events) == [("Cancelled", 1, 5, "REPLACED"), ("Placed", 2, 4)]
+    assert depth(matcher) == ([], [(99, 4)])
+
+
+def test_cancel_replace_of_an_order_that_is_gone_does_not_enter_the_new_one() -> None:
+    matcher, events = run(CancelReplace(at=AT, cancel_order_id=1, order=new(2, "SELL", 99, 4)))
+    assert brief(events) == [("Rejected", 2, 4, "REPLACED_ORDER_NOT_FOUND")]
+    assert depth(matcher) == ([], [])
+
+
+@pytest.mark.parametrize("state", ["CANCEL_ONLY", "HALTED"])
+def test_orders_only_leave_while_trading_is_closed(state: TradingState) -> None:
+    matcher, events = run(new(1, "SELL", 100, 5), SetState(at=AT, state=state))
+    assert events == [StateChanged(at=AT, state=state)]
+    assert brief(matcher.apply(new(2, "BUY", 100, 5))) == [("Rejected", 2, 5, "INSTRUMENT_NOT_TRADING")]
+    amended = matcher.apply(Amend(at=AT, order_id=1, user_id=1, quantity=1))
+    assert brief(amended) == [("AmendRejected", 1, "INSTRUMENT_NOT_TRADING")]
+    replaced = matcher.apply(CancelReplace(at=AT, cancel_order_id=1, order=new(3, "SELL", 99, 4, user_id=1)))
+    assert brief(replaced) == [("Rejected", 3, 4, "INSTRUMENT_NOT_TRADING")]
+    cancelled = matcher.apply(Cancel(at=AT, order_id=1, user_id=1))
+    assert brief(cancelled) == [("Cancelled", 1, 5, "USER_REQUEST")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "short_of", "reached"),
+    [
+        ("STOP_LIMIT", "BUY", 104, 105), ("STOP_LIMIT", "SELL", 106, 105),
+        ("TAKE_PROFIT_LIMIT", "BUY", 106, 105), ("TAKE_PROFIT_LIMIT", "SELL", 104, 105),
+    ],
+)  # fmt: skip
+def test_a_stop_waits_for_its_price_from_its_side(kind: str, side: Side, short_of: int, reached: int) -> None:
+    matcher, events = run(new(1, side, 100, 5, type=kind, stop_price=105))
+    assert [type(event) for event in events] == [StopPlaced]
+    assert matcher.apply(MarkPrice(at=AT, price=short_of)) == []
+    assert depth(matcher) == ([], [])
+    assert brief(matcher.apply(MarkPrice(at=AT, price=reached))) == [("Triggered", 1, 5), ("Placed", 1, 5)]
+
+
+def test_a_stop_whose_price_is_there_already_is_triggered_at_once() -> None:
+    _, events = run(MarkPrice(at=AT, price=105), new(1, "BUY", 100, 5, type="STOP_LIMIT", stop_price=105))
+    assert brief(events) == [("Triggered", 1, 5), ("Placed", 1, 5)]
+
+
+def test_a_triggered_stop_market_order_takes_what_there_is() -> None:
+    stop = new(2, "SELL", 90, 5, type="STOP_MARKET", time_in_force="IOC", stop_price=95)
+    _, events = run(new(1, "BUY", 93, 3), stop, MarkPrice(at=AT, price=94))
+    assert brief(events) == [
+        ("Triggered", 2, 5), ("Trade", 1, 93, 3), ("Filled", 1), ("Expired", 2, 2, "NO_LIQUIDITY")
+    ]  # fmt: skip
+
+
+def test_stops_on_the_last_price_set_each_other_off_in_order() -> None:
+    stops = [
+        new(10 + n, "SELL", 100 - n, 1, type="STOP_LIMIT", stop_price=101 - n, working_type="LAST") for n in (1, 2, 3)
+    ]
+    bids = [new(n, "BUY", 100 - n, 1) for n in (1, 2, 3)]
+    _, events = run(*stops, *bids, new(20, "BUY", 100, 1), new(21, "SELL", 100, 1))
+    triggered = [event.order_id for event in events if isinstance(event, Triggered)]
+    traded = [event.price for event in events if isinstance(event, Trade)]
+    assert (triggered, traded) == ([11, 12, 13], [100, 99, 98, 97])
+
+
+def test_a_long_cascade_of_stops_does_not_recurse() -> None:
+    matcher = Matcher(BTC)
+    for n in range(1, 5_001):
+        matcher.apply(new(n, "BUY", 10_000 - n, 1))
+        matcher.apply(new(10_000 + n, "SELL", 1, 1, type="STOP_LIMIT", stop_price=10_000 - n, working_type="LAST"))
+    events = matcher.apply(new(20_000, "SELL", 1, 1))
+    assert sum(isinstance(event, Triggered) for event in events) == 5_000
+    assert matcher.book.bids.best is None
+
+
+def test_stops_wait_while_trading_is_closed_and_are_triggered_when_it_opens() -> None:
+    matcher, events = run(
+        new(1, "BUY", 100, 5, type="STOP_LIMIT", stop_price=105),
+        SetState(at=AT, state="HALTED"),
+        MarkPrice(at=AT, price=105),
+    )
+    assert events == []
+    opened = matcher.apply(SetState(at=AT, state="TRADING"))
+    assert brief(opened[1:]) == [("Triggered", 1, 5), ("Placed", 1, 5)]
+
+
+def test_a_waiting_stop_can_be_cancelled_and_amended() -> None:
+    matcher, _ = run(new(1, "BUY", 100, 5, type="STOP_LIMIT", stop_price=105))
+    assert brief(matcher.apply(Amend(at=AT, order_id=1, user_id=1, price=99, quantity=9))) == [
+        ("Amended", 1, 9, "USER_REQUEST")
+    ]
+    assert depth(matcher) == ([], [])
+    assert brief(matcher.apply(CancelAll(at=AT, user_id=1))) == [("Cancelled", 1, 9, "USER_REQUEST")]
+    assert matcher.apply(MarkPrice(at=AT, price=105)) == []
+
+
+def test_a_reduce_only_order_without_a_position_to_reduce_is_rejected() -> None:
+    _, events = run(*long_position(7, 5), new(1, "BUY", 90, 5, user_id=7, reduce_only=True))
+    assert brief(events) == [("Rejected", 1, 5, "REDUCE_ONLY_REJECTED")]
+
+
+def test_a_reduce_only_order_is_cut_to_the_position_at_entry() -> None:
+    _, events = run(*long_position(7, 5), new(1, "SELL", 110, 9, user_id=7, reduce_only=True))
+    assert brief(events) == [("Amended", 1, 5, "REDUCE_ONLY"), ("Placed", 1, 5)]
+
+
+def test_a_reduce_only_market_order_closes_the_position_and_never_flips_it() -> None:
+    matcher, events = run(
+        *long_position(7, 5), new(1, "BUY", 99, 50), new(2, "SELL", 1, 9, type="MARKET", user_id=7, reduce_only=True)
+    )
+    assert brief(events) == [("Amended", 2, 5, "REDUCE_ONLY"), ("Trade", 1, 99, 5), ("Filled", 2)]
+    assert matcher.reductions.positions[7] == 0
+
+
+def test_the_newest_reduce_only_orders_give_way_when_the_position_shrinks() -> None:
+    orders = [new(n, "SELL", 110, 4, user_id=7, reduce_only=True) for n in (1, 2, 3)]
+    matcher, events = run(
+        *long_position(7, 12), *orders, new(4, "BUY", 99, 6), new(5, "SELL", 99, 6, user_id=7)
+    )  # fmt: skip
+    assert brief(events) == [
+        ("Trade", 4, 99, 6), ("Filled", 4), ("Expired", 3, 4, "REDUCE_ONLY"),
+        ("Amended", 2, 2, "REDUCE_ONLY"), ("Filled", 5),
+    ]  # fmt: skip
+    assert depth(matcher) == ([], [(110, 6)])
+
+
+def test_a_position_that_flips_ends_every_reduce_only_order() -> None:
+    _, events = run(
+        *long_position(7, 5), new(1, "SELL", 110, 5, user_id=7, reduce_only=True),
+        new(2, "BUY", 99, 20), new(3, "SELL", 99, 20, user_id=7),
+    )  # fmt: skip
+    assert ("Expired", 1, 5, "REDUCE_ONLY") in brief(events)
+
+
+def test_a_fok_order_does_not_count_reduce_only_orders_that_its_own_trades_would_end() -> None:
+    book = [new(1, "SELL", 101, 5, user_id=7), new(2, "SELL", 102, 5, user_id=7, reduce_only=True)]
+    _, events = run(*long_position(7, 5), *book, new(3, "BUY", 102, 10, time_in_force="FOK"))
+    assert brief(events) == [("Expired", 3, 10, "FOK_NOT_FILLABLE")]
+
+
+def test_trades_and_ends_tell_which_orders_only_reduce() -> None:
+    matcher, _ = run(*long_position(7, 5), new(1, "SELL", 110, 5, user_id=7, reduce_only=True))
+    trade = matcher.apply(new(2, "BUY", 110, 1))[0]
+    assert isinstance(trade, Trade)
+    assert (trade.maker_reduce_only, trade.taker_reduce_only) == (True, False)
+    cancelled = matcher.apply(Cancel(at=AT, order_id=1, user_id=7))[0]
+    assert isinstance(cancelled, Cancelled)
+    assert cancelled.reduce_only
+
+
+def test_the_bytes_of_orders_and_events_without_the_newer_terms_are_those_of_old_logs() -> None:
+    assert encode(new(1, "BUY", 100, 5)) == (
+        b'{"kind":"NEW","at":1700000000000,"order_id":1,"user_id":1,"side":"BUY","type":"LIMIT",'
+        b'"time_in_force":"GTC","price":100,"quantity":5}'
+    )
+    matcher, placed = run(new(1, "BUY", 100, 5))
+    trade, _ = matcher.apply(new(2, "SELL", 100, 1))
+    cancelled = matcher.apply(Cancel(at=AT, order_id=1, user_id=1))
+    assert [encode(event) for event in (*placed, trade, *cancelled)] == [
+        b'{"kind":"PLACED","at":1700000000000,"order_id":1,"user_id":1,"side":"BUY","price":100,"quantity":5}',
+        b'{"kind":"TRADE","at":1700000000000,"trade_id":2049,"price":100,"quantity":1,"taker_side":"SELL",'
+        b'"maker_order_id":1,"maker_user_id":1,"maker_remaining":4,"maker_fee":200,"taker_order_id":2,'
+        b'"taker_user_id":2,"taker_remaining":0,"taker_fee":500,"taker_price":100,"taker_liquidation":false}',
+        b'{"kind":"CANCELLED","at":1700000000000,"order_id":1,"user_id":1,"side":"BUY","price":100,"quantity":4,'
+        b'"reason":"USER_REQUEST"}',
+    ]
