@@ -3,7 +3,9 @@
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -59,6 +61,24 @@ class Trading:
         self.order_ids += batch.order_ids
 
     def order(self) -> NewOrder:
+        """A plain order, or one with terms."""
+        order = self.plain_order()
+        roll = self.dice.random()
+        if roll < 0.15:
+            return replace(order, request=replace(order.request, reduce_only=True))
+        if roll < 0.25 and order.request.type == "LIMIT":
+            return replace(order, request=replace(order.request, post_only=True, time_in_force="GTC"))
+        if roll < 0.35:
+            kind: Any = self.dice.choice(["STOP", "TAKE_PROFIT"]) + "_" + order.request.type
+            terms: dict[str, Any] = {
+                "stop_price": order.bound_price,
+                "working_type": "LAST",
+                "reduce_only": roll < 0.28,
+            }
+            return replace(order, request=replace(order.request, type=kind, **terms))
+        return order
+
+    def plain_order(self) -> NewOrder:
         instrument = self.dice.choice(INSTRUMENTS)
         name = instrument.instrument_id
         # The market wanders, and now and then it jumps further than anybody's margin reaches.
@@ -171,3 +191,5 @@ async def test_the_books_balance_whatever_happens_in_whatever_order(
     await assert_conserved(world)
     assert await pool.fetchval("SELECT count(*) FROM orders.orders WHERE status IN ('PENDING', 'ACCEPTED')") == 0
     assert await pool.fetchval("SELECT count(*) FROM matching.trade_tickers") > 50
+    for terms in ("reduce_only", "post_only", "stop_price IS NOT NULL"):
+        assert await pool.fetchval(f"SELECT count(*) FROM orders.orders WHERE {terms} AND filled_quantity > 0") > 0
