@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from bench.engine_peers import PEERS
+from bench.engine_peers import peers
 from domain.instruments import SHIPPED
 from domain.matching import AnyCommand, Cancel, Cancelled, Expired, Filled, New, Placed, Side, Trade
 from engine.matcher import Matcher
@@ -35,19 +35,17 @@ class Workload:
     name: str
     before: list[New]
     commands: list[AnyCommand]
-    trades: int
+    lots: int
 
 
 def main() -> None:
     """Entry: prints operations per second, medians of five runs."""
     for name, resting in (("mixed", 0), ("deep", DEEP_ORDERS)):
         load = workload(name, resting)
-        print(
-            f"{name}: {len(load.commands):,} operations on {len(load.before):,} resting orders, {load.trades:,} trades"
-        )
+        print(f"{name}: {len(load.commands):,} operations on {len(load.before):,} resting orders, {load.lots:,} lots")
         _report("Saga Exchange", _median(partial(_run, load)))
-        for peer_name, peer in PEERS.items():
-            _report(peer_name, _median(partial(peer, load.before, load.commands, load.trades)))
+        for peer_name, peer in peers().items():
+            _report(peer_name, _median(partial(peer, load.before, load.commands, load.lots)))
     print("flat: the same small operations on books of different size")
     rates = [_median(partial(_run_steady, size), runs=3) for size in SIZES]
     for size, rate in zip(SIZES, rates, strict=True):
@@ -67,12 +65,12 @@ def workload(name: str, resting: int) -> Workload:
     for order in before:
         live.follow(matcher, order)
     commands: list[AnyCommand] = []
-    trades = 0
+    lots = 0
     for order_id in range(resting + 1, resting + OPERATIONS + 1):
         command = _operation(dice, order_id, live)
-        trades += live.follow(matcher, command)
+        lots += live.follow(matcher, command)
         commands.append(command)
-    return Workload(name, before, commands, trades)
+    return Workload(name, before, commands, lots)
 
 
 class _Live:
@@ -83,8 +81,8 @@ class _Live:
         self.places: dict[int, int] = {}
 
     def follow(self, matcher: Matcher, command: AnyCommand) -> int:
-        """Apply the command; the number of its trades."""
-        trades = 0
+        """Apply the command; the lots it traded."""
+        lots = 0
         for event in matcher.apply(command):
             if isinstance(event, Placed):
                 self.places[event.order_id] = len(self.orders)
@@ -94,8 +92,9 @@ class _Live:
                 if last[0] != event.order_id:
                     self.orders[place] = last
                     self.places[last[0]] = place
-            trades += isinstance(event, Trade)
-        return trades
+            if isinstance(event, Trade):
+                lots += event.quantity
+        return lots
 
 
 def _operation(dice: random.Random, order_id: int, live: _Live) -> AnyCommand:
@@ -120,7 +119,8 @@ def _order(dice: random.Random, order_id: int, side: Side, price: int, *, market
     return New(
         at=AT,
         order_id=order_id,
-        user_id=dice.randint(1, USERS),
+        # Buyers and sellers are different people: not every engine has self-trade prevention.
+        user_id=dice.randint(1, USERS) * 2 + (side == "BUY"),
         side=side,
         type="MARKET" if market else "LIMIT",
         time_in_force="IOC" if market else "GTC",
@@ -152,7 +152,7 @@ def _run_steady(resting: int) -> float:
             New(
                 at=AT,
                 order_id=order_id + 1,
-                user_id=USERS + 1,
+                user_id=1,
                 side=order.side,
                 type="MARKET",
                 time_in_force="IOC",

@@ -54,17 +54,10 @@ class Level:
             self.gone -= 1
         return queue[0]
 
-    def leave(self, order: Order) -> None:
-        """Mark an order of the queue as gone."""
-        self.lots -= order.remaining
-        order.remaining = 0
-        self.gone += 1
-        if not self.lots:
-            self.queue.clear()
-            self.gone = 0
-        elif self.gone > CLUTTER_MIN and self.gone * 2 > len(self.queue):
-            self.queue = deque(self)
-            self.gone = 0
+    def tidy(self) -> None:
+        """Forget those who left."""
+        self.queue = deque(self)
+        self.gone = 0
 
 
 class BookSide:
@@ -85,34 +78,24 @@ class BookSide:
         self.empty = 0
         self.best: Level | None = None
 
-    def append(self, order: Order) -> None:
-        """Queue an order behind all others at its price."""
-        price = order.price
+    def open_level(self, price: int) -> Level:
+        """The level at `price`, which has no orders but is about to get one."""
         key = self.sign * price
         level = self.levels.get(key)
         if level is None:
             level = self.levels[key] = Level(key, price)
             heappush(self.heap, key)
-            best = self.best
-            if best is None or key < best.key:
-                self.best = level
-        elif not level.lots:
+        else:
             self.empty -= 1
-            best = self.best
-            if best is None or key < best.key:
-                self.best = level
-        level.queue.append(order)
-        level.lots += order.remaining
-
-    def take_out(self, order: Order) -> None:
-        """Take an order out, wherever in its queue it stands."""
-        level = self.levels[self.sign * order.price]
-        level.leave(order)
-        if not level.lots:
-            self.emptied(level)
+        best = self.best
+        if best is None or key < best.key:
+            self.best = level
+        return level
 
     def emptied(self, level: Level) -> None:
         """Take note that the last order left `level`."""
+        level.queue.clear()
+        level.gone = 0
         self.empty += 1
         if level is self.best:
             self._find_best()
@@ -162,11 +145,16 @@ class Book:
         """The bids for BUY, the asks for SELL."""
         return self.bids if name == "BUY" else self.asks
 
-    def add(self, side: BookSide, order: Order) -> None:
+    def add(self, order: Order) -> None:
         """Queue an order behind all others at its price."""
         new = order.new
-        order_id, user_id = new.order_id, new.user_id
-        side.append(order)
+        order_id, user_id, price = new.order_id, new.user_id, order.price
+        side = self.bids if new.side == "BUY" else self.asks
+        level = side.levels.get(side.sign * price)
+        if level is None or not level.lots:
+            level = side.open_level(price)
+        level.queue.append(order)
+        level.lots += order.remaining
         self.orders[order_id] = order
         own = self.users.get(user_id)
         if own is None:
@@ -176,8 +164,18 @@ class Book:
 
     def remove(self, order: Order) -> None:
         """Take an order out, wherever in its queue it stands; `remaining` is 0 then."""
-        self.side(order.new.side).take_out(order)
-        self.forget(order.new)
+        new = order.new
+        side = self.bids if new.side == "BUY" else self.asks
+        level = side.levels[side.sign * order.price]
+        level.lots -= order.remaining
+        order.remaining = 0
+        if not level.lots:
+            side.emptied(level)
+        else:
+            level.gone += 1
+            if level.gone > CLUTTER_MIN and level.gone * 2 > len(level.queue):
+                level.tidy()
+        self.forget(new)
 
     def forget(self, new: New) -> None:
         """Drop an order that left its level from the indexes."""

@@ -245,9 +245,8 @@ class Matcher:
             )
 
     def _rest(self, order: Order) -> None:
-        book, new = self.book, order.new
-        book.add(book.bids if new.side == "BUY" else book.asks, order)
-        if new.reduce_only:
+        self.book.add(order)
+        if order.new.reduce_only:
             self.reductions.add(order)
 
     # Matching
@@ -313,8 +312,6 @@ class Matcher:
             if not maker_remaining:
                 level.queue.popleft()
                 if not level.lots:
-                    level.queue.clear()
-                    level.gone = 0
                     opposite.emptied(level)
                 book.forget(maker_new)
                 events.append(Filled(at=at, order_id=maker_new.order_id, user_id=maker_user_id))
@@ -394,8 +391,8 @@ class Matcher:
             self.reductions.take(order, cut)
 
     def _cancel(self, command: Cancel, events: list[AnyEvent]) -> None:
-        order = self._order_of(command.user_id, command.order_id)
-        if order is not None:
+        order = self.book.orders.get(command.order_id) or self.stops.orders.get(command.order_id)
+        if order is not None and order.new.user_id == command.user_id:
             self._take_out(order, command.at, command.reason, events)
 
     def _cancel_all(self, command: CancelAll, events: list[AnyEvent]) -> None:
@@ -508,9 +505,9 @@ class Matcher:
 
 
 def _invalid(new: New) -> bool:
-    if new.price <= 0 or new.quantity <= 0:
-        return True
     if new.type not in PLAIN and new.stop_price <= 0:
+        return True
+    if new.price <= 0 or new.quantity <= 0:
         return True
     return new.post_only and (new.type not in RESTING or new.time_in_force != "GTC")
 
