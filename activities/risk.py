@@ -217,7 +217,7 @@ async def _release(conn: Connection, request: StepRequest, rules: Rules) -> Marg
         key = (order["user_id"], order["instrument_id"])
         instrument = instruments[key[1]]
         if order["reduce_only"]:
-            states[key] = states[key].with_order_filled()
+            states[key] = states[key].with_order_closed()
         else:
             states[key] = states[key].without_order(order["side"], order["quantity"], order["bound_price"])
         margin = states[key].order_margin(instrument.taker_fee_rate)
@@ -267,7 +267,7 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                     states[key] = states[key].with_position(fill["signed_quantity_after"], fill["entry_notional_after"])
             case Filled():
                 key = (event.user_id, instrument_id)
-                states[key] = states[key].with_order_filled()
+                states[key] = states[key].with_order_closed()
             case Cancelled() | Expired() | Rejected():
                 key = (event.user_id, instrument_id)
                 before = states[key].order_margin(instrument.taker_fee_rate)
@@ -299,7 +299,7 @@ def _with(state: Exposure, side: Side, quantity: Decimal, bound_price: Decimal, 
 
 def _without(state: Exposure, event: Ended, instrument: Instrument) -> Exposure:
     if event.reduce_only:
-        return state.with_order_filled()
+        return state.with_order_closed()
     return state.without_order(
         event.side, instrument.lots_to_quantity(event.quantity), instrument.ticks_to_price(event.price)
     )

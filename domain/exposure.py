@@ -51,8 +51,8 @@ class Exposure(Struct, frozen=True):
         """An order ended with `quantity` unfilled."""
         return replace(self._moved(side, -quantity, bound_price), open_orders=self.open_orders - 1)
 
-    def with_order_filled(self) -> "Exposure":
-        """An order ended because nothing of it is left (its fills are accounted for already)."""
+    def with_order_closed(self) -> "Exposure":
+        """One order fewer is open: nothing of it was left, or it could only reduce and counted for nothing else."""
         return replace(self, open_orders=self.open_orders - 1)
 
     def with_fill(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":

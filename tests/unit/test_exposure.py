@@ -64,7 +64,7 @@ def test_an_order_filled_in_parts_leaves_nothing_behind(
 ) -> None:
     before = with_orders(exposure(held), orders)
     after = before.with_order(side, first + second, price).with_fill(side, first, price).with_fill(side, second, price)
-    assert after.with_order_filled() == before
+    assert after.with_order_closed() == before
 
 
 @given(HELD, st.lists(st.tuples(QUANTITIES, PRICES), min_size=1, max_size=5))
