@@ -68,10 +68,13 @@ async def merge_sagas(pool: Pool, sagas: Sequence[Saga]) -> Saga | None:
 
 
 async def sweep_up(pool: Pool, older_than: timedelta, limit: int) -> list[Saga]:
-    """Claim the sagas that should have ended by now, oldest first; from then on they are not merged with others."""
+    """Claim the sagas that should have ended by now; from then on they are not merged with others.
+
+    Of more than `limit` some at random: sagas that never end must not keep others waiting.
+    """
     rows = await pool.fetch(
         "UPDATE orders.sagas SET swept = TRUE WHERE NOT done AND workflow_id IN (SELECT workflow_id FROM orders.sagas"
-        " WHERE NOT done AND created_at < now() - $1::interval ORDER BY created_at LIMIT $2)"
+        " WHERE NOT done AND created_at < now() - $1::interval ORDER BY random() LIMIT $2)"
         " RETURNING workflow_id, kind, order_ids",
         older_than,
         limit,
