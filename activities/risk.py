@@ -50,12 +50,21 @@ class Limits:
 
 
 def refusal_reason(
-    after: Exposure, quantity: Decimal, added_margin: Decimal, budget: Decimal, limits: Limits, tiers: Sequence[Tier]
+    after: Exposure,
+    reduces: Side | None,
+    quantity: Decimal,
+    added_margin: Decimal,
+    budget: Decimal,
+    limits: Limits,
+    tiers: Sequence[Tier],
 ) -> str | None:
     """Why an order that would lead to `after` may not go on, or None.
 
-    `added_margin` is what it needs of `budget`, the money its user has left (both quote).
+    `reduces` is the side of a reduce-only order, `added_margin` what the order needs of `budget`, the money its user
+    has left (both quote).
     """
+    if reduces is not None and not after.can_reduce(reduces):
+        return "REDUCE_ONLY_REJECTED"
     if quantity > limits.max_order_quantity or after.open_orders > limits.max_open_orders:
         return "RISK_LIMIT_EXCEEDED"
     worst = after.worst_notional
@@ -111,14 +120,13 @@ async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | N
     instrument = (await read_instruments(conn))[request.instrument_id]
     row = await conn.fetchrow("SELECT * FROM risk.exposures WHERE user_id = $1 AND instrument_id = $2", *key)
     state = Exposure(instrument.default_leverage) if row is None else _exposure(row)
-    after = _with(state, request.side, request.quantity, order.bound_price, request.reduce_only)
+    after = state.with_order(request.side, request.quantity, order.bound_price, reduce_only=request.reduce_only)
     added = after.order_margin(instrument.taker_fee_rate) - state.order_margin(instrument.taker_fee_rate)
     limits = (await _read_limits(conn, [key]))[key]
     tiers = (await read_tiers(conn))[request.instrument_id]
     budget = (await _read_available(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
-    if request.reduce_only and not after.can_reduce(request.side):
-        return added, "REDUCE_ONLY_REJECTED"
-    return added, refusal_reason(after, request.quantity, added, budget - order.open_loss, limits, tiers)
+    reduces = request.side if request.reduce_only else None
+    return added, refusal_reason(after, reduces, request.quantity, added, budget - order.open_loss, limits, tiers)
 
 
 async def set_leverage(conn: Connection, user_id: int, instrument: Instrument, leverage: int) -> None:
@@ -175,14 +183,15 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
             continue
         instrument = instruments[key[1]]
         purse = (key[0], instrument.quote_asset)
-        after = _with(states[key], order["side"], order["quantity"], order["bound_price"], order["reduce_only"])
+        after = states[key].with_order(
+            order["side"], order["quantity"], order["bound_price"], reduce_only=order["reduce_only"]
+        )
         margin = after.order_margin(instrument.taker_fee_rate)
         added = margin - margins[key]
         budget = budgets.get(purse, ZERO)
         free = budget - order["open_loss"]
-        reason = refusal_reason(after, order["quantity"], added, free, limits[key], tiers[key[1]])
-        if order["reduce_only"] and not after.can_reduce(order["side"]):
-            reason = "REDUCE_ONLY_REJECTED"
+        reduces = order["side"] if order["reduce_only"] else None
+        reason = refusal_reason(after, reduces, order["quantity"], added, free, limits[key], tiers[key[1]])
         if reason:
             refused.append(Refusal(order["order_id"], reason))
             continue
@@ -216,10 +225,9 @@ async def _release(conn: Connection, request: StepRequest, rules: Rules) -> Marg
     for order in orders:
         key = (order["user_id"], order["instrument_id"])
         instrument = instruments[key[1]]
-        if order["reduce_only"]:
-            states[key] = states[key].with_order_closed()
-        else:
-            states[key] = states[key].without_order(order["side"], order["quantity"], order["bound_price"])
+        states[key] = states[key].without_order(
+            order["side"], order["quantity"], order["bound_price"], reduce_only=order["reduce_only"]
+        )
         margin = states[key].order_margin(instrument.taker_fee_rate)
         ended.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, margins[key] - margin))
         margins[key] = margin
@@ -290,18 +298,12 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
     return MarginMoves(_moves(exposures, margins, instruments), ended)
 
 
-def _with(state: Exposure, side: Side, quantity: Decimal, bound_price: Decimal, reduce_only: bool) -> Exposure:
-    """One more order; one that only reduces needs no margin of its own, the engine keeps it within the position."""
-    if reduce_only:
-        return state.with_reducing_order()
-    return state.with_order(side, quantity, bound_price)
-
-
 def _without(state: Exposure, event: Ended, instrument: Instrument) -> Exposure:
-    if event.reduce_only:
-        return state.with_order_closed()
     return state.without_order(
-        event.side, instrument.lots_to_quantity(event.quantity), instrument.ticks_to_price(event.price)
+        event.side,
+        instrument.lots_to_quantity(event.quantity),
+        instrument.ticks_to_price(event.price),
+        reduce_only=event.reduce_only,
     )
 
 

@@ -35,24 +35,27 @@ class Exposure(Struct, frozen=True):
         position = self.signed_notional
         return max(abs(position), abs(position + self._opening_bids), abs(position - self._opening_asks))
 
-    def with_order(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
-        """One more order open."""
-        return replace(self._moved(side, quantity, bound_price), open_orders=self.open_orders + 1)
-
-    def with_reducing_order(self) -> "Exposure":
-        """One more order open that can only reduce the position."""
-        return replace(self, open_orders=self.open_orders + 1)
+    def with_order(
+        self, side: Side, quantity: Decimal, bound_price: Decimal, *, reduce_only: bool = False
+    ) -> "Exposure":
+        """One more order open. One that can only reduce counts for nothing else: the engine keeps it within the
+        position."""
+        moved = self if reduce_only else self._moved(side, quantity, bound_price)
+        return replace(moved, open_orders=self.open_orders + 1)
 
     def can_reduce(self, side: Side) -> bool:
         """Whether there is a position that an order of `side` would reduce."""
         return self.signed_quantity < 0 if side == "BUY" else self.signed_quantity > 0
 
-    def without_order(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
+    def without_order(
+        self, side: Side, quantity: Decimal, bound_price: Decimal, *, reduce_only: bool = False
+    ) -> "Exposure":
         """An order ended with `quantity` unfilled."""
-        return replace(self._moved(side, -quantity, bound_price), open_orders=self.open_orders - 1)
+        moved = self if reduce_only else self._moved(side, -quantity, bound_price)
+        return replace(moved, open_orders=self.open_orders - 1)
 
     def with_order_closed(self) -> "Exposure":
-        """One order fewer is open: nothing of it was left, or it could only reduce and counted for nothing else."""
+        """An order ended because nothing of it is left (its fills are accounted for already)."""
         return replace(self, open_orders=self.open_orders - 1)
 
     def with_fill(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":

@@ -18,10 +18,6 @@ VIEWS: dict[str, str] = {
         "SELECT instrument_id, tier, notional_from, max_leverage, maintenance_margin_rate, cumulative"
         " FROM risk.leverage_tiers"
     ),
-    "risk.v_limits": (
-        "SELECT user_id, instrument_id, max_order_quantity, max_position_notional, max_leverage, max_open_orders,"
-        " price_band FROM risk.risk_limits"
-    ),
     "ledger.v_balances": "SELECT user_id, asset, available, reserved FROM ledger.ledger_balances",
     "ledger.v_margin_holds": (
         "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short FROM ledger.margin_holds"
@@ -42,8 +38,4 @@ VIEWS: dict[str, str] = {
     "matching.v_events": "SELECT instrument_id, seq, command_seq, payload FROM matching.events",
     "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",
     "matching.v_trades": "SELECT * FROM matching.trade_tickers",
-    "market.v_mark_prices": (
-        "SELECT DISTINCT ON (instrument_id) instrument_id, mark_price, index_price, calculated_at"
-        " FROM market.mark_prices ORDER BY instrument_id, calculated_at DESC"
-    ),
 }

@@ -18,8 +18,10 @@ def _run(connection: Connection) -> None:
     connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
     for schema in SCHEMAS:
         connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
-    for view in VIEWS:
-        connection.execute(text(f"DROP VIEW IF EXISTS {view}"))
+    # All that were ever published, so that one that is no longer there does not hold its tables.
+    published = text("SELECT schemaname || '.' || viewname FROM pg_views WHERE schemaname = ANY(:schemas)")
+    for view in connection.scalars(published, {"schemas": list(SCHEMAS)}).all():
+        connection.execute(text(f"DROP VIEW {view}"))
     context.configure(connection=connection, target_metadata=metadata, include_schemas=True)
     context.run_migrations()
     for view, query in VIEWS.items():
