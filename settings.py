@@ -24,6 +24,13 @@ class Settings(BaseSettings):
     internal_token: str | None = None
     index_source: Literal["simulated", "ccxt"] = "simulated"
     index_seed: int = 1
+    index_replay_file: Path | None = None
+    index_exchanges: str = "binance:1,coinbase:1,kraken:1"
+    index_urls: str = ""
+    index_poll_seconds: float = 2.0
+    index_timeout_seconds: float = 3.0
+    index_stale_seconds: float = 10.0
+    index_vwap_seconds: float = 10.0
     funding_interval_seconds: int = 8 * 3600
     mark_price_interval_seconds: float = 1.0
     jwt_private_key_file: Path | None = None
