@@ -649,7 +649,33 @@ market_snapshots = Table(
     metadata,
     Column("snapshot_id", BigInteger, Identity(), primary_key=True),
     _col("instrument_id", Text()),
+# What was deleted of `events` and `trade_tickers`: everything up to `event_seq`, with the totals of those trades.
+pruned = Table(
+    "pruned",
+    metadata,
+    Column("instrument_id", Text, ForeignKey(instruments.c.instrument_id), primary_key=True),
+    _col("event_seq", BigInteger(), default="0"),
+    _col("trades", BigInteger(), default="0"),
+    _col("quantity", AMOUNT, default="0"),
+    _col("fees", AMOUNT, default="0"),
+    _updated(),
+    schema="matching",
+)
+
     _col("seq", BigInteger()),
+# What the market process knew of an instrument after event `seq`, from which a restart goes on.
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    _col("version", Integer()),
+    _col("checksum", LargeBinary()),
+    _col("payload", LargeBinary()),
+    _created(),
+    schema="market",
+)
+
     _col("bid_depth", JSONB()),
     _col("ask_depth", JSONB()),
     _col("last_price", AMOUNT, null=True),

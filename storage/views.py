@@ -39,3 +39,7 @@ VIEWS: dict[str, str] = {
     "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",
     "matching.v_trades": "SELECT * FROM matching.trade_tickers",
 }
+    "matching.v_pruned": "SELECT instrument_id, event_seq, trades, quantity, fees FROM matching.pruned",
+    "market.v_checkpoints": (
+        "SELECT instrument_id, seq, sha256(payload) = checksum AS undamaged FROM market.checkpoints"
+    ),
