@@ -60,6 +60,7 @@ class TickerResponse(ApiModel):
     mark_price: Amount | None
     index_price: Amount | None
     index_source: str | None
+    is_frozen: bool
     funding_rate: Amount | None
     next_funding_time: Timestamp | None
 
@@ -84,7 +85,10 @@ class TradeResponse(ApiModel):
 
 
 class MarkPriceResponse(ApiModel):
-    """The mark price and what it was made of; `source` says where the index comes from."""
+    """The mark price and what it was made of; `source` says where the index comes from.
+
+    Frozen: there is no fresh index since then, and the mark is the last there was.
+    """
 
     instrument_id: str
     mark_price: Amount
@@ -94,6 +98,8 @@ class MarkPriceResponse(ApiModel):
     funding_basis: Amount
     calculated_at: Timestamp
     source: str
+    is_frozen: bool
+    frozen_since: Timestamp | None
 
 
 class HoldIndexRequest(ApiModel):

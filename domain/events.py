@@ -224,6 +224,9 @@ class MarkPriceUpdated(BusinessEvent, frozen=True):
     funding_basis: str
     calculated_at: str
     source: str
+    # Without a fresh index the last mark stands, and this says since when.
+    is_frozen: bool = False
+    frozen_since: str | None = None
 
 
 class FundingRateUpdated(BusinessEvent, frozen=True):

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 # More than what is traded within the smoothing window counts as a burst: the latest of it speaks for the rest.
 TRADES_MAX = 100
-# After failures the wait doubles up to this multiple: an exchange that bans for too many requests wants to be left alone.
+# After failures the wait doubles up to this multiple: an exchange that bans for too many requests wants its rest.
 BACKOFF_MAX = 16
 # The list of all markets is read once and is large.
 LOAD_SECONDS_MAX = 60.0
@@ -84,10 +84,10 @@ class CcxtIndex:
     async def _follow_exchange(self, name: str) -> None:
         exchange = self._open(name)
         try:
-            await self._load_markets(exchange)
+            symbols = await self._find_symbols(exchange)
             async with asyncio.TaskGroup() as tasks:
                 for instrument in self._instruments:
-                    tasks.create_task(self._follow_market(exchange, instrument))
+                    tasks.create_task(self._follow_market(exchange, instrument, symbols.get(instrument.instrument_id)))
         finally:
             await exchange.close()
 
@@ -105,11 +105,16 @@ class CcxtIndex:
             exchange.urls["api"] = _moved(exchange.urls["api"], self._urls[name])
         return exchange
 
-    async def _load_markets(self, exchange: Any) -> None:
+    async def _find_symbols(self, exchange: Any) -> dict[str, str]:
+        """What the exchange calls the spot markets of our instruments, as soon as it tells."""
         failures = 0
         while True:
             try:
-                await exchange.load_markets()
+                markets = await exchange.load_markets(failures > 0)
+                symbols = {i.instrument_id: symbol for i in self._instruments if (symbol := _spot_symbol(markets, i))}
+                # A list with none of them is no list: ccxt takes much for an empty one.
+                if not symbols:
+                    raise LookupError("no spot market for any instrument")
             # ccxt raises its own errors for what it foresees, and whatever its parsers trip over for the rest.
             except Exception as error:
                 failures += 1
@@ -118,10 +123,9 @@ class CcxtIndex:
                 await asyncio.sleep(self._pause(failures))
             else:
                 exchange.timeout = round(self._timeout_seconds * 1000)
-                return
+                return symbols
 
-    async def _follow_market(self, exchange: Any, instrument: Instrument) -> None:
-        symbol = _spot_symbol(exchange.markets, instrument)
+    async def _follow_market(self, exchange: Any, instrument: Instrument, symbol: str | None) -> None:
         if symbol is None:
             self._failed(instrument, exchange.id, LookupError(f"no spot market for {instrument.base_asset}"))
             return

@@ -66,6 +66,7 @@ class Ticker(msgspec.Struct, rename="camel"):
     mark_price: str | None
     index_price: str | None
     index_source: str | None
+    is_frozen: bool
     funding_rate: str | None
     next_funding_time: str | None
 
@@ -279,6 +280,7 @@ class InstrumentMarket:
             mark_price=mark.mark_price if mark else None,
             index_price=mark.index_price if mark else None,
             index_source=mark.source if mark else None,
+            is_frozen=mark.is_frozen if mark else False,
             funding_rate=funding.rate if funding else None,
             next_funding_time=funding.next_time if funding else None,
         )

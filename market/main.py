@@ -11,7 +11,7 @@ from activities.instruments import read_instruments
 from clients import open_redis
 from market.checkpoints import Checkpointer, restore_markets
 from market.feed import EngineFeed
-from market.index_price import SimulatedIndex
+from market.index_sources import choose_index
 from market.marks import MarkPrices, last_index_prices
 from market.publisher import publish_changes
 from settings import Settings
@@ -25,8 +25,10 @@ log = logging.getLogger(__name__)
 
 async def main(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises SystemExit when the index source is not available."""
-    if settings.index_source != "simulated":
-        raise SystemExit(f"EXCHANGE_INDEX_SOURCE={settings.index_source} is not available yet: use simulated")
+    try:
+        choose_index(settings, [], {})
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"The index source cannot be used: {error}") from None
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -54,7 +56,7 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
     await feed.catch_up()
     log.info("The market stands at %s", {name: market.seq for name, market in markets.items()})
     last_prices = await last_index_prices(pool, list(markets))
-    index = SimulatedIndex([market.instrument for market in markets.values()], last_prices, settings.index_seed)
+    index = choose_index(settings, [market.instrument for market in markets.values()], last_prices)
     funding_interval = timedelta(seconds=settings.funding_interval_seconds)
     marks = MarkPrices(pool, redis, markets, index, funding_interval, changed)
 
@@ -79,6 +81,7 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(Subscriber(redis, channels, receive, republish_on_reconnect).run())
             tasks.create_task(feed.follow_log())
+            tasks.create_task(index.run())
             tasks.create_task(marks.run(settings.mark_price_interval_seconds))
             tasks.create_task(publish_changes(redis, markets.values(), changed))
             tasks.create_task(checkpointer.run())

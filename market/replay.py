@@ -50,16 +50,13 @@ class Recording:
     def prices(self, elapsed: timedelta) -> dict[str, Decimal]:
         """The prices `elapsed` after the first, each the latest by then (or the first to come); over and over."""
         at = elapsed % self._seconds if self._seconds else timedelta(0)
-        return {
-            name: track.prices[max(bisect_right(track.offsets, at) - 1, 0)] for name, track in self._tracks.items()
-        }
+        return {name: track.prices[max(bisect_right(track.offsets, at) - 1, 0)] for name, track in self._tracks.items()}
 
 
 def read_recording(file: Path) -> Recording:
     """The recording in `file`. Raises ValueError naming the line that is wrong, and OSError."""
-    opened = gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
-    with opened as content:
-        lines = [_parse(file, number, line) for number, line in enumerate(content, start=1) if line.strip()]
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    lines = [_parse(file, number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{file} holds no prices")
     return Recording(lines)

@@ -612,7 +612,33 @@ trade_tickers = Table(
     schema="matching",
 )
 
+# What was deleted of `events` and `trade_tickers`: everything up to `event_seq`, with the totals of those trades.
+pruned = Table(
+    "pruned",
+    metadata,
+    Column("instrument_id", Text, ForeignKey(instruments.c.instrument_id), primary_key=True),
+    _col("event_seq", BigInteger(), default="0"),
+    _col("trades", BigInteger(), default="0"),
+    _col("quantity", AMOUNT, default="0"),
+    _col("fees", AMOUNT, default="0"),
+    _updated(),
+    schema="matching",
+)
+
 # --- market ----------------------------------------------------------------------------------------------------
+# What the market process knew of an instrument after event `seq`, from which a restart goes on.
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    _col("version", Integer()),
+    _col("checksum", LargeBinary()),
+    _col("payload", LargeBinary()),
+    _created(),
+    schema="market",
+)
+
 mark_prices = Table(
     "mark_prices",
     metadata,
@@ -624,6 +650,29 @@ mark_prices = Table(
     _col("premium_index", Numeric(20, 12)),
     _col("funding_basis", Numeric(20, 12)),
     _col("source", Text()),
+    schema="market",
+)
+
+# `sources`: {"used": [{name, price, clamped, weight}], "dropped": {name: reason}}; no price when none was fresh.
+index_prices = Table(
+    "index_prices",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("calculated_at", TIME, primary_key=True),
+    _col("index_price", AMOUNT, null=True),
+    _col("source", Text()),
+    _col("sources", JSONB()),
+    schema="market",
+)
+
+# Rewritten each round: `checked_at` that has grown old means that nobody calculates marks.
+index_states = Table(
+    "index_states",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    _col("source", Text()),
+    _col("checked_at", TIME),
+    _col("frozen_since", TIME, null=True),
     schema="market",
 )
 
@@ -649,33 +698,7 @@ market_snapshots = Table(
     metadata,
     Column("snapshot_id", BigInteger, Identity(), primary_key=True),
     _col("instrument_id", Text()),
-# What was deleted of `events` and `trade_tickers`: everything up to `event_seq`, with the totals of those trades.
-pruned = Table(
-    "pruned",
-    metadata,
-    Column("instrument_id", Text, ForeignKey(instruments.c.instrument_id), primary_key=True),
-    _col("event_seq", BigInteger(), default="0"),
-    _col("trades", BigInteger(), default="0"),
-    _col("quantity", AMOUNT, default="0"),
-    _col("fees", AMOUNT, default="0"),
-    _updated(),
-    schema="matching",
-)
-
     _col("seq", BigInteger()),
-# What the market process knew of an instrument after event `seq`, from which a restart goes on.
-checkpoints = Table(
-    "checkpoints",
-    metadata,
-    Column("instrument_id", Text, primary_key=True),
-    Column("seq", BigInteger, primary_key=True, autoincrement=False),
-    _col("version", Integer()),
-    _col("checksum", LargeBinary()),
-    _col("payload", LargeBinary()),
-    _created(),
-    schema="market",
-)
-
     _col("bid_depth", JSONB()),
     _col("ask_depth", JSONB()),
     _col("last_price", AMOUNT, null=True),

@@ -264,11 +264,13 @@ async def test_sigterm_ends_the_process_cleanly(database_url: str, redis_url: st
     assert b"Traceback" not in errors
 
 
-async def test_an_index_source_that_is_not_there_is_refused_in_one_line(database_url: str, redis_url: str) -> None:
-    process = await _start(database_url, redis_url, EXCHANGE_INDEX_SOURCE="ccxt")
+async def test_an_index_source_that_cannot_be_used_is_refused_in_one_line(database_url: str, redis_url: str) -> None:
+    process = await _start(database_url, redis_url, EXCHANGE_INDEX_REPLAY_FILE="/nowhere/prices.gz")
     _, errors = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 1
-    assert errors.decode().strip().splitlines() == ["EXCHANGE_INDEX_SOURCE=ccxt is not available yet: use simulated"]
+    (line,) = errors.decode().strip().splitlines()
+    assert line.startswith("The index source cannot be used: ")
+    assert "/nowhere/prices.gz" in line
 
 
 async def _start(database_url: str, redis_url: str, **more: str) -> asyncio.subprocess.Process:

@@ -7,12 +7,15 @@ import json
 from collections.abc import Callable
 from datetime import timedelta
 from decimal import ROUND_FLOOR, Decimal
+from fractions import Fraction
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 
 from domain.exposure import Exposure
+from domain.index_price import clamp, weighted_average
 from domain.margin import (
     Tier,
     bankruptcy_price,
@@ -201,6 +204,26 @@ def received(given: Inputs) -> Figures:
     }
 
 
+def index_capped(given: Inputs) -> Figures:
+    prices = [Decimal(price) for _, price, _ in given["sources"]]
+    middle = median(prices)
+    capped = [clamp(price, middle, Decimal(given["cap"])) for price in prices]
+    index = weighted_average(capped, [Decimal(weight) for *_, weight in given["sources"]])
+    return {"median": middle, "capped": capped, "index": index}
+
+
+def index_outlier(given: Inputs) -> Figures:
+    cap = Decimal(given["cap"])
+    if "median" in given:
+        middle = Decimal(given["median"])
+        return {"value_used": clamp(middle * (1 + Decimal(given["source_deviation"])), middle, cap)}
+    prices = [Decimal(price) for price in given["sources"]]
+    used = [clamp(price, median(prices), cap) for price in prices]
+    weights = [Fraction(weight) for weight in given["weights"]]
+    relative = [Decimal(int(weight / min(weights))) for weight in weights]
+    return {"used": used, "index": weighted_average(used, relative)}
+
+
 OURS: dict[str, Callable[[Inputs], Figures]] = {
     "liquidation_price.isolated.linear": liquidation_dydx,
     "liquidation_price.isolated.linear.hyperliquid_form": liquidation_hyperliquid,
@@ -214,6 +237,8 @@ OURS: dict[str, Callable[[Inputs], Figures]] = {
     "funding.impact_notional": impact,
     "mark_price.price1": lambda given: {"price1": mark_with_basis(given)},
     "mark_price.fair_price": lambda given: {"mark_price": mark_with_basis(given)},
+    "index_price.capped_median": index_capped,
+    "index_price.outlier_cap": index_outlier,
     "maintenance_margin.tiered.progressive": maintenance_progressive,
     "maintenance_margin.tier_amount": maintenance_amount,
     "pnl.linear.unrealised": pnl_unrealized,
@@ -248,8 +273,6 @@ NOT_OURS = {
     "funding.payment.linear": "not yet: funding payment",
     "mark_price.clamp_to_book_and_index": "Deribit's old rule",
     "mark_price.median_of_three": "Hyperliquid: our mark is index and premium",
-    "index_price.capped_median": "not yet: index from several sources",
-    "index_price.outlier_cap": "not yet: index from several sources",
     "margin.linear_in_size": "Deribit: ours has tiers",
     "adl.score.binance": "not yet: auto-deleveraging",
     "adl.score.bitmex": "not yet: auto-deleveraging",
