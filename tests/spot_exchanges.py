@@ -87,10 +87,9 @@ class SpotExchanges:
     url: str
     by_name: dict[str, SpotExchange]
 
-    @property
-    def urls(self) -> str:
-        """The value of EXCHANGE_INDEX_URLS."""
-        return ",".join(f"{name}={self.url}/{name}" for name in self.by_name)
+    def urls(self, *names: str) -> str:
+        """The value of EXCHANGE_INDEX_URLS for these, or for all."""
+        return ",".join(f"{name}={self.url}/{name}" for name in names or self.by_name)
 
     def __getitem__(self, name: str) -> SpotExchange:
         return self.by_name[name]

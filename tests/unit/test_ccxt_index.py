@@ -40,7 +40,7 @@ async def spot() -> AsyncIterator[SpotExchanges]:
 async def running_index(spot: SpotExchanges, **more: Any) -> AsyncIterator[CcxtIndex]:
     settings = Settings(
         index_source="ccxt",
-        index_urls=spot.urls,
+        index_urls=spot.urls(),
         **{"index_poll_seconds": 0.05, "index_timeout_seconds": 0.5, "index_stale_seconds": 1.0} | more,
     )
     index = HastyIndex(SHIPPED, settings)
