@@ -92,15 +92,11 @@ class CcxtIndex:
             await exchange.close()
 
     def _open(self, name: str) -> Any:
-        exchange = self._classes[name](
-            {
-                "number": Decimal,
-                "timeout": round(LOAD_SECONDS_MAX * 1000),
-                # Spot markets only, and nothing of their currencies: that would take keys, or many more requests.
-                "options": {"fetchMarkets": {"types": ["spot"]}},
-                "has": {"fetchCurrencies": False},
-            }
-        )
+        exchange = self._classes[name]({"number": Decimal, "timeout": round(LOAD_SECONDS_MAX * 1000)})
+        # Spot markets only, and nothing of their currencies: that would take keys, or many more requests.
+        exchange.has["fetchCurrencies"] = False
+        if isinstance(exchange.options.get("fetchMarkets"), dict):
+            exchange.options["fetchMarkets"]["types"] = ["spot"]
         if name in self._urls:
             exchange.urls["api"] = _moved(exchange.urls["api"], self._urls[name])
         return exchange
