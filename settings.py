@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from pydantic import PositiveFloat
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -27,10 +28,10 @@ class Settings(BaseSettings):
     index_replay_file: Path | None = None
     index_exchanges: str = "binance:1,coinbase:1,kraken:1"
     index_urls: str = ""
-    index_poll_seconds: float = 2.0
-    index_timeout_seconds: float = 3.0
-    index_stale_seconds: float = 10.0
-    index_vwap_seconds: float = 10.0
+    index_poll_seconds: PositiveFloat = 2.0
+    index_timeout_seconds: PositiveFloat = 3.0
+    index_stale_seconds: PositiveFloat = 10.0
+    index_vwap_seconds: PositiveFloat = 10.0
     funding_interval_seconds: int = 8 * 3600
     mark_price_interval_seconds: float = 1.0
     jwt_private_key_file: Path | None = None

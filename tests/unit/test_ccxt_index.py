@@ -76,6 +76,10 @@ def drops(**reasons: str) -> Callable[[IndexPrice], bool]:
 ALL = uses("binance", "coinbase", "kraken")
 
 
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
 def _told_of(reading: IndexPrice) -> set[str]:
     return {name for name, reason in reading.dropped.items() if reason != "no answer yet"}
 
@@ -98,12 +102,14 @@ async def test_all_three_are_asked_and_weighed_exactly(spot: SpotExchanges) -> N
 
 
 async def test_prices_are_never_floats(spot: SpotExchanges) -> None:
-    """0.1 + 0.2 and its kin: more digits than a float holds come through."""
-    spot["kraken"].prices["BTC"] = "60000.123456789012"
-    spot["kraken"].quantity = "0.00000003"
+    """As a float, the price would end in …785 and be rounded down; whether text or JSON number, it is rounded up."""
+    price = "60000.123456785000001"
+    spot["kraken"].prices["BTC"] = price
+    spot["binance"].answer = text(f'[{{"a":1,"p":{price},"q":1,"f":1,"l":1,"T":{_now_ms()},"m":true}}]')
     async with running_index(spot) as index:
         reading = await eventually(index, ALL)
-    assert {used.name: used.price for used in reading.used}["kraken"] == Decimal("60000.12345679")
+    exact = Decimal("60000.12345679")
+    assert {used.name: used.price for used in reading.used} == {"binance": exact, "coinbase": 60_000, "kraken": exact}
 
 
 async def test_dollars_stand_in_where_an_exchange_does_not_trade_the_currency_of_settlement(
