@@ -12,6 +12,7 @@ from clients import open_redis
 from market.feed import EngineFeed
 from market.index_price import SimulatedIndex
 from market.instrument_market import InstrumentMarket
+from market.kline_feed import KlineFeed
 from market.marks import MarkPrices, last_index_prices
 from market.publisher import publish_changes
 from settings import Settings
@@ -55,6 +56,7 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
     last_prices = await last_index_prices(pool, list(markets))
     index = SimulatedIndex(list(instruments.values()), last_prices, settings.index_seed)
     funding_interval = timedelta(seconds=settings.funding_interval_seconds)
+    klines = KlineFeed(pool, redis, list(markets))
     marks = MarkPrices(pool, redis, markets, index, funding_interval, changed)
 
     def receive(channel: str, payload: bytes) -> None:
@@ -70,6 +72,7 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
         if channel in subscribed:
             for market in markets.values():
                 market.break_chains()
+            klines.break_chains()
             changed.set()
         subscribed.add(channel)
 
@@ -78,4 +81,5 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
         tasks.create_task(Subscriber(redis, channels, receive, republish_on_reconnect).run())
         tasks.create_task(feed.follow_log())
         tasks.create_task(marks.run(settings.mark_price_interval_seconds))
+        tasks.create_task(klines.run())
         tasks.create_task(publish_changes(redis, markets.values(), changed))
