@@ -61,6 +61,7 @@ class TickerResponse(ApiModel):
     index_price: Amount | None
     index_source: str | None
     funding_rate: Amount | None
+    predicted_funding_rate: Amount | None
     next_funding_time: Timestamp | None
 
 
@@ -84,7 +85,10 @@ class TradeResponse(ApiModel):
 
 
 class MarkPriceResponse(ApiModel):
-    """The mark price and what it was made of; `source` says where the index comes from."""
+    """The mark price and what it was made of; `source` says where the index comes from.
+
+    `predictedFundingRate` is what the funding rate would be if the running interval ended now.
+    """
 
     instrument_id: str
     mark_price: Amount
@@ -94,6 +98,7 @@ class MarkPriceResponse(ApiModel):
     funding_basis: Amount
     calculated_at: Timestamp
     source: str
+    predicted_funding_rate: Amount | None
 
 
 class HoldIndexRequest(ApiModel):

@@ -105,13 +105,17 @@ class MarkPrices:
             at_ms = to_ms(now)
             await append_commands(conn, {name: [MarkPriceCommand(at=at_ms, price=told[name])] for name in told})
         self._told.update(told)
-        await self._redis.mset({mark_key(name): _encode(event) for name, event in events.items()})
+        await self._redis.mset({mark_key(name): self._document(event) for name, event in events.items()})
         next_funding = iso(mark_price.next_funding_time(now, self._funding_interval))
         for name, market in self._markets.items():
             rate = rates.get(name)
             market.mark = events[name]
             market.funding = Funding(None if rate is None else plain(rate), next_funding)
         self._changed.set()
+
+    def _document(self, event: MarkPriceUpdated) -> bytes:
+        predicted = self._markets[event.instrument_id].predicted_rate
+        return _encode(msgspec.to_builtins(event) | {"predictedFundingRate": predicted})
 
     def _to_tell(self, marks: Mapping[str, MarkPrice]) -> dict[str, int]:
         """Marks, in ticks, that the engine has to hear: those that stop orders wait for, when they have moved."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from domain.exposure import Exposure
+from domain.funding_rate import clamp, funding_rate
 from domain.margin import (
     Tier,
     bankruptcy_price,
@@ -23,7 +24,7 @@ from domain.margin import (
     order_margin,
     unrealized_pnl,
 )
-from domain.mark_price import funding_basis, impact_notional, mark_price
+from domain.mark_price import funding_basis, impact_notional, mark_price, premium_index
 from domain.money import AMOUNT_STEP, ZERO, round_down, round_up
 from domain.positions import Position, apply_fill
 from domain.wallet import Wallet, settle
@@ -120,6 +121,23 @@ def impact(given: Inputs) -> Figures:
     return {"impact_notional": impact_notional(Decimal(given["imf"]), Decimal(given["numerator"]))}
 
 
+def rate_damped(given: Inputs) -> Figures:
+    """Some state the premium, one the impact bid that it comes from; none has a cap as low as ours."""
+    interest = Decimal(given["interest"])
+    if "premium_avg" in given:
+        hours = timedelta(hours=given["interval_h"])
+        return {"rate": funding_rate(Decimal(given["premium_avg"]), hours, Decimal(1), interest)}
+    premium = premium_index(Decimal(given["impact_bid"]), Decimal(given["oracle"]))
+    return {"premium": premium, "rate_8h": funding_rate(premium, timedelta(hours=8), Decimal(1), interest)}
+
+
+def rate_capped(given: Inputs) -> Figures:
+    """Premium and cap are ours; their rate has neither interest nor damper, and goes on from a rounded premium."""
+    premium = premium_index(Decimal(given["perp"]), Decimal(given["index"])).quantize(Decimal("0.0001"))
+    rate = premium / given["realisation_hours"]
+    return {"uncapped_per_hour": rate, "rate_per_hour": clamp(rate, Decimal(given["cap_per_hour"]))}
+
+
 def mark_with_basis(given: Inputs) -> Decimal:
     rate = Decimal(given.get("last_funding_rate") or given["funding_rate"])
     left = timedelta(hours=float(given["time_until_funding_h"]))
@@ -212,6 +230,9 @@ OURS: dict[str, Callable[[Inputs], Figures]] = {
     "insurance_fund.contribution": insurance,
     "deleverage.close_price": deleverage,
     "funding.impact_notional": impact,
+    "funding.rate.clamp": rate_damped,
+    "funding.rate.interval_scaling": rate_damped,
+    "funding.rate.cap": rate_capped,
     "mark_price.price1": lambda given: {"price1": mark_with_basis(given)},
     "mark_price.fair_price": lambda given: {"mark_price": mark_with_basis(given)},
     "maintenance_margin.tiered.progressive": maintenance_progressive,
@@ -241,9 +262,6 @@ NOT_OURS = {
     "liquidation.partial.size_to_cover_shortage": "positions are liquidated whole",
     "insurance_fund.liquidation_fee": "not yet: the fee of a liquidation",
     "socialised_loss.per_unit": "losses are deleveraged, not socialised",
-    "funding.rate.clamp": "not yet: funding rate",
-    "funding.rate.cap": "not yet: funding rate",
-    "funding.rate.interval_scaling": "not yet: funding rate",
     "funding.rate.damper_deadband": "Deribit: our rate has the clamp instead",
     "funding.payment.linear": "not yet: funding payment",
     "mark_price.clamp_to_book_and_index": "Deribit's old rule",
