@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import signal
+from collections.abc import Mapping
 from datetime import timedelta
 
 from redis.asyncio import Redis
 
 from activities.instruments import read_instruments
 from clients import open_redis
+from domain.instruments import Instrument, choose
 from market.checkpoints import Checkpointer, restore_markets
 from market.feed import EngineFeed
 from market.funding import FundingRates
@@ -17,10 +19,11 @@ from market.kline_feed import KlineFeed
 from market.marks import MarkPrices, last_index_prices
 from market.publisher import publish_changes
 from settings import Settings
-from storage.db import Connection, Pool, open_pool
-from storage.leadership import MARKET_LOCK, run_as_leader
+from storage.db import Pool, open_pool
+from storage.leadership import MARKET_LOCKS
 from storage.market_keys import HELD_PRICE_CHANNEL
 from storage.pubsub import Subscriber
+from storage.territory import Claims, run_territory
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +40,18 @@ async def main(settings: Settings) -> None:
 
 
 async def serve(pool: Pool, redis: Redis, settings: Settings, stop: asyncio.Event) -> None:
-    """Publish the market until `stop`; one process does, others stand by."""
+    """Publish the market until `stop`: of the instruments that `settings` prefer, and of those that nobody publishes."""
+    known = await read_instruments(pool)
+    preferred = [instrument.instrument_id for instrument in choose(known, settings.market_instruments)]
+    locks = {name: MARKET_LOCKS + instrument.number for name, instrument in known.items()}
 
-    async def lead(_: Connection) -> None:
-        await _publish_market(pool, redis, settings)
+    async def lead(names: frozenset[str]) -> None:
+        await _publish_market(pool, redis, settings, {name: known[name] for name in known if name in names})
 
-    await run_as_leader(pool, MARKET_LOCK, stop, lead)
+    await run_territory(pool, Claims(locks, preferred), stop, lead)
 
 
-async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
-    async with pool.acquire() as conn:
-        instruments = await read_instruments(conn)
+async def _publish_market(pool: Pool, redis: Redis, settings: Settings, instruments: Mapping[str, Instrument]) -> None:
     markets = await restore_markets(pool, instruments.values())
     checkpointer = Checkpointer(pool, markets)
     changed = asyncio.Event()
