@@ -40,7 +40,7 @@ async def main(settings: Settings) -> None:
 
 
 async def serve(pool: Pool, redis: Redis, settings: Settings, stop: asyncio.Event) -> None:
-    """Publish the market until `stop`: of the instruments that `settings` prefer, and of those that nobody publishes."""
+    """Publish the market until `stop`: of the instruments `settings` prefer, and of those nobody publishes."""
     known = await read_instruments(pool)
     preferred = [instrument.instrument_id for instrument in choose(known, settings.market_instruments)]
     locks = {name: MARKET_LOCKS + instrument.number for name, instrument in known.items()}
@@ -48,7 +48,7 @@ async def serve(pool: Pool, redis: Redis, settings: Settings, stop: asyncio.Even
     async def lead(names: frozenset[str]) -> None:
         await _publish_market(pool, redis, settings, {name: known[name] for name in known if name in names})
 
-    await run_territory(pool, Claims(locks, preferred), stop, lead)
+    await run_territory(pool, Claims(locks, preferred, settings.market_takeover_seconds), stop, lead)
 
 
 async def _publish_market(pool: Pool, redis: Redis, settings: Settings, instruments: Mapping[str, Instrument]) -> None:

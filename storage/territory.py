@@ -14,9 +14,6 @@ from storage.leadership import OUTAGES, STANDBY_SECONDS, lead_while_connected, w
 
 log = logging.getLogger(__name__)
 
-# Longer than a restart of the process that prefers a name takes to ask for it.
-PATIENCE_SECONDS = 3.0
-
 _FREE = """
     SELECT lock FROM unnest($1::bigint[]) AS lock WHERE NOT EXISTS (
         SELECT FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1
@@ -30,11 +27,11 @@ WorkIn = Callable[[frozenset[str]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """The lock of every name, and the names that this process prefers."""
+    """The lock of every name, the names that this process prefers, and how long it leaves the others to others."""
 
     locks: Mapping[str, int]
     preferred: Collection[str]
-    patience_seconds: float = PATIENCE_SECONDS
+    patience_seconds: float
 
 
 async def run_territory(pool: Pool, claims: Claims, stop: asyncio.Event, work: WorkIn) -> None:

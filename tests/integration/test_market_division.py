@@ -14,8 +14,14 @@ from storage.db import Pool
 from tests.integration.market_app import BTC, ETH, SOL, EngineLog, eventually, placed, trade
 from tests.integration.test_market_klines import announced, assert_klines_are_those_of_the_tape, counted
 from tests.servers import ROOT
+from tests.waiting import until
 
-SETTINGS = {"EXCHANGE_MARK_PRICE_INTERVAL_SECONDS": "0.2", "EXCHANGE_FUNDING_INTERVAL_SECONDS": "2"}
+SETTINGS = {
+    "EXCHANGE_MARK_PRICE_INTERVAL_SECONDS": "0.2",
+    "EXCHANGE_FUNDING_INTERVAL_SECONDS": "2",
+    # Longer than the second process needs to start on a busy machine.
+    "EXCHANGE_MARKET_TAKEOVER_SECONDS": "8",
+}
 
 
 class Market:
@@ -32,7 +38,7 @@ class Market:
             leading = [line for line in self._log.read_text().splitlines() if "Leading in" in line]
             return bool(leading) and leading[-1].endswith(expected)
 
-        await eventually(does)
+        await until(does, 25, f"the process to say: {expected}")
 
 
 @asynccontextmanager

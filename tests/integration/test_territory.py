@@ -105,6 +105,6 @@ async def test_a_failure_of_the_work_is_raised_and_the_locks_are_given_back(runn
     worker = Worker()
     worker.failure = ValueError("defect")
     with pytest.raises(ValueError, match="defect"):
-        await run_territory(pool, Claims(LOCKS, "abc"), asyncio.Event(), worker.work)
+        await run_territory(pool, Claims(LOCKS, "abc", PATIENCE), asyncio.Event(), worker.work)
     async with running("abc") as other:
         await other.until_it_leads("abc")
