@@ -59,6 +59,8 @@ class KlineFeed:
         self._instrument_ids = list(instrument_ids)
         self._positions: dict[str, int] = {}
         self._recent: dict[Series, list[Kline]] = {}
+        # As they are published, by the time they open.
+        self._documents: dict[Series, dict[int, bytes]] = {}
         self._published: dict[Series, int] = {}
 
     async def run(self) -> None:
@@ -94,16 +96,27 @@ class KlineFeed:
                     await write(conn, changed)
         self._positions |= {name: page[-1].seq for name, page in trades.items()}
         for series, klines in changed.items():
-            self._recent[series] = merge(self._recent[series], klines)[-RECENT_KLINES:]
+            self._remember(series, klines)
         await self._publish(changed)
         return any(len(page) == PAGE_TRADES_MAX for page in trades.values())
 
     async def _load(self, conn: Connection) -> None:
         self._positions = await read_positions(conn, self._instrument_ids)
-        self._recent = await read_newest(conn, self._series, RECENT_KLINES)
+        newest = await read_newest(conn, self._series, RECENT_KLINES)
+        self._recent = dict.fromkeys(self._series, [])
+        for series, klines in newest.items():
+            self._remember(series, klines)
+
+    def _remember(self, series: Series, changed: Sequence[Kline]) -> None:
+        period_ms = PERIODS_MS[series[1]]
+        recent = merge(self._recent[series], changed)[-RECENT_KLINES:]
+        documents = self._documents.get(series, {}) | {k.open_ms: _encode(_public(k, period_ms)) for k in changed}
+        self._recent[series] = recent
+        self._documents[series] = {kline.open_ms: documents[kline.open_ms] for kline in recent}
 
     def _forget(self) -> None:
         self._recent.clear()
+        self._documents.clear()
         self._published.clear()
 
     async def _changes(
@@ -142,10 +155,14 @@ class KlineFeed:
         if series not in self._published or len(changed) > RECENT_KLINES:
             previous, changed = head[2], ()
         channel = kline_channel(period)
-        snapshot = _MESSAGE % (b"snapshot", *head, head[2], _documents(self._recent[series], period))
-        update = _MESSAGE % (b"update", *head, previous, _documents(changed, period))
+        snapshot = _MESSAGE % (b"snapshot", *head, head[2], b",".join(self._documents[series].values()))
+        update = _MESSAGE % (b"update", *head, previous, b",".join(self._document(series, kline) for kline in changed))
         pipe.set(snapshot_key(channel, instrument_id), snapshot)
         pipe.publish(update_channel(channel, instrument_id), update)
+
+    def _document(self, series: Series, kline: Kline) -> bytes:
+        # One that is no longer recent was amended by a late trade.
+        return self._documents[series].get(kline.open_ms) or _encode(_public(kline, PERIODS_MS[series[1]]))
 
     async def _prune(self) -> None:
         async with self._pool.acquire() as conn:
@@ -157,10 +174,6 @@ class KlineFeed:
 def _seen_up_to(page: Sequence[Traded], now_ms: int) -> int:
     """Nothing closes before all trades are read that were there when it ended."""
     return min(now_ms, max(trade.at_ms for trade in page)) if len(page) == PAGE_TRADES_MAX else now_ms
-
-
-def _documents(klines: Sequence[Kline], period: str) -> bytes:
-    return b",".join(_encode(_public(kline, PERIODS_MS[period])) for kline in klines)
 
 
 def _public(kline: Kline, period_ms: int) -> PublicKline:

@@ -1,6 +1,7 @@
 """Amending an order: what it needs more is reserved before the engine is asked, whose answer settles the rest."""
 
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -110,6 +111,31 @@ async def test_a_rejected_amendment_gives_its_reservation_back(world: World) -> 
     event = (await outbox_events(world.pool, "OrderAmendRejected"))[0]
     assert (event["amendmentId"], event["reason"]) == (amendment, "POST_ONLY_WOULD_CROSS")
     await assert_audit_is_clean(world)
+
+
+async def test_the_user_is_told_how_every_amendment_ended(world: World) -> None:
+    await world.deposit(1_000, 1)
+    (order,) = await world.place(limit(1, "BUY", "0.1", 60_000))
+    await world.settle()
+    await world.amend(1, order, quantity="0.2")
+    await world.amend(1, order, quantity="0.05")
+    await world.settle()
+    late = await world.take_in_amendment(1, order, quantity="0.06")
+    await world.cancel(order)
+    await finish(world.placement(late))
+    await world.settle()
+    told: Any = await outbox_events(world.pool, "UserPush")
+    ends = [push["data"] for pushes in told for push in pushes if push["channel"] == "amendment"]
+    assert [(end["orderId"], end["quantity"], end["status"], end["failureReason"]) for end in ends] == [
+        (order, "0.2", "FAILED", "INSUFFICIENT_MARGIN"),
+        (order, "0.05", "AMENDED", None),
+        (order, "0.06", "REJECTED", "ORDER_NOT_FOUND"),
+    ]
+    requested = await outbox_events(world.pool, "OrderAmendRequested")
+    assert [(event["orderId"], event["price"], event["quantity"]) for event in requested] == [
+        (order, None, "0.05"),
+        (order, None, "0.06"),
+    ]
 
 
 @pytest.mark.parametrize("filled", ["0.3", "1"])
