@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     jwt_private_key_file: Path | None = None
     log_level: str = "INFO"
     engine_instruments: str = ""
+    market_instruments: str = ""
+    market_takeover_seconds: float = 3.0
     engine_lease_seconds: float = 5.0
     engine_snapshot_commands: int = 50_000
     # The newest events of each instrument that are kept in any case, and the trades among them.

@@ -62,6 +62,7 @@ class TickerResponse(ApiModel):
     index_source: str | None
     is_frozen: bool
     funding_rate: Amount | None
+    predicted_funding_rate: Amount | None
     next_funding_time: Timestamp | None
 
 
@@ -88,6 +89,7 @@ class MarkPriceResponse(ApiModel):
     """The mark price and what it was made of; `source` says where the index comes from.
 
     Frozen: there is no fresh index since then, and the mark is the last there was.
+    `predictedFundingRate` is what the funding rate would be if the running interval ended now.
     """
 
     instrument_id: str
@@ -100,6 +102,7 @@ class MarkPriceResponse(ApiModel):
     source: str
     is_frozen: bool
     frozen_since: Timestamp | None
+    predicted_funding_rate: Amount | None
 
 
 class HoldIndexRequest(ApiModel):

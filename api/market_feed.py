@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from api.socket_client import SocketClient
 from domain.problems import Problem
-from storage.market_keys import CHANNELS, snapshot_key, update_channel
+from storage.market_keys import CHANNELS, KLINE_CHANNELS, snapshot_key, update_channel
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ RECENT_UPDATES = 256
 RETRY_SECONDS = 0.2
 READ_SECONDS_MAX = 5.0
 # A state makes the ones before it obsolete; a trade does not.
-_STATE_CHANNELS = frozenset({"depth", "tickers"})
+_STATE_CHANNELS = frozenset({"depth", "tickers", *KLINE_CHANNELS})
 
 
 class _Position(msgspec.Struct, rename="camel"):
@@ -161,7 +161,7 @@ class MarketFeed:
     def __init__(self, redis: Redis, instrument_ids: Iterable[str]) -> None:
         self._topics = {
             update_channel(channel, instrument_id): _Topic(redis, channel, instrument_id)
-            for channel in CHANNELS
+            for channel in (*CHANNELS, *KLINE_CHANNELS)
             for instrument_id in instrument_ids
         }
 
@@ -199,8 +199,9 @@ class MarketFeed:
             await topic.close()
 
     def _topic(self, channel: str, instrument_id: str) -> _Topic:
-        if channel not in CHANNELS:
-            raise Problem("VALIDATION_FAILED", f"Expected a channel out of {', '.join(CHANNELS)}, was {channel!r}")
+        if channel not in CHANNELS and channel not in KLINE_CHANNELS:
+            known = ", ".join((*CHANNELS, "kline"))
+            raise Problem("VALIDATION_FAILED", f"Expected a channel out of {known}, was {channel!r}")
         topic = self._topics.get(update_channel(channel, instrument_id))
         if topic is None:
             raise Problem("INSTRUMENT_NOT_FOUND", f"There is no instrument {instrument_id!r}")

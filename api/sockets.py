@@ -21,9 +21,10 @@ from api.socket_client import (
 )
 from api.state import AppState, State
 from api.user_feed import user_message
+from domain.periods import PERIODS_MS
 from domain.problems import Problem
 from storage.leadership import OUTAGES
-from storage.market_keys import CHANNELS
+from storage.market_keys import CHANNELS, kline_channel
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,14 @@ JOIN_SECONDS = 5.0
 MARKET_QUEUE_MAX = 512
 # One batch of orders may push thousands of messages to its user at once.
 USER_QUEUE_MAX = 10_000
+SOCKET_CHANNELS = (*CHANNELS, "kline")
 
 
 class _Request(msgspec.Struct, rename="camel"):
     op: str
     channel: str = ""
     instrument_id: str = ""
+    period: str = ""
     token: str = ""
 
 
@@ -54,15 +57,16 @@ _decode_snake_case = msgspec.json.Decoder(_SnakeCaseRequest).decode
 @router.websocket("/ws/market")
 async def market_socket(websocket: WebSocket, state: State) -> None:
     """Subscribe and unsubscribe to any public channel."""
-    await _serve_market(websocket, state.feeds.market, CHANNELS)
+    await _serve_market(websocket, state.feeds.market, SOCKET_CHANNELS)
 
 
 @router.websocket("/ws/market/{channel}")
 async def market_channel_socket(websocket: WebSocket, state: State, channel: str) -> None:
-    """One channel; `?instrumentId=` is subscribed at once."""
+    """One channel; `?instrumentId=` (and `&period=` of klines) is subscribed at once."""
     query = websocket.query_params
     instrument_id = query.get("instrumentId") or query.get("instrument_id") or ""
-    first = _Request(op="subscribe", channel=channel, instrument_id=instrument_id)
+    period = query.get("period", "")
+    first = _Request(op="subscribe", channel=channel, instrument_id=instrument_id, period=period)
     await _serve_market(websocket, state.feeds.market, (channel,), first)
 
 
@@ -116,9 +120,18 @@ def _change_subscription(feed: MarketFeed, client: SocketClient, channels: Colle
     change = {"subscribe": feed.subscribe, "unsubscribe": feed.unsubscribe}.get(request.op)
     if change is None:
         raise Problem("VALIDATION_FAILED", f"Expected op subscribe or unsubscribe, was {request.op!r}")
-    if request.channel in CHANNELS and request.channel not in channels:
+    if request.channel in SOCKET_CHANNELS and request.channel not in channels:
         raise Problem("VALIDATION_FAILED", f"This socket serves {', '.join(channels)} only")
-    change(client, request.channel, request.instrument_id)
+    change(client, _channel(request), request.instrument_id)
+
+
+def _channel(request: _Request) -> str:
+    """The channel as `MarketFeed` knows it: klines have one for each period."""
+    if request.channel != "kline":
+        return request.channel
+    if request.period not in PERIODS_MS:
+        raise Problem("VALIDATION_FAILED", f"Expected a period out of {', '.join(PERIODS_MS)}, was {request.period!r}")
+    return kline_channel(request.period)
 
 
 async def _serve_user(websocket: WebSocket, state: AppState, token: str) -> None:

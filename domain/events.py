@@ -255,6 +255,7 @@ class FundingRateUpdated(BusinessEvent, frozen=True):
     instrument_id: str
     rate: str
     effective_at: str
+    source: str
 
 
 class KlineClosed(BusinessEvent, frozen=True):

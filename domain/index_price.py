@@ -97,7 +97,7 @@ def index_price(
         return IndexPrice(None, dropped=dropped)
     prices = [price for _, price in live]
     middle = median(prices)
-    clamped = [clamp(price, middle, deviation) for price in prices]
+    clamped = [clamp_to_median(price, middle, deviation) for price in prices]
     # Of two that contradict each other, either may be the insane one, and their middle is neither's price.
     if sum(before == after for before, after in zip(prices, clamped, strict=True)) < SOURCES_MIN:
         return IndexPrice(None, dropped=dropped | {source.name: "contradicted" for source, _ in live})
@@ -109,7 +109,7 @@ def index_price(
     return IndexPrice(weighted_average(clamped, weights), used, dropped)
 
 
-def clamp(price: Decimal, middle: Decimal, deviation: Decimal) -> Decimal:
+def clamp_to_median(price: Decimal, middle: Decimal, deviation: Decimal) -> Decimal:
     """`price`, moved to at most the fraction `deviation` away from `middle`."""
     lowest, highest = (middle * (1 - deviation)).quantize(AMOUNT_STEP), (middle * (1 + deviation)).quantize(AMOUNT_STEP)
     return min(max(price, lowest), highest)

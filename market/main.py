@@ -3,22 +3,27 @@
 import asyncio
 import logging
 import signal
+from collections.abc import Mapping
 from datetime import timedelta
 
 from redis.asyncio import Redis
 
 from activities.instruments import read_instruments
 from clients import open_redis
+from domain.instruments import Instrument, choose
 from market.checkpoints import Checkpointer, restore_markets
 from market.feed import EngineFeed
+from market.funding import FundingRates
 from market.index_sources import choose_index
+from market.kline_feed import KlineFeed
 from market.marks import MarkPrices, last_index_prices
 from market.publisher import publish_changes
 from settings import Settings
-from storage.db import Connection, Pool, open_pool
-from storage.leadership import MARKET_LOCK, run_as_leader
+from storage.db import Pool, open_pool
+from storage.leadership import MARKET_LOCKS
 from storage.market_keys import HELD_PRICE_CHANNEL
 from storage.pubsub import Subscriber
+from storage.territory import Claims, run_territory
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +42,18 @@ async def main(settings: Settings) -> None:
 
 
 async def serve(pool: Pool, redis: Redis, settings: Settings, stop: asyncio.Event) -> None:
-    """Publish the market until `stop`; one process does, others stand by."""
+    """Publish the market until `stop`: of the instruments `settings` prefer, and of those nobody publishes."""
+    known = await read_instruments(pool)
+    preferred = [instrument.instrument_id for instrument in choose(known, settings.market_instruments)]
+    locks = {name: MARKET_LOCKS + instrument.number for name, instrument in known.items()}
 
-    async def lead(_: Connection) -> None:
-        await _publish_market(pool, redis, settings)
+    async def lead(names: frozenset[str]) -> None:
+        await _publish_market(pool, redis, settings, {name: known[name] for name in known if name in names})
 
-    await run_as_leader(pool, MARKET_LOCK, stop, lead)
+    await run_territory(pool, Claims(locks, preferred, settings.market_takeover_seconds), stop, lead)
 
 
-async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
-    async with pool.acquire() as conn:
-        instruments = await read_instruments(conn)
+async def _publish_market(pool: Pool, redis: Redis, settings: Settings, instruments: Mapping[str, Instrument]) -> None:
     markets = await restore_markets(pool, instruments.values())
     checkpointer = Checkpointer(pool, markets)
     changed = asyncio.Event()
@@ -58,6 +64,8 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
     last_prices = await last_index_prices(pool, list(markets))
     index = choose_index(settings, [market.instrument for market in markets.values()], last_prices)
     funding_interval = timedelta(seconds=settings.funding_interval_seconds)
+    klines = KlineFeed(pool, redis, list(instruments))
+    funding = FundingRates(pool, markets, funding_interval)
     marks = MarkPrices(pool, redis, markets, index, funding_interval, changed)
 
     def receive(channel: str, payload: bytes) -> None:
@@ -73,6 +81,7 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
         if channel in subscribed:
             for market in markets.values():
                 market.break_chains()
+            klines.break_chains()
             changed.set()
         subscribed.add(channel)
 
@@ -83,6 +92,8 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
             tasks.create_task(feed.follow_log())
             tasks.create_task(index.run())
             tasks.create_task(marks.run(settings.mark_price_interval_seconds))
+            tasks.create_task(funding.run())
+            tasks.create_task(klines.run())
             tasks.create_task(publish_changes(redis, markets.values(), changed))
             tasks.create_task(checkpointer.run())
     except asyncio.CancelledError:

@@ -158,13 +158,17 @@ class MarkPrices:
 
     async def _publish(self, rates: Mapping[str, Decimal], now: datetime) -> None:
         if self._last:
-            await self._redis.mset({mark_key(name): _encode(event) for name, event in self._last.items()})
+            await self._redis.mset({mark_key(name): self._document(event) for name, event in self._last.items()})
         next_funding = iso(mark_price.next_funding_time(now, self._funding_interval))
         for name, market in self._markets.items():
             rate = rates.get(name)
             market.mark = self._last.get(name)
             market.funding = Funding(None if rate is None else plain(rate), next_funding)
         self._changed.set()
+
+    def _document(self, event: MarkPriceUpdated) -> bytes:
+        predicted = self._markets[event.instrument_id].predicted_rate
+        return _encode(msgspec.to_builtins(event) | {"predictedFundingRate": predicted})
 
     def _newly_frozen(self, frozen: Mapping[str, datetime]) -> dict[str, MarkPriceUpdated]:
         """The last marks again, as frozen, of those instruments whose index was fresh until now."""

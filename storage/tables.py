@@ -726,6 +726,7 @@ kline_buckets = Table(
     _col("last_seq", BigInteger()),
     _col("closed", Boolean(), default="false"),
     schema="market",
+    postgresql_with={"fillfactor": 70},
 )
 
 market_snapshots = Table(
@@ -751,6 +752,9 @@ funding_rates = Table(
     _col("rate", Numeric(20, 12)),
     _col("premium_average", Numeric(20, 12)),
     _col("mark_price", AMOUNT),
+    # Premium samples in the average; with none, the rate is that of a premium of zero.
+    _col("samples", Integer()),
+    _col("source", Text()),
     _created(),
     schema="market",
 )

@@ -5,7 +5,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "0008"
-down_revision = "0006"
+down_revision = "0007"
 
 
 def upgrade() -> None:
@@ -28,3 +28,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("instrument_id", name=op.f("pk_index_states")),
         schema="market",
     )
+    # There were simulated prices only until now.
+    op.add_column("funding_rates", sa.Column("source", sa.Text(), server_default="simulated", nullable=False), schema="market")
+    op.alter_column("funding_rates", "source", server_default=None, schema="market")
