@@ -18,6 +18,7 @@ from domain.matching import AnyEvent
 from market import feed
 from settings import Settings
 from storage.db import Pool
+from storage.leadership import OUTAGES
 from storage.reference_prices import ReferencePrice, read_reference_prices
 from tests.engine_commands import random_commands
 from tests.integration.market_app import BTC, ETH, SOL, EngineLog, eventually, placed, running_market, trade
@@ -234,7 +235,7 @@ async def test_losing_postgres_connections_only_delays(pool: Pool, redis: Redis,
 async def _works(engine: EngineLog) -> bool:
     try:
         await engine.append(BTC, [placed(1, "BUY", 600_000, 5)], hint=False)
-    except OSError:
+    except OUTAGES:
         return False
     return True
 
