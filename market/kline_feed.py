@@ -102,14 +102,12 @@ class KlineFeed:
 
     async def _load(self, conn: Connection) -> None:
         self._positions = await read_positions(conn, self._instrument_ids)
-        newest = await read_newest(conn, self._series, RECENT_KLINES)
-        self._recent = dict.fromkeys(self._series, [])
-        for series, klines in newest.items():
+        for series, klines in (await read_newest(conn, self._series, RECENT_KLINES)).items():
             self._remember(series, klines)
 
     def _remember(self, series: Series, changed: Sequence[Kline]) -> None:
         period_ms = PERIODS_MS[series[1]]
-        recent = merge(self._recent[series], changed)[-RECENT_KLINES:]
+        recent = merge(self._recent.get(series, ()), changed)[-RECENT_KLINES:]
         documents = self._documents.get(series, {}) | {k.open_ms: _encode(_public(k, period_ms)) for k in changed}
         self._recent[series] = recent
         self._documents[series] = {kline.open_ms: documents[kline.open_ms] for kline in recent}
