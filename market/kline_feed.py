@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 ROUND_SECONDS = 0.25
 ROUND_SECONDS_MAX = 30.0
+RETRY_SECONDS = 1.0
 PAGE_TRADES_MAX = 10_000
 # As many are in a channel's snapshot, and at hand for what is still to be traded.
 RECENT_KLINES = 60
@@ -68,17 +69,20 @@ class KlineFeed:
         loop = asyncio.get_running_loop()
         prune_at = loop.time()
         while True:
+            pause = ROUND_SECONDS
             try:
                 async with asyncio.timeout(ROUND_SECONDS_MAX):
                     is_behind = await self.update(_now_ms())
                     if loop.time() >= prune_at and not is_behind:
                         await self._prune()
                         prune_at = loop.time() + PRUNE_SECONDS
+                if is_behind:
+                    pause = 0
             except (RedisError, *OUTAGES) as error:
                 log.warning("Klines are late: %r", error)
                 self._forget()
-                is_behind = False
-            await asyncio.sleep(0 if is_behind else ROUND_SECONDS)
+                pause = RETRY_SECONDS
+            await asyncio.sleep(pause)
 
     def break_chains(self) -> None:
         """What was published last may not have arrived: publish everything again, as new chains."""
@@ -102,14 +106,12 @@ class KlineFeed:
 
     async def _load(self, conn: Connection) -> None:
         self._positions = await read_positions(conn, self._instrument_ids)
-        newest = await read_newest(conn, self._series, RECENT_KLINES)
-        self._recent = dict.fromkeys(self._series, [])
-        for series, klines in newest.items():
+        for series, klines in (await read_newest(conn, self._series, RECENT_KLINES)).items():
             self._remember(series, klines)
 
     def _remember(self, series: Series, changed: Sequence[Kline]) -> None:
         period_ms = PERIODS_MS[series[1]]
-        recent = merge(self._recent[series], changed)[-RECENT_KLINES:]
+        recent = merge(self._recent.get(series, ()), changed)[-RECENT_KLINES:]
         documents = self._documents.get(series, {}) | {k.open_ms: _encode(_public(k, period_ms)) for k in changed}
         self._recent[series] = recent
         self._documents[series] = {kline.open_ms: documents[kline.open_ms] for kline in recent}

@@ -1,6 +1,7 @@
 """Klines of the real market process: from the tape into the table, on the event bus, over REST and on sockets."""
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -174,6 +175,34 @@ async def test_an_outage_of_redis_does_not_stop_the_table_and_publishes_afterwar
     with pytest.raises(RedisError):
         await klines.update(now_ms())
     assert len(await stored(pool, "1m")) == 1
+    await assert_klines_are_those_of_the_tape(pool)
+
+
+async def test_lost_connections_and_an_emptied_redis_only_delay(
+    pool: Pool, redis: Redis, engine: EngineLog, market_settings: Settings
+) -> None:
+    await engine.append(BTC, [placed(1, "BUY", 600_000, 10_000), *trades_at([now_ms() - MINUTE])])
+    async with running_market(pool, redis, market_settings):
+        await counted(pool, 2)
+        await eventually(lambda: redis.get(f"market:kline:1m:{BTC}"))
+        await pool.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        await redis.flushall()
+        await redis.client_kill_filter(_type="pubsub")
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(OSError):
+                    await engine.append(BTC, trades_at([now_ms()], seed=2), hint=False)
+                    break
+        await counted(pool, 3)
+
+        async def published() -> bool:
+            return b'"seq":3' in (await redis.get(f"market:kline:1d:{BTC}") or b"")
+
+        await eventually(published)
+        await eventually(lambda: redis.get(f"market:kline:1m:{SOL}"))
     await assert_klines_are_those_of_the_tape(pool)
 
 
