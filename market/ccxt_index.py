@@ -33,8 +33,8 @@ from storage.leadership import wait_for_event
 
 log = logging.getLogger(__name__)
 
-# When more than this is traded within the smoothing window, the latest of it speaks for the rest (parsing takes 2 ms).
-TRADES_MAX = 200
+# When more than this is traded within the smoothing window, the latest of it speaks for the rest (parsing takes 1 ms).
+TRADES_MAX = 100
 # After failures the wait doubles up to this multiple: an exchange that bans for too many requests wants its rest.
 BACKOFF_MAX = 16
 # The list of all markets is read once and is large.

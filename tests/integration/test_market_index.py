@@ -1,6 +1,7 @@
 """The market process with an index from exchanges: history, freeze and recovery; and with recorded prices."""
 
 import asyncio
+import itertools
 import logging
 import os
 import signal
@@ -156,6 +157,24 @@ async def test_an_instrument_is_frozen_by_itself(
         # It never had a mark, so there is none to show.
         assert await redis.get(f"market:mark:{SOL}") is None
         assert await frozen_since(pool, BTC) is None
+
+
+async def test_an_exchange_that_hangs_delays_no_round_of_mark_prices(
+    pool: Pool, redis: Redis, spot: SpotExchanges, ccxt_settings: Settings
+) -> None:
+    every = {
+        "index_exchanges": "binance:1,coinbase:1,kraken:1",
+        "index_urls": spot.urls(),
+        "index_timeout_seconds": 5.0,
+    }
+    async with running_market(pool, redis, ccxt_settings.model_copy(update=every)):
+        await mark_of(redis, BTC, isFrozen=False)
+        spot["kraken"].hangs = True
+        await asyncio.sleep(2.0)
+        await mark_of(redis, BTC, isFrozen=False)
+    rows = await pool.fetch("SELECT calculated_at FROM market.mark_prices WHERE instrument_id = $1 ORDER BY 1", BTC)
+    moments = [row["calculated_at"].timestamp() for row in rows]
+    assert max(later - earlier for earlier, later in itertools.pairwise(moments)) < 1.5
 
 
 async def test_a_restart_within_a_freeze_keeps_the_mark_and_since_when_it_stands(
