@@ -28,8 +28,8 @@ _MS = timedelta(milliseconds=1)
 
 def funding_rate(premium_average: Decimal, interval: timedelta, cap: Decimal, interest: Decimal = INTEREST) -> Decimal:
     """The rate of one `interval`, at most `cap` either way: longs pay it if positive; 12 decimals, half-even."""
-    rate = premium_average + clamp(interest - premium_average, DAMPER)
-    return clamp(rate * (interval // _MS) / (RATE_INTERVAL // _MS), cap).quantize(RATE_STEP)
+    rate = premium_average + bounded(interest - premium_average, DAMPER)
+    return bounded(rate * (interval // _MS) / (RATE_INTERVAL // _MS), cap).quantize(RATE_STEP)
 
 
 def rate_cap(tiers: Sequence[Tier], share: Decimal = CAP_SHARE) -> Decimal:
@@ -38,6 +38,6 @@ def rate_cap(tiers: Sequence[Tier], share: Decimal = CAP_SHARE) -> Decimal:
     return share * (Decimal(1) / lowest.max_leverage - lowest.maintenance_margin_rate)
 
 
-def clamp(value: Decimal, limit: Decimal) -> Decimal:
+def bounded(value: Decimal, limit: Decimal) -> Decimal:
     """`value`, but within plus and minus `limit`."""
     return max(-limit, min(limit, value))

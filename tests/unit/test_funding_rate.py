@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.funding_rate import DAMPER, INTEREST, clamp, funding_rate, rate_cap
+from domain.funding_rate import DAMPER, INTEREST, bounded, funding_rate, rate_cap
 from domain.margin import Tier
 
 D = Decimal
@@ -58,4 +58,4 @@ def test_without_a_cap_the_rate_is_within_the_damper_of_the_premium_or_the_inter
 def test_the_cap_leaves_a_quarter_of_what_stands_above_maintenance_margin() -> None:
     tiers = [Tier(D(0), D("0.005"), D(0), 100), Tier(D(250_000), D("0.01"), D(1_250), 50)]
     assert rate_cap(tiers) == D("0.00375")
-    assert clamp(D("-0.01"), rate_cap(tiers)) == D("-0.00375")
+    assert bounded(D("-0.01"), rate_cap(tiers)) == D("-0.00375")

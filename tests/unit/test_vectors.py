@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from domain.exposure import Exposure
-from domain.funding_rate import clamp, funding_rate
+from domain.funding_rate import bounded, funding_rate
 from domain.index_price import clamp_to_median, weighted_average
 from domain.margin import (
     Tier,
@@ -138,7 +138,7 @@ def rate_capped(given: Inputs) -> Figures:
     """Premium and cap are ours; their rate has neither interest nor damper, and goes on from a rounded premium."""
     premium = premium_index(Decimal(given["perp"]), Decimal(given["index"])).quantize(Decimal("0.0001"))
     rate = premium / given["realisation_hours"]
-    return {"uncapped_per_hour": rate, "rate_per_hour": clamp(rate, Decimal(given["cap_per_hour"]))}
+    return {"uncapped_per_hour": rate, "rate_per_hour": bounded(rate, Decimal(given["cap_per_hour"]))}
 
 
 def mark_with_basis(given: Inputs) -> Decimal:
