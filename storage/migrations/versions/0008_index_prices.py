@@ -29,5 +29,7 @@ def upgrade() -> None:
         schema="market",
     )
     # There were simulated prices only until now.
-    op.add_column("funding_rates", sa.Column("source", sa.Text(), server_default="simulated", nullable=False), schema="market")
+    op.add_column(
+        "funding_rates", sa.Column("source", sa.Text(), server_default="simulated", nullable=False), schema="market"
+    )
     op.alter_column("funding_rates", "source", server_default=None, schema="market")
