@@ -28,6 +28,7 @@ class Settings(BaseSettings):
     mark_price_interval_seconds: float = 1.0
     jwt_private_key_file: Path | None = None
     log_level: str = "INFO"
+    sockets_per_address: int = 200
     engine_instruments: str = ""
     engine_lease_seconds: float = 5.0
     engine_snapshot_commands: int = 50_000

@@ -166,13 +166,16 @@ def _servers() -> Iterator[Servers]:
             "EXCHANGE_API_PORT": str(port),
             "EXCHANGE_JWT_PRIVATE_KEY_FILE": str(_new_key(folder / "jwt.pem")),
             "EXCHANGE_LOG_LEVEL": "WARNING",
+            "EXCHANGE_SOCKETS_PER_ADDRESS": "100000",
         }
-        market, api = (
-            stack.enter_context(_running(Process(name, [*launcher(), sys.executable, "-m", name]), environment, folder / f"{name}.log"))
-            for name in ("market", "api")
-        )
+        market = stack.enter_context(_running(_service("market"), environment, folder / "market.log"))
+        api = stack.enter_context(_running(_service("api"), environment, folder / "api.log"))
         _wait_until_served(port)
         yield Servers(database, embedded[0].endpoint.url, port, api, market)
+
+
+def _service(name: str) -> Process:
+    return Process(name, [*launcher(), sys.executable, "-m", name])
 
 
 def _new_key(path: Path) -> Path:
@@ -195,7 +198,7 @@ def _wait_until_served(port: int) -> None:
 @asynccontextmanager
 async def _subscribers(port: int, count: int, out: Path) -> AsyncIterator[None]:
     """`count` clients in a process of their own, subscribed; what came when is in `out` at the end."""
-    command = [sys.executable, "-m", "bench.fanout_clients", str(port), str(count), ID, str(out)]
+    command = [*launcher(), sys.executable, "-m", "bench.fanout_clients", str(port), str(count), ID, str(out)]
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=pipe, stdout=pipe)
     assert process.stdout is not None
@@ -215,7 +218,11 @@ def _stalled_subscriber(port: int) -> Iterator[None]:
     with socket.socket() as stalled:
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stalled.connect(("127.0.0.1", port))
-        stalled.sendall(UPGRADE + subscriptions(ID))
+        stalled.sendall(UPGRADE)
+        # Snapshots fill the buffers on the way, so that it stalls before the clock starts.
+        for _ in range(20):
+            stalled.sendall(subscriptions(ID))
+            time.sleep(0.03)
         yield
 
 
@@ -247,8 +254,7 @@ async def _phase(servers: Servers, engine: Engine, subscribers: int, rate: float
             lasted = time.monotonic() - begun
             api_cpu, market_cpu = _cpu(servers.api) - cpu_before[0], _cpu(servers.market) - cpu_before[1]
             rss = servers.api.memory_info().rss
-        rows: array[int] = array("q")
-        rows.frombytes(out.read_bytes())
+        rows = array("q", out.read_bytes())  # noqa: ASYNC240 - nothing else runs here
     messages = sum(1 for seq in rows[2::4] if seq > since)
     depth, trades = (_delays(rows, engine, since, of_trades=of_trades) for of_trades in (False, True))
     assert len(depth) == subscribers * events, f"Expected {subscribers * events} deliveries, was {len(depth)}"
@@ -279,13 +285,11 @@ async def _measure(servers: Servers, subscribers: int, rate: float, seconds: flo
 def _print(name: str, figures: Figures) -> None:
     print(f"{name}: {figures.events} events, {figures.messages:,} messages in {figures.seconds:.1f} s")
     for channel, delays in (("depth", figures.depth), ("trades", figures.trades)):
-        print(
-            f"  event to client, {channel:6}  p50 {percentile(delays, 0.5):6.1f} ms   p99 {percentile(delays, 0.99):6.1f} ms"
-        )
-    print(
-        f"  api {figures.api_cpu / figures.messages * 1e6:.1f} µs CPU a message, {figures.api_cpu / figures.seconds:.0%}"
-        f" of a core, {figures.api_rss / 2**20:.0f} MB; market {figures.market_cpu / figures.seconds:.0%} of a core"
-    )
+        p50, p99 = percentile(delays, 0.5), percentile(delays, 0.99)
+        print(f"  event to client, {channel:6}  p50 {p50:6.1f} ms   p99 {p99:6.1f} ms")
+    per_message, share = figures.api_cpu / figures.messages * 1e6, figures.api_cpu / figures.seconds
+    print(f"  api {per_message:.1f} µs CPU a message, {share:.0%} of a core, {figures.api_rss / 2**20:.0f} MB")
+    print(f"  market {figures.market_cpu / figures.seconds:.0%} of a core")
 
 
 def main(subscribers: int = 1_000, rate: float = 100, seconds: float = 15) -> None:

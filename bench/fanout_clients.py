@@ -118,7 +118,7 @@ async def _measure(port: int, count: int, instrument_id: str, out: Path) -> None
     subscribers = await asyncio.gather(*(connect() for _ in range(count)))
     print("ready", flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
-    out.write_bytes(rows.tobytes())
+    out.write_bytes(rows.tobytes())  # noqa: ASYNC240 - the measurement is over
     print("lost", sum(subscriber.lost for subscriber in subscribers), flush=True)
     # Nobody waits for a thousand farewells.
     os._exit(0)
