@@ -48,6 +48,7 @@ LEVELS = 40
 READY_SECONDS = 60
 # Connections are made and snapshots sent before the clock starts.
 WARM_UP_SECONDS = 2.0
+DRAIN_SECONDS = 3.0
 TARGET_CHANGE = 0.10
 
 
@@ -250,7 +251,7 @@ async def _phase(servers: Servers, engine: Engine, subscribers: int, rate: float
             begun = time.monotonic()
             events = await engine.run(rate, seconds)
             # The last of them are still on their way.
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(DRAIN_SECONDS)
             lasted = time.monotonic() - begun
             api_cpu, market_cpu = _cpu(servers.api) - cpu_before[0], _cpu(servers.market) - cpu_before[1]
             rss = servers.api.memory_info().rss
