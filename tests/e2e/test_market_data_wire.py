@@ -32,8 +32,8 @@ from tests.waiting import until
 BTC = SHIPPED[0]
 ID = BTC.instrument_id
 COMMANDS = {process.name: process.command for process in SERVICES}
-COUNT = 1500
-BATCH = 5
+COUNT = 1200
+BATCH = 6
 PAUSE_SECONDS = 0.02
 Document = dict[str, Any]
 Book = dict[str, dict[str, str]]
