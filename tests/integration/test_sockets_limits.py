@@ -172,8 +172,9 @@ async def test_a_peer_that_reads_nothing_is_let_go_with_all_that_was_kept_for_it
                 break
             assert seq < 10_000, "Expected the socket to be closed"
             await asyncio.sleep(0.001)
-        # It never reads again, yet nothing of it stays: neither a task nor a connection with its buffer.
+        # It reads no more, yet nothing of it stays: neither a task nor a connection with its buffer.
         await eventually(lambda: no_connection_to(int(api.host.split(":")[1])))
+        slow.transport.abort()
 
 
 async def no_connection_to(port: int) -> bool:
