@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     mark_price_interval_seconds: float = 1.0
     jwt_private_key_file: Path | None = None
     log_level: str = "INFO"
+    sockets_per_address: int = 200
     engine_instruments: str = ""
     market_instruments: str = ""
     market_takeover_seconds: float = 3.0

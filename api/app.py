@@ -27,6 +27,12 @@ ROUTERS: list[APIRouter] = [
 ]
 
 
+DESCRIPTION = """
+Answers of `/api/market` may be kept for one second and have an ETag. Market data and a user's own events are pushed
+over WebSockets, `/ws/market` and `/ws/user`: `docs/websocket.md` has their messages, heartbeat, limits, closing codes.
+"""
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The api process as an ASGI application; its lifespan connects to the servers and leaves them."""
 
@@ -39,6 +45,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Saga Exchange",
         version="0.1.0",
+        description=DESCRIPTION,
         lifespan=lifespan,
         # Spans and metrics of every request cost more than most requests.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},

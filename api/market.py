@@ -11,6 +11,7 @@ from pydantic import AliasChoices, Field
 from redis.asyncio import Redis
 
 from activities.instruments import read_instruments
+from api.caching import CachedRoute
 from api.gateway import require_admin
 from api.models import Amount, ApiModel, Page, SafeText, Timestamp
 from api.state import AppState, State
@@ -19,7 +20,7 @@ from domain.money import plain
 from domain.problems import Problem
 from storage.market_keys import HELD_PRICE_CHANNEL, held_price_key, mark_key, snapshot_key
 
-router = APIRouter(prefix="/api/market", tags=["market"])
+router = APIRouter(prefix="/api/market", tags=["market"], route_class=CachedRoute)
 admin_router = APIRouter(prefix="/api/admin", tags=["admin"], dependencies=[Depends(require_admin)])
 
 DEPTH_LIMIT_MAX = 5000

@@ -23,6 +23,7 @@ from storage.market_keys import CHANNELS, KLINE_CHANNELS, snapshot_key, update_c
 log = logging.getLogger(__name__)
 
 RECENT_UPDATES = 256
+SUBSCRIPTIONS_MAX = 50
 RETRY_SECONDS = 0.2
 READ_SECONDS_MAX = 5.0
 # A state makes the ones before it obsolete; a trade does not.
@@ -41,7 +42,7 @@ _decode_position = msgspec.json.Decoder(_Position).decode
 class _Update:
     previous: int
     seq: int
-    text: str
+    payload: bytes
 
 
 class _Subscription:
@@ -53,9 +54,9 @@ class _Subscription:
         self._client = client
         self._topic = topic
 
-    def send(self, text: str, seq: int) -> None:
+    def send(self, payload: bytes, seq: int) -> None:
         self.seq = seq
-        self._client.offer(text, self if self._topic.channel in _STATE_CHANNELS else None)
+        self._client.offer(payload, self if self._topic.channel in _STATE_CHANNELS else None)
 
     def skipped(self) -> None:
         self.seq = None
@@ -85,7 +86,7 @@ class _Topic:
 
     def on_update(self, payload: bytes) -> None:
         position = _decode_position(payload)
-        update = _Update(position.prev_seq, position.seq, payload.decode())
+        update = _Update(position.prev_seq, position.seq, payload)
         last = self._updates[-1].seq if self._updates else update.previous
         if update.previous != last:
             if update.seq == last:
@@ -115,7 +116,7 @@ class _Topic:
         if subscription.seq is None or update.previous < subscription.seq:
             return
         if update.previous == subscription.seq:
-            subscription.send(update.text, update.seq)
+            subscription.send(update.payload, update.seq)
         else:
             subscription.seq = None
             self.send_snapshots()
@@ -128,7 +129,7 @@ class _Topic:
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
                 for subscription in self._waiting():
-                    subscription.send(snapshot.text, snapshot.seq)
+                    subscription.send(snapshot.payload, snapshot.seq)
                     for update in list(self._updates):
                         self._forward(subscription, update)
         finally:
@@ -152,7 +153,7 @@ class _Topic:
         if payload is None:
             return None
         position = _decode_position(payload)
-        return _Update(position.prev_seq, position.seq, payload.decode())
+        return _Update(position.prev_seq, position.seq, payload)
 
 
 class MarketFeed:
@@ -181,6 +182,8 @@ class MarketFeed:
     def subscribe(self, client: SocketClient, channel: str, instrument_id: str) -> None:
         """Send `client` a snapshot, then updates; also when it was subscribed before. Raises Problem."""
         topic = self._topic(channel, instrument_id)
+        if client not in topic.subscriptions and self._subscriptions(client) >= SUBSCRIPTIONS_MAX:
+            raise Problem("RATE_LIMITED", f"A connection may have {SUBSCRIPTIONS_MAX} subscriptions")
         topic.subscriptions[client] = _Subscription(client, topic)
         topic.send_snapshots()
 
@@ -197,6 +200,9 @@ class MarketFeed:
         """Stop sending snapshots."""
         for topic in self._topics.values():
             await topic.close()
+
+    def _subscriptions(self, client: SocketClient) -> int:
+        return sum(client in topic.subscriptions for topic in self._topics.values())
 
     def _topic(self, channel: str, instrument_id: str) -> _Topic:
         if channel not in CHANNELS and channel not in KLINE_CHANNELS:
