@@ -50,6 +50,8 @@ class Store:
 
     def __init__(self, period: int) -> None:
         self.period = period
+        # How many it remembers: the newest so many of all there are, or all if there are fewer.
+        self.kept = 4
         self.klines: list[Kline] = []
         self.recent: list[Kline] = []
         self.closings: list[int] = []
@@ -63,9 +65,10 @@ class Store:
         changed = advance(known, trades, self.period, now)
         self.closings += [kline.open_ms for kline in changed if kline.closed and kline.open_ms not in was_closed]
         self.klines = merge(self.klines, changed)
-        self.recent = merge(self.recent, changed)[-4:]
+        self.recent = merge(self.recent, changed)[-self.kept :]
 
     def restart(self, kept: int) -> None:
+        self.kept = kept
         self.recent = self.klines[-kept:]
 
 
