@@ -5,6 +5,7 @@ row carries two postings (available and reserved), a system account's row one. B
 transaction, from the same rows.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -26,7 +27,7 @@ from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
 from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest
 from domain.steps import CheckResult, MarginMoves, settle_step
-from domain.wallet import Wallet, freeze, settle
+from domain.wallet import BookedFill, Settled, Wallet, freeze, settle, settle_fills
 from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import advance_cursor, first_result, store_result
@@ -249,8 +250,10 @@ async def _settle(conn: Connection, events: EventRange) -> None:
         "SELECT quote_asset FROM matching.v_instruments WHERE instrument_id = $1", instrument_id
     )
     fills = await conn.fetch(
-        "SELECT user_id, trade_id, realized_pnl, fee FROM positions.v_fills"
-        " WHERE instrument_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq, role",
+        "SELECT f.user_id, f.trade_id, f.side, f.price, f.quantity, f.realized_pnl, f.fee, f.signed_quantity_after,"
+        " f.leverage, f.cause, p.margin_mode FROM positions.v_fills f"
+        " JOIN positions.v_positions p USING (user_id, instrument_id)"
+        " WHERE f.instrument_id = $1 AND f.seq > $2 AND f.seq <= $3 ORDER BY f.seq, f.role",
         instrument_id,
         events.after_seq,
         events.to_seq,
@@ -261,26 +264,19 @@ async def _settle(conn: Connection, events: EventRange) -> None:
     users = sorted({row["user_id"] for row in fills} | order_margins.keys())
     book = await _open_book(conn, ((user_id, asset) for user_id in users))
     holds = await _lock_holds(conn, [(user_id, instrument_id, asset) for user_id in users])
-    position_margins = await _position_margins(conn, instrument_id, users)
 
     # Balances before the trades decide what can be held after them; the journals then say how it came about.
-    cash = dict.fromkeys(users, ZERO)
+    booked: defaultdict[int, list[BookedFill]] = defaultdict(list)
     for row in fills:
-        cash[row["user_id"]] += row["realized_pnl"] - row["fee"]
+        booked[row["user_id"]].append(_booked_fill(row))
     settled = {}
     for user_id in users:
-        hold = holds[user_id, instrument_id]
-        settled[user_id] = settle(
-            _wallet(book.accounts[user_id, asset], hold),
-            cash[user_id],
-            position_margins.get(user_id, ZERO),
-            order_margins.get(user_id, ZERO),
-        )
+        wallet = _wallet(book.accounts[user_id, asset], holds[user_id, instrument_id])
+        settled[user_id] = settle_fills(wallet, booked[user_id], order_margins.get(user_id, ZERO))
     _post_trades(book, fills, asset, instrument_id)
     book.open_journal("SETTLEMENT", f"{instrument_id}:{events.to_seq}")
     for user_id in users:
-        if settled[user_id].insurance:
-            _draw_insurance(book, user_id, asset, instrument_id, settled[user_id].insurance)
+        _post_insurance(book, user_id, asset, instrument_id, settled[user_id])
         _move(book, (user_id, instrument_id), holds[user_id, instrument_id], settled[user_id].wallet)
     book.events += [FundsUnfrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in risk.ended if m.amount]
     await _write(conn, book, holds)
@@ -301,10 +297,32 @@ def _post_trades(book: Book, fills: Sequence[asyncpg.Record], asset: str, instru
             book.post_system(FEES, asset, "FEE", fee)
 
 
-def _draw_insurance(book: Book, user_id: int, asset: str, instrument_id: str, amount: Decimal) -> None:
-    book.post_user(user_id, asset, "INSURANCE_FUND", amount, instrument_id=instrument_id)
-    book.post_system(INSURANCE_FUND, asset, "INSURANCE_FUND", -amount)
-    book.events.append(InsuranceFundRequired(str(user_id), instrument_id, asset, plain(amount)))
+def _booked_fill(row: asyncpg.Record) -> BookedFill:
+    after: Decimal = row["signed_quantity_after"]
+    return BookedFill(
+        before=after - (row["quantity"] if row["side"] == "BUY" else -row["quantity"]),
+        after=after,
+        price=row["price"],
+        leverage=row["leverage"],
+        realized_pnl=row["realized_pnl"],
+        fee=row["fee"],
+        is_liquidation=row["cause"] == "LIQUIDATION",
+        is_cross=row["margin_mode"] == "CROSS",
+    )
+
+
+def _post_insurance(book: Book, user_id: int, asset: str, instrument_id: str, settled: Settled) -> None:
+    """What the insurance fund gave to a user and got from them."""
+    for entry_type, amount in (
+        ("INSURANCE_FUND", settled.insurance),
+        ("LIQUIDATION_FEE", -settled.liquidation_fee),
+        ("LIQUIDATION_SURPLUS", -settled.surplus),
+    ):
+        if amount:
+            book.post_user(user_id, asset, entry_type, amount, instrument_id=instrument_id)
+            book.post_system(INSURANCE_FUND, asset, entry_type, -amount)
+    if settled.insurance:
+        book.events.append(InsuranceFundRequired(str(user_id), instrument_id, asset, plain(settled.insurance)))
 
 
 def _move(book: Book, key: tuple[int, str], hold: Hold, wallet: Wallet, entry_type: str = "MARGIN") -> None:
@@ -323,15 +341,6 @@ def _wallet(account: Account, hold: Hold) -> Wallet:
 async def _risk_step(conn: Connection, step_id: str, kind: type[T]) -> T | None:
     stored = await conn.fetchval("SELECT result FROM risk.v_steps WHERE step_id = $1", step_id)
     return None if stored is None else msgspec.json.decode(stored, type=kind)
-
-
-async def _position_margins(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, Decimal]:
-    rows = await conn.fetch(
-        "SELECT user_id, margin FROM positions.v_positions WHERE instrument_id = $1 AND user_id = ANY($2)",
-        instrument_id,
-        users,
-    )
-    return {row["user_id"]: row["margin"] for row in rows}
 
 
 async def _open_book(conn: Connection, owners: Iterable[tuple[int, str]]) -> Book:

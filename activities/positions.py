@@ -1,9 +1,13 @@
-"""The positions service: what everybody holds, at which entry price, backed by which margin."""
+"""The positions service: what everybody holds and at which entry price.
 
+The margin of a position is the ledger's; the copy here follows it, for the liquidation price.
+"""
+
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 from redis.asyncio import Redis
@@ -15,8 +19,8 @@ from activities.risk import OPPOSITE
 from domain.clock import from_ms, iso
 from domain.events import BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
 from domain.margin import Tier, liquidation_price, maintenance_margin, margin_ratio, unrealized_pnl
-from domain.matching import Trade
-from domain.money import plain
+from domain.matching import Deleveraged, Side, Trade
+from domain.money import ZERO, plain
 from domain.positions import Position, apply_fill
 from domain.sagas import APPLY_TRADES, CONFIRM_POSITIONS, EventRange
 from storage import outbox
@@ -25,6 +29,7 @@ from storage.once import advance_cursor
 from storage.outbox import UserPush
 from storage.reference_prices import read_reference_prices
 
+Cause = Literal["TRADE", "LIQUIDATION", "DELEVERAGE"]
 FEE_STEP = Decimal("1e-8")
 EVENT_COLUMNS = [
     "user_id",
@@ -42,23 +47,31 @@ EVENT_COLUMNS = [
     "realized_pnl",
     "signed_quantity_after",
     "entry_notional_after",
+    "leverage",
+    "cause",
     "created_at",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class TradeSide:
-    """One user's half of a trade."""
+    """One user's half of a trade; `cause` says whether it was of their own will."""
 
     role: str
     user_id: int
-    order_id: int
-    side: str
+    order_id: int | None
+    side: Side
     fee: Decimal
+    cause: Cause
 
 
-def sides_of(trade: Trade) -> tuple[TradeSide, TradeSide]:
-    """Maker and taker of a trade; fees in quote."""
+def sides_of(trade: Trade | Deleveraged) -> tuple[TradeSide, TradeSide]:
+    """Maker and taker of a trade; fees in quote. Who is deleveraged stands in for the maker, and pays no fee."""
+    if isinstance(trade, Deleveraged):
+        return (
+            TradeSide("MAKER", trade.counterparty_user_id, None, OPPOSITE[trade.side], ZERO, "DELEVERAGE"),
+            TradeSide("TAKER", trade.user_id, None, trade.side, ZERO, "LIQUIDATION"),
+        )
     return (
         TradeSide(
             "MAKER",
@@ -66,8 +79,16 @@ def sides_of(trade: Trade) -> tuple[TradeSide, TradeSide]:
             trade.maker_order_id,
             OPPOSITE[trade.taker_side],
             trade.maker_fee * FEE_STEP,
+            "TRADE",
         ),
-        TradeSide("TAKER", trade.taker_user_id, trade.taker_order_id, trade.taker_side, trade.taker_fee * FEE_STEP),
+        TradeSide(
+            "TAKER",
+            trade.taker_user_id,
+            trade.taker_order_id,
+            trade.taker_side,
+            trade.taker_fee * FEE_STEP,
+            "LIQUIDATION" if trade.taker_liquidation else "TRADE",
+        ),
     )
 
 
@@ -99,25 +120,24 @@ class PositionActivities:
 
 async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent], rules: Rules) -> None:
     instrument_id = events.instrument_id
-    trades = [(seq, event) for seq, event in log if isinstance(event, Trade)]
+    trades = [(seq, event, sides_of(event)) for seq, event in log if isinstance(event, Trade | Deleveraged)]
     if not trades:
         return
     instrument = rules.instruments[instrument_id]
-    users = sorted({user for _, t in trades for user in (t.maker_user_id, t.taker_user_id)})
+    users = sorted({half.user_id for _, _, halves in trades for half in halves})
     leverages = await _read_leverages(conn, instrument_id, users)
     positions = await _lock(conn, instrument_id, users)
     records: list[tuple[Any, ...]] = []
     pushes: list[UserPush] = []
-    for seq, trade in trades:
+    for seq, trade, halves in trades:
         price = instrument.ticks_to_price(trade.price)
         quantity = instrument.lots_to_quantity(trade.quantity)
         executed_at = from_ms(trade.at)
-        for half in sides_of(trade):
+        for half in halves:
             fill = apply_fill(
                 positions.get(half.user_id, Position()),
                 quantity if half.side == "BUY" else -quantity,
                 price,
-                leverages[half.user_id],
             )
             positions[half.user_id] = fill.position
             records.append(
@@ -137,6 +157,8 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                     fill.realized_pnl,
                     fill.position.signed_quantity,
                     fill.position.entry_notional,
+                    leverages[half.user_id],
+                    half.cause,
                     executed_at,
                 )
             )
@@ -171,21 +193,22 @@ def fill_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, object]:
 async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None, tiers: Sequence[Tier]) -> None:
     rows = await conn.fetch(
         "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage, p.margin_mode, p.status,"
-        " p.realized_pnl + f.realized_pnl AS realized_pnl, coalesce(h.position_margin, 0) AS margin"
+        " p.realized_pnl + f.realized_pnl AS realized_pnl"
         " FROM positions.positions p JOIN (SELECT user_id, sum(realized_pnl) AS realized_pnl"
         "   FROM positions.position_events WHERE instrument_id = $1 AND seq > $2 AND seq <= $3 GROUP BY user_id) f"
-        " USING (user_id) LEFT JOIN ledger.v_margin_holds h USING (user_id, instrument_id)"
-        " WHERE p.instrument_id = $1 ORDER BY p.user_id FOR UPDATE OF p",
+        " USING (user_id) WHERE p.instrument_id = $1 ORDER BY p.user_id FOR UPDATE OF p",
         events.instrument_id,
         events.after_seq,
         events.to_seq,
     )
+    # Read after the rows are locked: whoever copies the ledger's margin last copies the newest.
+    margins = await read_margins(conn, events.instrument_id, [row["user_id"] for row in rows])
     changes = [
         (
             row["position_id"],
-            row["margin"],
+            margins[row["user_id"]],
             row["realized_pnl"],
-            liquidation_price(row["signed_quantity"], row["entry_notional"], row["margin"], tiers),
+            liquidation_price(row["signed_quantity"], row["entry_notional"], margins[row["user_id"]], tiers),
             _status(row),
         )
         for row in rows
@@ -201,7 +224,10 @@ async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None, t
     pushes: list[UserPush] = []
     for row, change in zip(rows, changes, strict=True):
         view = position_view(
-            events.instrument_id, {**row, "liquidation_price": change[3], "status": change[4]}, mark, tiers
+            events.instrument_id,
+            {**row, "margin": change[1], "liquidation_price": change[3], "status": change[4]},
+            mark,
+            tiers,
         )
         pushes.append(UserPush(row["user_id"], "position", view))
         business += _events(row["user_id"], events.instrument_id, view)
@@ -237,13 +263,13 @@ def position_view(
     instrument_id: str, row: Mapping[str, Any] | asyncpg.Record, mark: Decimal | None, tiers: Sequence[Tier]
 ) -> dict[str, Any]:
     """A position as clients see it; what depends on the mark price is null while there is none."""
-    position = Position(row["signed_quantity"], row["entry_notional"], row["margin"])
+    position, margin = Position(row["signed_quantity"], row["entry_notional"]), row["margin"]
     liquidation = row["liquidation_price"]
     unrealized = ratio = None
     maintenance = None
     if mark is not None:
         unrealized = unrealized_pnl(position.signed_quantity, position.entry_notional, mark)
-        ratio = margin_ratio(position.signed_quantity, position.entry_notional, position.margin, mark)
+        ratio = margin_ratio(position.signed_quantity, position.entry_notional, margin, mark)
         maintenance = maintenance_margin(abs(position.signed_quantity) * mark, tiers)
     return {
         "instrumentId": instrument_id,
@@ -255,7 +281,7 @@ def position_view(
         "realizedPnl": plain(row["realized_pnl"]),
         "leverage": row["leverage"],
         "marginMode": row["margin_mode"],
-        "margin": plain(position.margin),
+        "margin": plain(margin),
         "maintenanceMargin": _price(maintenance),
         "marginRatio": _price(ratio),
         "liquidationPrice": _price(liquidation),
@@ -265,6 +291,16 @@ def position_view(
 
 def _price(value: Decimal | None) -> str | None:
     return None if value is None else plain(value.quantize(FEE_STEP))
+
+
+async def read_margins(conn: Connection, instrument_id: str, users: Sequence[int]) -> defaultdict[int, Decimal]:
+    """The margin that the ledger holds for the positions of `users`."""
+    rows = await conn.fetch(
+        "SELECT user_id, position_margin FROM ledger.v_margin_holds WHERE instrument_id = $1 AND user_id = ANY($2)",
+        instrument_id,
+        users,
+    )
+    return defaultdict(lambda: ZERO, {row["user_id"]: row["position_margin"] for row in rows})
 
 
 async def _read_leverages(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, int]:
@@ -278,27 +314,26 @@ async def _read_leverages(conn: Connection, instrument_id: str, users: Sequence[
 
 async def _lock(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, Position]:
     rows = await conn.fetch(
-        "SELECT user_id, signed_quantity, entry_notional, margin FROM positions.positions"
+        "SELECT user_id, signed_quantity, entry_notional FROM positions.positions"
         " WHERE instrument_id = $1 AND user_id = ANY($2) ORDER BY user_id FOR UPDATE",
         instrument_id,
         users,
     )
-    return {row[0]: Position(row[1], row[2], row[3]) for row in rows}
+    return {row[0]: Position(row[1], row[2]) for row in rows}
 
 
 async def _save(
     conn: Connection, instrument_id: str, positions: dict[int, Position], leverages: dict[int, int]
 ) -> None:
     rows = [
-        (user_id, p.signed_quantity, p.entry_notional, p.margin, leverages[user_id])
+        (user_id, p.signed_quantity, p.entry_notional, leverages[user_id])
         for user_id, p in sorted(positions.items())
     ]
     await conn.execute(
-        "INSERT INTO positions.positions (instrument_id, user_id, signed_quantity, entry_notional, margin, leverage)"
-        " SELECT $1, n.* FROM unnest($2::bigint[], $3::numeric[], $4::numeric[], $5::numeric[], $6::int[]) AS n"
+        "INSERT INTO positions.positions (instrument_id, user_id, signed_quantity, entry_notional, leverage)"
+        " SELECT $1, n.* FROM unnest($2::bigint[], $3::numeric[], $4::numeric[], $5::int[]) AS n"
         " ON CONFLICT (user_id, instrument_id) DO UPDATE SET signed_quantity = excluded.signed_quantity,"
-        " entry_notional = excluded.entry_notional, margin = excluded.margin, leverage = excluded.leverage,"
-        " updated_at = now()",
+        " entry_notional = excluded.entry_notional, leverage = excluded.leverage, updated_at = now()",
         instrument_id,
-        *columns(rows, 5),
+        *columns(rows, 4),
     )

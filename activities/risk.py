@@ -18,7 +18,7 @@ from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPas
 from domain.exposure import Exposure, Side
 from domain.instruments import Instrument
 from domain.margin import Tier, tier_of
-from domain.matching import Amended, Cancelled, Ended, Expired, Filled, Rejected, StateChanged, Trade
+from domain.matching import Amended, Cancelled, Deleveraged, Ended, Expired, Filled, Rejected, StateChanged, Trade
 from domain.money import ZERO, plain
 from domain.order_entry import NewOrder
 from domain.problems import Problem
@@ -273,6 +273,10 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                         states[key] = states[key].with_fill(side, quantity, instrument.ticks_to_price(bound))
                     fill = fills[seq, role]
                     states[key] = states[key].with_position(fill["signed_quantity_after"], fill["entry_notional_after"])
+            case Deleveraged():
+                for role, user_id in (("TAKER", event.user_id), ("MAKER", event.counterparty_user_id)):
+                    key, fill = (user_id, instrument_id), fills[seq, role]
+                    states[key] = states[key].with_position(fill["signed_quantity_after"], fill["entry_notional_after"])
             case Filled():
                 key = (event.user_id, instrument_id)
                 states[key] = states[key].with_order_closed()
@@ -316,6 +320,8 @@ def users_of(log: list[SequencedEvent]) -> set[int]:
             users.add(event.taker_user_id)
         elif not isinstance(event, StateChanged):
             users.add(event.user_id)
+            if isinstance(event, Deleveraged):
+                users.add(event.counterparty_user_id)
     return users
 
 

@@ -485,7 +485,11 @@ position_events = Table(
     _col("realized_pnl", AMOUNT, default="0"),
     _col("signed_quantity_after", AMOUNT),
     _col("entry_notional_after", AMOUNT),
+    # At which new parts of the position are backed, and whether the fill was of the user's own will.
+    _col("leverage", Integer()),
+    _col("cause", Text(), default="'TRADE'"),
     _created(),
+    CheckConstraint("cause IN ('TRADE', 'LIQUIDATION', 'DELEVERAGE')", name="cause"),
     Index("uq_position_events_seq", "instrument_id", "seq", "role", unique=True),
     Index("ix_position_events_user_id", "user_id", "event_id"),
     schema="positions",

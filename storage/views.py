@@ -30,7 +30,7 @@ VIEWS: dict[str, str] = {
     ),
     "positions.v_fills": (
         "SELECT event_id, user_id, instrument_id, seq, role, trade_id, order_id, side, price, quantity, fee,"
-        " realized_pnl, signed_quantity_after, entry_notional_after, created_at AS executed_at"
+        " realized_pnl, signed_quantity_after, entry_notional_after, leverage, cause, created_at AS executed_at"
         " FROM positions.position_events WHERE trade_id IS NOT NULL"
     ),
     "positions.v_cursors": "SELECT instrument_id, applied_seq, confirmed_seq FROM positions.cursors",

@@ -101,7 +101,7 @@ def bankruptcy_quote(given: Inputs) -> Figures:
 
 def insurance(given: Inputs) -> Figures:
     deposit, size, entry = Decimal(given["deposit"]), Decimal(given["position"]), Decimal(given["entry"])
-    pnl = apply_fill(Position(size, size * entry, deposit), -size, Decimal(given["fill_price"]), 1).realized_pnl
+    pnl = apply_fill(Position(size, size * entry), -size, Decimal(given["fill_price"])).realized_pnl
     settled = settle(Wallet(position_margin=deposit), pnl, ZERO, ZERO)
     return {"pnl_at_fill": pnl, "insurance_fund_pays": settled.insurance}
 
@@ -111,8 +111,8 @@ def deleverage(given: Inputs) -> Figures:
     size, deposit = Decimal(bankrupt["position"]), Decimal(bankrupt["deposit"])
     notional = abs(size) * Decimal(bankrupt["entry"])
     price = found(bankruptcy_price(size, notional, deposit))
-    loser = apply_fill(Position(size, notional, deposit), -size, price, 1).realized_pnl
-    winner = apply_fill(Position(-size, notional, deposit), size, price, 1).realized_pnl
+    loser = apply_fill(Position(size, notional), -size, price).realized_pnl
+    winner = apply_fill(Position(-size, notional), size, price).realized_pnl
     return {"bankruptcy_price": price, "winner_realised": winner, "bankrupt_equity_after": deposit + loser}
 
 
