@@ -66,16 +66,18 @@ class CancelAll(Command, tag="CANCEL_ALL", frozen=True, kw_only=True):
 
 
 class Amend(Command, tag="AMEND", frozen=True, kw_only=True, omit_defaults=True):
-    """Change the price, or the quantity that is open (not what was filled before), or both; None leaves it as it is.
+    """Change the price, or the quantity of the whole order, or both; None leaves it as it is.
 
+    What was filled is part of `quantity`, so that a fill on the way here does not make the order larger than asked.
     The order keeps its place in the queue if its price stays and its quantity does not grow; otherwise it enters anew,
-    and may trade. An order that is not there is ignored (it has ended already).
+    and may trade. One AMENDED or AMEND_REJECTED with `amendment_id` answers it.
     """
 
     order_id: int
     user_id: int
     price: int | None = None
     quantity: int | None = None
+    amendment_id: int = 0
 
 
 class CancelReplace(Command, tag="CANCEL_REPLACE", frozen=True, kw_only=True):
@@ -220,7 +222,7 @@ class Amended(Event, tag="AMENDED", frozen=True, kw_only=True, omit_defaults=Tru
 
     `was_resting`: the old lots leave the book. `resting`: the new ones stand in it; otherwise the order waits for its
     stop price or is entering, and what it does is in the next events. Reasons: USER_REQUEST, REDUCE_ONLY (shrunk
-    with the position).
+    with the position; `amendment_id` is 0 then).
     """
 
     order_id: int
@@ -234,14 +236,16 @@ class Amended(Event, tag="AMENDED", frozen=True, kw_only=True, omit_defaults=Tru
     reduce_only: bool = False
     was_resting: bool = True
     resting: bool = True
+    amendment_id: int = 0
 
 
-class AmendRejected(Event, tag="AMEND_REJECTED", frozen=True, kw_only=True):
-    """The order stays as it was."""
+class AmendRejected(Event, tag="AMEND_REJECTED", frozen=True, kw_only=True, omit_defaults=True):
+    """The order stays as it was, or has ended already (ORDER_NOT_FOUND)."""
 
     order_id: int
     user_id: int
     reason: str
+    amendment_id: int = 0
 
 
 class Deleveraged(Event, tag="DELEVERAGED", frozen=True, kw_only=True):

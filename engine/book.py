@@ -16,8 +16,10 @@ CLUTTER_MIN = 64
 
 
 class Order(msgspec.Struct, gc=False):
-    """A live order: as it was entered, its price now, and the lots that remain. Out of the book `remaining` is 0
-    if it left a queue that has not been tidied up yet.
+    """A live order: its terms, its price, and the lots that remain. Out of the book `remaining` is 0 if it left a
+    queue that has not been tidied up yet.
+
+    `new.quantity` is what the whole order is over now: that less `remaining` has been filled.
 
     `gc=False`: it refers to its command only, so no cycle can go through it, and a million of them cost nothing.
     """

@@ -8,6 +8,7 @@ from collections import deque
 from fractions import Fraction
 
 import msgspec
+from msgspec import structs
 
 from domain.instruments import Instrument
 from domain.matching import (
@@ -48,7 +49,7 @@ RESTING = frozenset({"LIMIT", "STOP_LIMIT", "TAKE_PROFIT_LIMIT"})
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
-    """All that a matcher knows. Orders are (as entered, price, remaining) in order of entry."""
+    """All that a matcher knows. Orders are (terms, price, remaining) in order of entry."""
 
     version: int
     event_seq: int
@@ -371,7 +372,7 @@ class Matcher:
     def _shrink_outside(self, order: Order, room: int, at: int, events: list[AnyEvent]) -> None:
         old = order.remaining
         if old > room:
-            order.remaining = room
+            _resize(order, room)
             events.append(_amended(order, at, order.price, old, "REDUCE_ONLY", was_resting=False, resting=False))
 
     # Leaving and changing
@@ -386,7 +387,7 @@ class Matcher:
         cut = order.remaining - remaining
         side = self.book.side(order.new.side)
         side.levels[side.sign * order.price].lots -= cut
-        order.remaining = remaining
+        _resize(order, remaining)
         if order.new.reduce_only:
             self.reductions.take(order, cut)
 
@@ -427,49 +428,54 @@ class Matcher:
     def _amend(self, command: Amend, events: list[AnyEvent]) -> None:
         order = self._order_of(command.user_id, command.order_id)
         if order is None:
+            events.append(_amend_rejected(command, "ORDER_NOT_FOUND"))
             return
+        new = order.new
         price = order.price if command.price is None else command.price
-        quantity = order.remaining if command.quantity is None else command.quantity
-        refusal = self._amend_refusal(order, price, quantity)
+        total = new.quantity if command.quantity is None else command.quantity
+        refusal = self._amend_refusal(order, price, total)
         if refusal:
-            events.append(
-                AmendRejected(at=command.at, order_id=command.order_id, user_id=command.user_id, reason=refusal)
-            )
-        elif command.order_id in self.book.orders:
-            self._amend_resting(order, command.at, price, quantity, events)
+            events.append(_amend_rejected(command, refusal))
+            return
+        terms = structs.replace(new, price=price, quantity=total)
+        remaining = total - (new.quantity - order.remaining)
+        if command.order_id in self.book.orders:
+            self._amend_resting(order, terms, remaining, command, events)
         else:
             old_price, old_quantity = order.price, order.remaining
-            order.price, order.remaining = price, quantity
-            events.append(
-                _amended(order, command.at, old_price, old_quantity, "USER_REQUEST", was_resting=False, resting=False)
-            )
+            order.new, order.price, order.remaining = terms, price, remaining
+            events.append(_amended_by(command, order, old_price, old_quantity, was_resting=False, resting=False))
 
-    def _amend_refusal(self, order: Order, price: int, quantity: int) -> str:
-        """Why the order may not have this price and quantity; empty if it may."""
+    def _amend_refusal(self, order: Order, price: int, total: int) -> str:
+        """Why the order may not have this price and be over `total` lots; empty if it may."""
         if self.state != "TRADING":
             return "INSTRUMENT_NOT_TRADING"
-        if price <= 0 or quantity <= 0:
+        if price <= 0 or total <= 0:
             return "INVALID_ORDER"
+        if total <= order.new.quantity - order.remaining:
+            return "QUANTITY_ALREADY_FILLED"
         if order.new.post_only and order.new.order_id in self.book.orders:
             opposite = self.book.asks if order.new.side == "BUY" else self.book.bids
             if opposite.best is not None and opposite.best.key <= opposite.sign * price:
                 return "POST_ONLY_WOULD_CROSS"
         return ""
 
-    def _amend_resting(self, order: Order, at: int, price: int, quantity: int, events: list[AnyEvent]) -> None:
-        new, old_price, old_quantity = order.new, order.price, order.remaining
-        if new.reduce_only:
+    def _amend_resting(self, order: Order, terms: New, remaining: int, command: Amend, events: list[AnyEvent]) -> None:
+        old_price, old_quantity = order.price, order.remaining
+        amended = Order(terms, terms.price, remaining)
+        if terms.reduce_only:
             # Room beside the user's other orders; never less than this one has already.
-            room = self.reductions.reducible(new.user_id, new.side) - self.reductions.lots(new.user_id) + old_quantity
-            quantity = min(quantity, room)
-        if price == old_price and quantity <= old_quantity:
-            self._lower(order, quantity)
-            events.append(_amended(order, at, old_price, old_quantity, "USER_REQUEST"))
+            reductions = self.reductions
+            room = reductions.reducible(terms.user_id, terms.side) - reductions.lots(terms.user_id) + old_quantity
+            if remaining > room:
+                _resize(amended, room)
+        if amended.price == old_price and amended.remaining <= old_quantity:
+            self._lower(order, amended.remaining)
+            events.append(_amended_by(command, order, old_price, old_quantity))
             return
         self._remove(order)
-        entering = Order(new, price, quantity)
-        events.append(_amended(entering, at, old_price, old_quantity, "USER_REQUEST", resting=False))
-        self._enter(entering, at, Expired, events)
+        events.append(_amended_by(command, amended, old_price, old_quantity, resting=False))
+        self._enter(amended, command.at, Expired, events)
 
     # Stops
 
@@ -537,6 +543,7 @@ def _amended(
     *,
     was_resting: bool = True,
     resting: bool = True,
+    amendment_id: int = 0,
 ) -> Amended:
     new = order.new
     return Amended(
@@ -552,4 +559,37 @@ def _amended(
         reduce_only=new.reduce_only,
         was_resting=was_resting,
         resting=resting,
+        amendment_id=amendment_id,
     )
+
+
+def _amended_by(
+    command: Amend, order: Order, old_price: int, old_quantity: int, *, was_resting: bool = True, resting: bool = True
+) -> Amended:
+    return _amended(
+        order,
+        command.at,
+        old_price,
+        old_quantity,
+        "USER_REQUEST",
+        was_resting=was_resting,
+        resting=resting,
+        amendment_id=command.amendment_id,
+    )
+
+
+def _amend_rejected(command: Amend, reason: str) -> AmendRejected:
+    return AmendRejected(
+        at=command.at,
+        order_id=command.order_id,
+        user_id=command.user_id,
+        reason=reason,
+        amendment_id=command.amendment_id,
+    )
+
+
+def _resize(order: Order, remaining: int) -> None:
+    """Let `remaining` lots be open; what was filled stays as it was."""
+    total = order.new.quantity - order.remaining + remaining
+    order.new = structs.replace(order.new, quantity=total)
+    order.remaining = remaining

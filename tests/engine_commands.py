@@ -78,7 +78,8 @@ def _any_change(dice: random.Random, order_id: int) -> AnyCommand:
     if kind < 0.5:
         return CancelReplace(at=at, cancel_order_id=recent, order=_any_new(dice, order_id))
     price, quantity = dice.choice([None, _price(dice)]), dice.choice([None, dice.randint(1, 20), dice.randint(-1, 3)])
-    return Amend(at=at, order_id=recent, user_id=user_id, price=price, quantity=quantity)
+    amendment_id = dice.choice([0, order_id])
+    return Amend(at=at, order_id=recent, user_id=user_id, price=price, quantity=quantity, amendment_id=amendment_id)
 
 
 def _any_circumstance(dice: random.Random, at: int) -> AnyCommand:

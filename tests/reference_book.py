@@ -40,6 +40,7 @@ class Live:
     new: New
     price: int
     remaining: int
+    filled: int = 0
 
     @property
     def terms(self) -> dict[str, Any]:
@@ -159,27 +160,31 @@ class ReferenceMatcher:
             self._new(new)
 
     def _amend(self, command: Amend) -> None:
-        for order in self._live(command.order_id):
-            if order.new.user_id == command.user_id:
-                price = order.price if command.price is None else command.price
-                quantity = order.remaining if command.quantity is None else command.quantity
-                reason = self._amend_refusal(order, price, quantity)
-                if reason:
-                    who = {"order_id": command.order_id, "user_id": command.user_id}
-                    self.events.append(AmendRejected(at=self.at, reason=reason, **who))
-                else:
-                    self._amend_to(order, price, quantity)
+        who = {"order_id": command.order_id, "user_id": command.user_id, "amendment_id": command.amendment_id}
+        own = [order for order in self._live(command.order_id) if order.new.user_id == command.user_id]
+        if not own:
+            self.events.append(AmendRejected(at=self.at, reason="ORDER_NOT_FOUND", **who))
+        for order in own:
+            price = order.price if command.price is None else command.price
+            quantity = order.filled + order.remaining if command.quantity is None else command.quantity
+            reason = self._amend_refusal(order, price, quantity)
+            if reason:
+                self.events.append(AmendRejected(at=self.at, reason=reason, **who))
+            else:
+                self._amend_to(order, price, quantity - order.filled, command.amendment_id)
 
     def _amend_refusal(self, order: Live, price: int, quantity: int) -> str:
         if self.state != "TRADING":
             return "INSTRUMENT_NOT_TRADING"
         if price <= 0 or quantity <= 0:
             return "INVALID_ORDER"
+        if quantity <= order.filled:
+            return "QUANTITY_ALREADY_FILLED"
         if order.new.post_only and order in self.resting and self._would_cross(order.new.side, price):
             return "POST_ONLY_WOULD_CROSS"
         return ""
 
-    def _amend_to(self, order: Live, price: int, quantity: int) -> None:
+    def _amend_to(self, order: Live, price: int, quantity: int, amendment_id: int) -> None:
         rests = any(other is order for other in self.resting)
         if rests and order.new.reduce_only:
             others = sum(other.remaining for other in self._reducing(order.new.user_id)) - order.remaining
@@ -187,13 +192,29 @@ class ReferenceMatcher:
         keeps_place = rests and price == order.price and quantity <= order.remaining
         old_price, old_quantity = order.price, order.remaining
         order.price, order.remaining = price, quantity
-        self._amended(order, old_price, old_quantity, "USER_REQUEST", was_resting=rests, resting=keeps_place)
+        self._amended(
+            order,
+            old_price,
+            old_quantity,
+            "USER_REQUEST",
+            was_resting=rests,
+            resting=keeps_place,
+            amendment_id=amendment_id,
+        )
         if rests and not keeps_place:
             self._leave(order)
             self._enter(order, triggered=True)
 
     def _amended(
-        self, order: Live, old_price: int, old_quantity: int, reason: str, *, was_resting: bool, resting: bool
+        self,
+        order: Live,
+        old_price: int,
+        old_quantity: int,
+        reason: str,
+        *,
+        was_resting: bool,
+        resting: bool,
+        amendment_id: int = 0,
     ) -> None:
         self.events.append(
             Amended(
@@ -204,6 +225,7 @@ class ReferenceMatcher:
                 reason=reason,
                 was_resting=was_resting,
                 resting=resting,
+                amendment_id=amendment_id,
             )
         )
 
@@ -302,6 +324,7 @@ class ReferenceMatcher:
         taker.remaining -= quantity
         maker.remaining -= quantity
         for order in (taker, maker):
+            order.filled += quantity
             change = quantity if order.new.side == "BUY" else -quantity
             self.positions[order.new.user_id] = self.positions.get(order.new.user_id, 0) + change
         instrument = self.instrument

@@ -102,7 +102,8 @@ class Adapter:
             return [], "INVALID_ORDER"
         user_id = resting.new.user_id
         if left:
-            return matcher.apply(Amend(at=index, order_id=order_id, user_id=user_id, quantity=left)), None
+            total = resting.new.quantity - resting.remaining + left
+            return matcher.apply(Amend(at=index, order_id=order_id, user_id=user_id, quantity=total)), None
         return matcher.apply(Cancel(at=index, order_id=order_id, user_id=user_id)), None
 
     def _replace(

@@ -1,17 +1,20 @@
 """Laws that hold after every command of any log, and agreement with the reference book."""
 
 from collections import defaultdict
+from typing import TypeGuard
 
 import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from msgspec import structs
 
 from domain.instruments import SHIPPED
 from domain.matching import (
     Amend,
     Amended,
+    AmendRejected,
     AnyCommand,
     AnyEvent,
     Cancel,
@@ -19,6 +22,7 @@ from domain.matching import (
     Cancelled,
     CancelReplace,
     Expired,
+    Filled,
     MarkPrice,
     New,
     Rejected,
@@ -28,9 +32,10 @@ from domain.matching import (
     decode_event,
     encode,
 )
+from engine.book import Order
 from engine.matcher import Matcher
 from tests.engine_commands import AT, STOP_TYPES, any_commands, random_commands
-from tests.reference_book import ReferenceMatcher
+from tests.reference_book import Live, ReferenceMatcher
 
 # Few ids, users and prices: collisions, self-trades and duplicates are then frequent.
 ORDER_IDS = st.integers(1, 40)
@@ -63,6 +68,7 @@ CHANGES = st.one_of(
         user_id=USERS,
         price=st.none() | PRICES,
         quantity=st.none() | st.integers(-1, 12),
+        amendment_id=st.integers(0, 2),
     ),
     st.builds(CancelReplace, at=st.just(AT), cancel_order_id=ORDER_IDS, order=NEW_ORDERS),
     st.builds(MarkPrice, at=st.just(AT), price=PRICES),
@@ -70,14 +76,21 @@ CHANGES = st.one_of(
 COMMANDS = st.one_of(NEW_ORDERS, NEW_ORDERS, CHANGES)
 
 
+def as_told(order: Order | Live) -> tuple[New, int, int, int]:
+    """An order's terms apart from price and quantity, its price, what was filled and what is open."""
+    filled = order.filled if isinstance(order, Live) else order.new.quantity - order.remaining
+    return structs.replace(order.new, price=0, quantity=0), order.price, filled, order.remaining
+
+
 def assert_same_book(matcher: Matcher, reference: ReferenceMatcher) -> None:
     book = matcher.book
     for side in (book.bids, book.asks):
-        fast = [(order.new, order.price, order.remaining) for order in book.resting(side)]
-        assert fast == [(order.new, order.price, order.remaining) for order in reference.queue(side.name)]
+        fast = [as_told(order) for order in book.resting(side)]
+        assert fast == [as_told(order) for order in reference.queue(side.name)]
         assert book.depth(side) == reference.depth(side.name)
-    waiting = [(order.new, order.price, order.remaining) for order in matcher.stops.orders.values()]
-    assert waiting == [(order.new, order.price, order.remaining) for order in reference.waiting]
+    assert [as_told(order) for order in matcher.stops.orders.values()] == [
+        as_told(order) for order in reference.waiting
+    ]
     positions = matcher.reductions.positions
     assert {user: lots for user, lots in positions.items() if lots} == {
         user: lots for user, lots in reference.positions.items() if lots
@@ -174,6 +187,8 @@ def test_logs_of_every_kind_of_command_have_every_kind_of_event() -> None:
         ("Amended", "REDUCE_ONLY"),
         ("AmendRejected", "INVALID_ORDER"),
         ("AmendRejected", "INSTRUMENT_NOT_TRADING"),
+        ("AmendRejected", "ORDER_NOT_FOUND"),
+        ("AmendRejected", "QUANTITY_ALREADY_FILLED"),
         ("Cancelled", "REPLACED"),
         ("Expired", "POST_ONLY_WOULD_CROSS"),
         ("Expired", "REDUCE_ONLY"),
@@ -231,6 +246,30 @@ def test_every_lot_submitted_is_filled_open_or_ended(log: list[AnyCommand]) -> N
     for order in (*matcher.book.orders.values(), *matcher.stops.orders.values()):
         left[order.new.order_id] += order.remaining
     assert left == submitted
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_amendment_has_one_answer_and_never_leaves_more_open_than_asked(seed: int) -> None:
+    matcher = Matcher(SHIPPED[0])
+    filled: dict[int, int] = defaultdict(int)
+    for command in any_commands(1_000, seed):
+        events = matcher.apply(command)
+        if isinstance(command, Amend):
+            answers = [event for event in events if isinstance(event, AmendRejected) or _is_by_user(event)]
+            assert [answer.amendment_id for answer in answers] == [command.amendment_id]
+            if isinstance(answers[0], Amended) and command.quantity is not None:
+                assert filled[command.order_id] + answers[0].quantity <= command.quantity
+        for event in events:
+            if isinstance(event, Trade):
+                filled[event.maker_order_id] += event.quantity
+                filled[event.taker_order_id] += event.quantity
+            elif isinstance(event, Cancelled | Expired | Rejected | Filled):
+                # Its id may come again.
+                filled.pop(event.order_id, None)
+
+
+def _is_by_user(event: AnyEvent) -> TypeGuard[Amended]:
+    return isinstance(event, Amended) and event.reason == "USER_REQUEST"
 
 
 def test_the_same_log_gives_the_same_bytes() -> None:

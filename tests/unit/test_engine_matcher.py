@@ -10,6 +10,7 @@ import pytest
 from domain.instruments import SHIPPED, Instrument
 from domain.matching import (
     Amend,
+    AmendRejected,
     AnyCommand,
     AnyEvent,
     Cancel,
@@ -354,9 +355,40 @@ def test_a_post_only_order_cannot_be_amended_into_a_taker() -> None:
 
 
 @pytest.mark.parametrize(("order_id", "user_id"), [(2, 1), (1, 2)], ids=["unknown order", "order of another user"])
-def test_an_amendment_of_no_order_of_the_user_does_nothing(order_id: int, user_id: int) -> None:
-    _, events = run(new(1, "SELL", 100, 5), Amend(at=AT, order_id=order_id, user_id=user_id, quantity=1))
-    assert events == []
+def test_an_amendment_of_no_order_of_the_user_is_rejected(order_id: int, user_id: int) -> None:
+    amend = Amend(at=AT, order_id=order_id, user_id=user_id, quantity=1, amendment_id=9)
+    matcher, events = run(new(1, "SELL", 100, 5), amend)
+    assert events == [
+        AmendRejected(at=AT, order_id=order_id, user_id=user_id, reason="ORDER_NOT_FOUND", amendment_id=9)
+    ]
+    assert depth(matcher) == ([], [(100, 5)])
+
+
+def test_the_quantity_of_an_amendment_is_that_of_the_whole_order() -> None:
+    book = [new(1, "SELL", 100, 5), new(2, "BUY", 100, 3)]
+    matcher, events = run(*book, Amend(at=AT, order_id=1, user_id=1, quantity=8))
+    assert brief(events) == [("Amended", 1, 5, "USER_REQUEST"), ("Placed", 1, 5)]
+    again = matcher.apply(Amend(at=AT, order_id=1, user_id=1, quantity=4))
+    assert brief(again) == [("Amended", 1, 1, "USER_REQUEST")]
+    assert depth(matcher) == ([], [(100, 1)])
+
+
+@pytest.mark.parametrize("quantity", [1, 3])
+def test_an_amendment_to_no_more_than_was_filled_is_rejected(quantity: int) -> None:
+    book = [new(1, "SELL", 100, 5), new(2, "BUY", 100, 3)]
+    matcher, events = run(*book, Amend(at=AT, order_id=1, user_id=1, quantity=quantity))
+    assert brief(events) == [("AmendRejected", 1, "QUANTITY_ALREADY_FILLED")]
+    assert depth(matcher) == ([], [(100, 2)])
+
+
+def test_a_fill_of_an_order_is_not_forgotten_when_its_price_is_amended_or_it_is_shrunk() -> None:
+    matcher, _ = run(*long_position(7, 12), new(1, "SELL", 110, 6, user_id=7, reduce_only=True), new(2, "BUY", 110, 2))
+    matcher.apply(Amend(at=AT, order_id=1, user_id=7, price=111))
+    # The position is 3 then, so one lot of the four goes.
+    shrunk = [*matcher.apply(new(3, "BUY", 99, 7)), *matcher.apply(new(4, "SELL", 99, 7, user_id=7))]
+    assert ("Amended", 1, 3, "REDUCE_ONLY") in brief(shrunk)
+    assert brief(matcher.apply(Amend(at=AT, order_id=1, user_id=7, quantity=2)))[0][0] == "AmendRejected"
+    assert brief(matcher.apply(Amend(at=AT, order_id=1, user_id=7, quantity=3))) == [("Amended", 1, 1, "USER_REQUEST")]
 
 
 def test_cancel_replace_enters_the_new_order_in_place_of_the_old() -> None:
@@ -526,4 +558,9 @@ def test_the_bytes_of_orders_and_events_without_the_newer_terms_are_those_of_old
         b'"taker_user_id":2,"taker_remaining":0,"taker_fee":500,"taker_price":100,"taker_liquidation":false}',
         b'{"kind":"CANCELLED","at":1700000000000,"order_id":1,"user_id":1,"side":"BUY","price":100,"quantity":4,'
         b'"reason":"USER_REQUEST"}',
+    ]
+    amend = Amend(at=AT, order_id=3, user_id=3, price=99)
+    assert encode(amend) == b'{"kind":"AMEND","at":1700000000000,"order_id":3,"user_id":3,"price":99}'
+    assert [encode(event) for event in matcher.apply(amend)] == [
+        b'{"kind":"AMEND_REJECTED","at":1700000000000,"order_id":3,"user_id":3,"reason":"ORDER_NOT_FOUND"}'
     ]
