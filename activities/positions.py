@@ -326,8 +326,7 @@ async def _save(
     conn: Connection, instrument_id: str, positions: dict[int, Position], leverages: dict[int, int]
 ) -> None:
     rows = [
-        (user_id, p.signed_quantity, p.entry_notional, leverages[user_id])
-        for user_id, p in sorted(positions.items())
+        (user_id, p.signed_quantity, p.entry_notional, leverages[user_id]) for user_id, p in sorted(positions.items())
     ]
     await conn.execute(
         "INSERT INTO positions.positions (instrument_id, user_id, signed_quantity, entry_notional, leverage)"

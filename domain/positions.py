@@ -61,9 +61,7 @@ def apply_fill(before: Position, signed_quantity: Decimal, price: Decimal) -> Fi
 
 
 def _open(before: Position, signed_quantity: Decimal, price: Decimal) -> Fill:
-    after = Position(
-        before.signed_quantity + signed_quantity, before.entry_notional + abs(signed_quantity) * price
-    )
+    after = Position(before.signed_quantity + signed_quantity, before.entry_notional + abs(signed_quantity) * price)
     return Fill(after, ZERO, "ADD" if before.signed_quantity else "OPEN")
 
 
