@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from domain.exposure import Exposure
+from domain.liquidation import Holding, deleverage_score
 from domain.margin import (
     Tier,
     bankruptcy_price,
@@ -26,7 +27,7 @@ from domain.margin import (
 from domain.mark_price import funding_basis, impact_notional, mark_price
 from domain.money import AMOUNT_STEP, ZERO, round_down, round_up
 from domain.positions import Position, apply_fill
-from domain.wallet import Wallet, settle
+from domain.wallet import Wallet, liquidation_fee, settle
 
 FILE = Path(__file__).parents[3] / "shared" / "vectors.json"
 if not FILE.exists():
@@ -201,6 +202,19 @@ def received(given: Inputs) -> Figures:
     }
 
 
+def fund_delta(given: Inputs) -> Figures:
+    """dYdX leaves the bankrupt what is beyond the fee; of an isolated position of ours the fund gets that, too."""
+    left = Decimal(given["fill_quote"]) - Decimal(given["bankruptcy_quote"])
+    rate = Decimal(given["max_liquidation_fee_rate"])
+    return {"insurance_fund_delta": liquidation_fee(Decimal(given["fill_quote"]), left, rate)}
+
+
+def adl_bitmex(given: Inputs) -> Figures:
+    entry, mark = Decimal(given["entry"]), Decimal(given["mark"])
+    holding = Holding(Decimal(1), entry, entry - Decimal(given["bankruptcy"]))
+    return {"effective_leverage": mark / holding.equity(mark), "score": deleverage_score(holding, mark)}
+
+
 OURS: dict[str, Callable[[Inputs], Figures]] = {
     "liquidation_price.isolated.linear": liquidation_dydx,
     "liquidation_price.isolated.linear.hyperliquid_form": liquidation_hyperliquid,
@@ -211,6 +225,8 @@ OURS: dict[str, Callable[[Inputs], Figures]] = {
     "bankruptcy_price.quote_delta.linear": bankruptcy_quote,
     "insurance_fund.contribution": insurance,
     "deleverage.close_price": deleverage,
+    "insurance_fund.liquidation_fee": fund_delta,
+    "adl.score.bitmex": adl_bitmex,
     "funding.impact_notional": impact,
     "mark_price.price1": lambda given: {"price1": mark_with_basis(given)},
     "mark_price.fair_price": lambda given: {"mark_price": mark_with_basis(given)},
@@ -238,8 +254,7 @@ NOT_OURS = {
     "order_margin.with_fees.inverse": "linear contracts only",
     "rounding.bankruptcy_price": "prices of margin are unrounded; amounts have 8 decimals, not 6",
     "liquidation.order_limit_price(fillable)": "dYdX: our liquidation orders are bounded by the protection band",
-    "liquidation.partial.size_to_cover_shortage": "positions are liquidated whole",
-    "insurance_fund.liquidation_fee": "not yet: the fee of a liquidation",
+    "liquidation.partial.size_to_cover_shortage": "Drift: large positions of ours are reduced tier by tier",
     "socialised_loss.per_unit": "losses are deleveraged, not socialised",
     "funding.rate.clamp": "not yet: funding rate",
     "funding.rate.cap": "not yet: funding rate",
@@ -251,9 +266,8 @@ NOT_OURS = {
     "index_price.capped_median": "not yet: index from several sources",
     "index_price.outlier_cap": "not yet: index from several sources",
     "margin.linear_in_size": "Deribit: ours has tiers",
-    "adl.score.binance": "not yet: auto-deleveraging",
-    "adl.score.bitmex": "not yet: auto-deleveraging",
-    "adl.score.hyperliquid": "not yet: auto-deleveraging",
+    "adl.score.binance": "ours is BitMEX's: profit times effective leverage",
+    "adl.score.hyperliquid": "ours is BitMEX's: profit times effective leverage",
     "price_validity": "Hyperliquid: ours are multiples of a tick",
 }
 
