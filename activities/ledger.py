@@ -23,6 +23,7 @@ from domain.events import (
     InsuranceFundRequired,
     LedgerEntryCreated,
 )
+from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved, MarginPlan
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
 from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest
@@ -168,6 +169,18 @@ class LedgerActivities:
                 await _unfreeze(conn, request)
                 await store_result(conn, "ledger", step_id, Outcome(request.order_ids))
 
+    @activity.defn(name=MOVE_MARGIN)
+    async def move_margin(self, change: MarginChange) -> MarginMoved:
+        """Carry out what risk planned for a change of margin or leverage; more margin than is available is refused."""
+        # Named as a freeze: later checks of the user wait for it as for one.
+        step_id = f"freeze:{change.change_id}"
+        async with self._pool.acquire() as conn, conn.transaction():
+            done = await first_result(conn, "ledger", step_id, MarginMoved)
+            if done is None:
+                done = await _move_margin(conn, change)
+                await store_result(conn, "ledger", step_id, done)
+        return done
+
     @activity.defn(name=SETTLE)
     async def settle(self, events: EventRange) -> list[int]:
         """Book the fills of a range of engine events and divide every touched wallet anew.
@@ -242,6 +255,24 @@ async def _unfreeze(conn: Connection, request: StepRequest) -> None:
         if m.order_id not in never_held
     ]
     await _write(conn, book, holds)
+
+
+async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
+    plan = await _risk_step(conn, f"adjust:{change.change_id}", MarginPlan)
+    assert plan is not None, f"Expected the plan of {change}, was none"
+    key = (change.user_id, change.instrument_id)
+    book = await _open_book(conn, [(change.user_id, plan.asset)])
+    holds = await _lock_holds(conn, [(*key, plan.asset)])
+    wallet = _wallet(book.accounts[change.user_id, plan.asset], holds[key])
+    if change.kind == "MARGIN" and plan.position_delta > wallet.available:
+        return MarginMoved(["INSUFFICIENT_FUNDS"])
+    # A loss may have taken some of what was to be released.
+    margin = max(ZERO, wallet.position_margin + plan.position_delta)
+    moved = settle(wallet, ZERO, margin, plan.order_delta).wallet
+    book.open_journal("MARGIN_CHANGE", change.change_id)
+    _move(book, key, holds[key], moved)
+    await _write(conn, book, holds)
+    return MarginMoved(is_uncovered=moved.order_short > 0)
 
 
 async def _settle(conn: Connection, events: EventRange) -> None:

@@ -34,6 +34,7 @@ VIEWS: dict[str, str] = {
         " FROM positions.position_events WHERE trade_id IS NOT NULL"
     ),
     "positions.v_cursors": "SELECT instrument_id, applied_seq, confirmed_seq FROM positions.cursors",
+    "market.v_mark_prices": "SELECT instrument_id, calculated_at, mark_price FROM market.mark_prices",
     "matching.v_instruments": "SELECT * FROM matching.instruments",
     "matching.v_events": "SELECT instrument_id, seq, command_seq, payload FROM matching.events",
     "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",
