@@ -71,6 +71,8 @@ class Hold:
     order_margin: Decimal = ZERO
     position_margin: Decimal = ZERO
     order_short: Decimal = ZERO
+    # Counts the changes of `position_margin`: whoever copied it knows by this which one.
+    margin_version: int = 0
 
 
 @dataclass(slots=True)
@@ -361,6 +363,7 @@ def _move(book: Book, key: tuple[int, str], hold: Hold, wallet: Wallet, entry_ty
     change = wallet.reserved - hold.order_margin - hold.position_margin
     if change:
         book.post_user(key[0], hold.asset, entry_type, -change, change, key[1])
+    hold.margin_version += wallet.position_margin != hold.position_margin
     hold.order_margin, hold.position_margin = wallet.order_margin, wallet.position_margin
     hold.order_short = wallet.order_short
 
@@ -401,7 +404,7 @@ async def _lock_holds(conn: Connection, keys: Sequence[tuple[int, str, str]]) ->
     holds = {(user_id, instrument_id): Hold(asset) for user_id, instrument_id, asset in keys}
     for row in rows:
         holds[row["user_id"], row["instrument_id"]] = Hold(
-            row["asset"], row["order_margin"], row["position_margin"], row["order_short"]
+            row["asset"], row["order_margin"], row["position_margin"], row["order_short"], row["margin_version"]
         )
     return holds
 
@@ -427,11 +430,19 @@ async def _write(conn: Connection, book: Book, holds: dict[tuple[int, str], Hold
         *columns([(*key, a.available, a.reserved) for key, a in book.accounts.items()], 4),
     )
     await conn.execute(
-        "INSERT INTO ledger.margin_holds (user_id, instrument_id, asset, order_margin, position_margin, order_short)"
-        " SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::numeric[], $5::numeric[], $6::numeric[])"
-        " ON CONFLICT (user_id, instrument_id) DO UPDATE SET order_margin = excluded.order_margin,"
-        " position_margin = excluded.position_margin, order_short = excluded.order_short",
-        *columns([(*k, h.asset, h.order_margin, h.position_margin, h.order_short) for k, h in holds.items()], 6),
+        "INSERT INTO ledger.margin_holds"
+        " (user_id, instrument_id, asset, order_margin, position_margin, order_short, margin_version)"
+        " SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::numeric[], $5::numeric[], $6::numeric[],"
+        " $7::bigint[]) ON CONFLICT (user_id, instrument_id) DO UPDATE SET order_margin = excluded.order_margin,"
+        " position_margin = excluded.position_margin, order_short = excluded.order_short,"
+        " margin_version = excluded.margin_version",
+        *columns(
+            [
+                (*k, h.asset, h.order_margin, h.position_margin, h.order_short, h.margin_version)
+                for k, h in holds.items()
+            ],
+            7,
+        ),
     )
     # Last, because everybody's fees end here: the row lock is held for as short as can be. Sorted against deadlocks.
     if book.system:

@@ -67,6 +67,14 @@ class TradeSide:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldMargin:
+    """The margin (quote) that the ledger holds for a position, and which change of it that is."""
+
+    amount: Decimal = ZERO
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Terms:
     """At which leverage a user's new parts of a position are backed, and whether by the position's margin alone."""
 
@@ -239,28 +247,29 @@ async def _adopt(
     changes = [
         (
             row["position_id"],
-            margins[row["user_id"]],
+            margins[row["user_id"]].amount,
+            margins[row["user_id"]].version,
             row["realized_pnl"],
             row["leverage"],
-            liquidation_price(row["signed_quantity"], row["entry_notional"], margins[row["user_id"]], tiers),
+            liquidation_price(row["signed_quantity"], row["entry_notional"], margins[row["user_id"]].amount, tiers),
             _status(row),
         )
         for row in rows
     ]
     await conn.execute(
-        "UPDATE positions.positions p SET margin = n.margin, realized_pnl = n.realized_pnl,"
+        "UPDATE positions.positions p SET margin = n.margin, margin_version = n.version, realized_pnl = n.realized_pnl,"
         " leverage = n.leverage, liquidation_price = n.liquidation_price, status = n.status, updated_at = now()"
-        " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::int[], $5::numeric[], $6::text[])"
-        " AS n (position_id, margin, realized_pnl, leverage, liquidation_price, status)"
+        " FROM unnest($1::bigint[], $2::numeric[], $3::bigint[], $4::numeric[], $5::int[], $6::numeric[], $7::text[])"
+        " AS n (position_id, margin, version, realized_pnl, leverage, liquidation_price, status)"
         " WHERE p.position_id = n.position_id",
-        *columns(changes, 6),
+        *columns(changes, 7),
     )
     business: list[BusinessEvent] = []
     pushes: list[UserPush] = []
     for row, change in zip(rows, changes, strict=True):
         view = position_view(
             instrument_id,
-            {**row, "margin": change[1], "liquidation_price": change[4], "status": change[5]},
+            {**row, "margin": change[1], "liquidation_price": change[5], "status": change[6]},
             mark,
             tiers,
         )
@@ -328,14 +337,15 @@ def _price(value: Decimal | None) -> str | None:
     return None if value is None else plain(value.quantize(FEE_STEP))
 
 
-async def read_margins(conn: Connection, instrument_id: str, users: Sequence[int]) -> defaultdict[int, Decimal]:
+async def read_margins(conn: Connection, instrument_id: str, users: Sequence[int]) -> defaultdict[int, HeldMargin]:
     """The margin that the ledger holds for the positions of `users`."""
     rows = await conn.fetch(
-        "SELECT user_id, position_margin FROM ledger.v_margin_holds WHERE instrument_id = $1 AND user_id = ANY($2)",
+        "SELECT user_id, position_margin, margin_version FROM ledger.v_margin_holds"
+        " WHERE instrument_id = $1 AND user_id = ANY($2)",
         instrument_id,
         users,
     )
-    return defaultdict(lambda: ZERO, {row["user_id"]: row["position_margin"] for row in rows})
+    return defaultdict(HeldMargin, {row["user_id"]: HeldMargin(*row[1:]) for row in rows})
 
 
 async def _read_terms(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, Terms]:

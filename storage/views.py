@@ -20,12 +20,14 @@ VIEWS: dict[str, str] = {
     ),
     "ledger.v_balances": "SELECT user_id, asset, available, reserved FROM ledger.ledger_balances",
     "ledger.v_margin_holds": (
-        "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short FROM ledger.margin_holds"
+        "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short, margin_version"
+        " FROM ledger.margin_holds"
     ),
     "ledger.v_steps": "SELECT step_id, result FROM ledger.steps",
     "ledger.v_cursors": "SELECT instrument_id, applied_seq FROM ledger.cursors",
     "positions.v_positions": (
-        "SELECT position_id, user_id, instrument_id, signed_quantity, entry_notional, margin, realized_pnl, leverage,"
+        "SELECT position_id, user_id, instrument_id, signed_quantity, entry_notional, margin, margin_version,"
+        " realized_pnl, leverage,"
         " margin_mode, liquidation_price, status FROM positions.positions"
     ),
     "positions.v_fills": (
