@@ -23,11 +23,11 @@ from domain.events import (
     InsuranceFundRequired,
     LedgerEntryCreated,
 )
-from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved, MarginPlan
+from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
 from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest
-from domain.steps import CheckResult, MarginMoves, settle_step
+from domain.steps import CheckResult, MarginMoves, MarginPlan, settle_step
 from domain.wallet import BookedFill, Settled, Wallet, freeze, settle, settle_fills
 from storage import outbox
 from storage.db import Connection, Pool, columns

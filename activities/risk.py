@@ -20,7 +20,7 @@ from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPas
 from domain.exposure import Exposure, Side
 from domain.instruments import Instrument
 from domain.margin import Tier, margin_to_keep, releveraged_margin, tier_of
-from domain.margin_changes import PLAN_MARGIN_CHANGE, MarginChange, MarginPlan
+from domain.margin_changes import PLAN_MARGIN_CHANGE, MarginChange, MarginVerdict
 from domain.matching import Amended, Cancelled, Deleveraged, Ended, Expired, Filled, Rejected, StateChanged, Trade
 from domain.money import ZERO, plain
 from domain.order_entry import NewOrder
@@ -34,7 +34,7 @@ from domain.sagas import (
     Refusal,
     StepRequest,
 )
-from domain.steps import CheckResult, MarginMove, MarginMoves, OrderMargin, settle_step
+from domain.steps import CheckResult, MarginMove, MarginMoves, MarginPlan, OrderMargin, settle_step
 from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import advance_cursor, first_result, store_result
@@ -110,16 +110,17 @@ class RiskActivities:
                 await store_result(conn, "risk", step_id, await _release(conn, request, await self._rules.rules(conn)))
 
     @activity.defn(name=PLAN_MARGIN_CHANGE)
-    async def plan_margin_change(self, change: MarginChange) -> MarginPlan:
+    async def plan_margin_change(self, change: MarginChange) -> MarginVerdict:
         """Decide on a change of leverage or position margin; a new leverage holds for everything checked later."""
         step_id = f"adjust:{change.change_id}"
         async with self._pool.acquire() as conn, conn.transaction():
             done = await first_result(conn, "risk", step_id, MarginPlan)
             if done is None:
                 done = await _plan(conn, change, await self._rules.rules(conn))
-                if not done.is_busy:
-                    await store_result(conn, "risk", step_id, done)
-        return done
+                if done is None:
+                    return MarginVerdict(is_busy=True)
+                await store_result(conn, "risk", step_id, done)
+        return MarginVerdict(done.refusal)
 
     @activity.defn(name=APPLY_RISK_EVENTS)
     async def apply_events(self, events: EventRange) -> None:
@@ -163,21 +164,21 @@ async def set_margin_mode(conn: Connection, user_id: int, instrument: Instrument
         raise Problem("MARGIN_MODE_NOT_CHANGEABLE", "Close the position and cancel the open orders first")
 
 
-async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginPlan:
-    """What `change` does to the margins; a new leverage is in force for risk from here on."""
+async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginPlan | None:
+    """What `change` does to the margins; a new leverage is in force for risk from here on. None: busy."""
     key = (change.user_id, change.instrument_id)
     instrument = rules.instruments[change.instrument_id]
     await _create_missing(conn, [key], rules.instruments)
     exposures = await _lock(conn, [key])
     if await _unfrozen(conn, exposures):
-        return MarginPlan(is_busy=True)
+        return None
     row, state = exposures[key], _exposure(exposures[key])
     held = await _position_margin(conn, *key)
     mark = await _fresh_mark(conn, change.instrument_id)
     if mark is None and state.signed_quantity:
         return MarginPlan(refusal="MARK_PRICE_UNAVAILABLE")
     if change.kind == "MARGIN":
-        return _plan_margin(state, held, change.value, mark, instrument)
+        return _plan_margin(state, held, Decimal(change.value), mark, instrument)
     plan = await _plan_leverage(conn, key, row, held, int(change.value), mark, rules)
     if plan.refusal is None:
         # Until the ledger has moved the margin, no other order is netted against it (see `_unfrozen`).

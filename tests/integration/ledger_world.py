@@ -144,7 +144,7 @@ class World:
 
     def margin_change(self, user_id: int, kind: Any, value: object, instrument: Instrument = BTC) -> MarginChange:
         name = f"margin-{next(self.tokens)}"
-        return MarginChange(name, user_id, instrument.instrument_id, kind, Decimal(str(value)))
+        return MarginChange(name, user_id, instrument.instrument_id, kind, str(value))
 
     async def change_margin(self, change: MarginChange) -> AsyncIterator[str]:
         """The steps of a margin change, as MarginChangeWorkflow takes them; the last is a refusal, if there is one."""
