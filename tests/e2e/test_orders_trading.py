@@ -496,9 +496,7 @@ async def test_a_service_asks_the_pre_check_for_anybody_and_a_user_for_themselve
     assert (refused.status_code, refused.json()["code"]) == (403, "FORBIDDEN")
 
 
-async def test_leverage_decides_the_margin_of_what_is_open_and_of_what_comes(
-    exchange: Exchange, admin: Trader
-) -> None:
+async def test_leverage_decides_the_margin_of_what_is_open_and_of_what_comes(exchange: Exchange, admin: Trader) -> None:
     trader = await exchange.trader(admin, "1000")
     url = f"/api/positions/{BTC}/leverage"
     assert (await trader.client.put(url, json={"leverage": 20})).json() == {"instrumentId": BTC, "leverage": 20}
