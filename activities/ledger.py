@@ -465,9 +465,17 @@ def balance_view(available: Decimal, reserved: Decimal) -> dict[str, str]:
 
 
 async def transfer_external(
-    conn: Connection, reference_type: str, reference: str, user_id: int, asset: str, amount: Decimal
+    conn: Connection,
+    reference_type: str,
+    reference: str,
+    user_id: int,
+    asset: str,
+    amount: Decimal,
+    budget: Decimal | None = None,
 ) -> bool:
     """Deposit (`amount` > 0) or withdraw (< 0) once per (reference_type, reference); False when it was done before.
+
+    `budget` is what may be withdrawn if that is less than what is available.
 
     Raises Problem INSUFFICIENT_FUNDS when a withdrawal exceeds available, VALIDATION_FAILED when `amount` is 0 or has
     more than 8 decimals, or the reference was used for something else.
@@ -482,7 +490,8 @@ async def transfer_external(
         if earlier != (user_id, asset, amount):
             raise Problem("VALIDATION_FAILED", f"Reference {reference} was used for another transfer")
         return False
-    if book.accounts[user_id, asset].available + amount < 0:
+    available = book.accounts[user_id, asset].available
+    if amount < 0 and -amount > (available if budget is None else min(available, budget)):
         raise Problem("INSUFFICIENT_FUNDS", f"Available {asset} does not cover {plain(-amount)}")
     book.open_journal(reference_type, reference)
     book.post_user(user_id, asset, reference_type, amount)

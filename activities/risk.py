@@ -5,7 +5,7 @@ ledger exactly once: through `freeze_funds` for a check, through `settle` for en
 `unfreeze_funds` for a release.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -153,7 +153,7 @@ async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | N
     added = after.order_margin(instrument.taker_fee_rate) - state.order_margin(instrument.taker_fee_rate)
     limits = (await _read_limits(conn, [key]))[key]
     tiers = (await read_tiers(conn))[request.instrument_id]
-    budget = (await _read_available(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
+    budget = (await read_budgets(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
     reduces = request.side if request.reduce_only else None
     return added, refusal_reason(after, reduces, request.quantity, added, budget - order.open_loss, limits, tiers)
 
@@ -190,6 +190,8 @@ async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginP
     if mark is None and state.signed_quantity:
         return MarginPlan(refusal="MARK_PRICE_UNAVAILABLE")
     if change.kind == "MARGIN":
+        if row["margin_mode"] == "CROSS":
+            return MarginPlan(refusal="POSITION_IS_CROSS")
         return _plan_margin(state, held, Decimal(change.value), mark, instrument)
     plan = await _plan_leverage(conn, key, row, held, int(change.value), mark, rules)
     if plan.refusal is None:
@@ -234,8 +236,8 @@ async def _plan_leverage(
         )
     order_margin = after.order_margin(instrument.taker_fee_rate)
     plan = MarginPlan(margin - held, order_margin - row["order_margin"], instrument.quote_asset)
-    available = (await _read_available(conn, {key[0]})).get((key[0], instrument.quote_asset), ZERO)
-    if plan.position_delta + plan.order_delta > available:
+    budget = (await read_budgets(conn, {key[0]})).get((key[0], instrument.quote_asset), ZERO)
+    if plan.position_delta + plan.order_delta > max(budget, ZERO):
         return MarginPlan(refusal="INSUFFICIENT_MARGIN")
     await conn.execute(
         "UPDATE risk.exposures SET leverage = $3, order_margin = $4, updated_at = now()"
@@ -276,7 +278,7 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
     waiting = await _unfrozen(conn, exposures)
     limits = await _read_limits(conn, keys)
     tiers = rules.tiers
-    budgets = await _read_available(conn, {key[0] for key in keys})
+    budgets = await read_budgets(conn, {key[0] for key in keys})
 
     states = {key: _exposure(row) for key, row in exposures.items()}
     margins = {key: row["order_margin"] for key, row in exposures.items()}
@@ -506,11 +508,23 @@ async def _read_limits(conn: Connection, keys: Sequence[Key]) -> dict[Key, Limit
     return {key: found.get(key) or found[None, key[1]] for key in keys}
 
 
-async def _read_available(conn: Connection, user_ids: set[int]) -> dict[tuple[int, str], Decimal]:
+async def read_budgets(conn: Connection, user_ids: Collection[int]) -> dict[tuple[int, str], Decimal]:
+    """What users may still use, by (user, asset): what is available, less what their cross positions have lost at mark.
+
+    All of a user's money stands behind cross positions, so what those have lost cannot be spent twice.
+    """
     rows = await conn.fetch(
-        "SELECT user_id, asset, available FROM ledger.v_balances WHERE user_id = ANY($1)", list(user_ids)
+        "SELECT b.user_id, b.asset, b.available - greatest(coalesce(c.lost, 0), 0) FROM ledger.v_balances b"
+        " LEFT JOIN (SELECT e.user_id, i.quote_asset AS asset, sum(CASE WHEN e.signed_quantity < 0"
+        "     THEN -e.entry_notional ELSE e.entry_notional END - e.signed_quantity * m.mark_price) AS lost"
+        "   FROM risk.exposures e JOIN matching.v_instruments i USING (instrument_id)"
+        "   JOIN LATERAL (SELECT mark_price FROM market.v_mark_prices p WHERE p.instrument_id = e.instrument_id"
+        "     ORDER BY calculated_at DESC LIMIT 1) m ON TRUE"
+        "   WHERE e.user_id = ANY($1) AND e.margin_mode = 'CROSS' AND e.signed_quantity <> 0 GROUP BY 1, 2) c"
+        " USING (user_id, asset) WHERE b.user_id = ANY($1)",
+        list(user_ids),
     )
-    return {(row["user_id"], row["asset"]): row["available"] for row in rows}
+    return {(row[0], row[1]): row[2] for row in rows}
 
 
 def _exposure(row: asyncpg.Record) -> Exposure:

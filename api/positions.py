@@ -26,6 +26,7 @@ router = APIRouter(prefix="/api/positions", tags=["positions"])
 CHANGE_SECONDS_MAX = 5.0
 REFUSALS = {
     "POSITION_NOT_FOUND": "There is no open position",
+    "POSITION_IS_CROSS": "All of the account's money stands behind a cross position already",
     "POSITION_IN_LIQUIDATION": "The position is being liquidated",
     "RISK_LIMIT_EXCEEDED": "The position, with the open orders, is too large for this leverage",
     "INSUFFICIENT_MARGIN": "There is not enough money, or the position would be left with too little",
