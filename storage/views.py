@@ -18,6 +18,7 @@ VIEWS: dict[str, str] = {
         "SELECT user_id, instrument_id, leverage, margin_mode, signed_quantity, entry_notional, bid_quantity,"
         " bid_notional, ask_quantity, ask_notional, order_margin, open_orders, pending_step FROM risk.exposures"
     ),
+    "risk.v_price_bands": "SELECT instrument_id, price_band FROM risk.risk_limits WHERE user_id IS NULL",
     "risk.v_steps": "SELECT step_id, result FROM risk.steps",
     "risk.v_cursors": "SELECT instrument_id, applied_seq FROM risk.cursors",
     "risk.v_leverage_tiers": (
