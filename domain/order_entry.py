@@ -95,8 +95,8 @@ class Reference:
 def bound_price(request: OrderRequest, instrument: Instrument, reference: Reference) -> Decimal:
     """The worst price the order may trade at: its limit, or without one the protection price; a whole tick.
 
-    A limit has to lie within the instrument's band around mark. Protection is MARKET_PROTECTION beyond the best opposite quote
-    (mark if there is none; the stop price of a stop order), rounded inwards, and never beyond the band.
+    A limit has to lie within the instrument's band around mark. Protection is MARKET_PROTECTION beyond the best
+    opposite quote (mark if there is none; the stop price of a stop order), rounded inwards, and never beyond the band.
     An order that only reduces may be smaller than the minimum notional.
     Raises Problem INSTRUMENT_NOT_TRADING, VALIDATION_FAILED, PRICE_NOT_ON_TICK, QUANTITY_NOT_ON_LOT, MIN_NOTIONAL
     or PRICE_OUT_OF_BAND.
