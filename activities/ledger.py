@@ -5,6 +5,7 @@ row carries two postings (available and reserved), a system account's row one. B
 transaction, from the same rows.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -22,11 +23,12 @@ from domain.events import (
     InsuranceFundRequired,
     LedgerEntryCreated,
 )
+from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
 from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest
-from domain.steps import CheckResult, MarginMoves, settle_step
-from domain.wallet import Wallet, freeze, settle
+from domain.steps import CheckResult, MarginMoves, MarginPlan, settle_step
+from domain.wallet import BookedFill, Settled, Wallet, freeze, settle, settle_fills
 from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import advance_cursor, first_result, store_result
@@ -69,6 +71,8 @@ class Hold:
     order_margin: Decimal = ZERO
     position_margin: Decimal = ZERO
     order_short: Decimal = ZERO
+    # Counts the changes of `position_margin`: whoever copied it knows by this which one.
+    margin_version: int = 0
 
 
 @dataclass(slots=True)
@@ -167,6 +171,18 @@ class LedgerActivities:
                 await _unfreeze(conn, request)
                 await store_result(conn, "ledger", step_id, Outcome(request.order_ids))
 
+    @activity.defn(name=MOVE_MARGIN)
+    async def move_margin(self, change: MarginChange) -> MarginMoved:
+        """Carry out what risk planned for a change of margin or leverage; more margin than is available is refused."""
+        # Named as a freeze: later checks of the user wait for it as for one.
+        step_id = f"freeze:{change.change_id}"
+        async with self._pool.acquire() as conn, conn.transaction():
+            done = await first_result(conn, "ledger", step_id, MarginMoved)
+            if done is None:
+                done = await _move_margin(conn, change)
+                await store_result(conn, "ledger", step_id, done)
+        return done
+
     @activity.defn(name=SETTLE)
     async def settle(self, events: EventRange) -> list[int]:
         """Book the fills of a range of engine events and divide every touched wallet anew.
@@ -243,14 +259,34 @@ async def _unfreeze(conn: Connection, request: StepRequest) -> None:
     await _write(conn, book, holds)
 
 
+async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
+    plan = await _risk_step(conn, f"adjust:{change.change_id}", MarginPlan)
+    assert plan is not None, f"Expected the plan of {change}, was none"
+    key = (change.user_id, change.instrument_id)
+    book = await _open_book(conn, [(change.user_id, plan.asset)])
+    holds = await _lock_holds(conn, [(*key, plan.asset)])
+    wallet = _wallet(book.accounts[change.user_id, plan.asset], holds[key])
+    if change.kind == "MARGIN" and plan.position_delta > wallet.available:
+        return MarginMoved(["INSUFFICIENT_FUNDS"])
+    # A loss may have taken some of what was to be released.
+    margin = max(ZERO, wallet.position_margin + plan.position_delta)
+    moved = settle(wallet, ZERO, margin, plan.order_delta).wallet
+    book.open_journal("MARGIN_CHANGE", change.change_id)
+    _move(book, key, holds[key], moved)
+    await _write(conn, book, holds)
+    return MarginMoved(is_uncovered=moved.order_short > 0)
+
+
 async def _settle(conn: Connection, events: EventRange) -> None:
     instrument_id = events.instrument_id
     asset = await conn.fetchval(
         "SELECT quote_asset FROM matching.v_instruments WHERE instrument_id = $1", instrument_id
     )
     fills = await conn.fetch(
-        "SELECT user_id, trade_id, realized_pnl, fee FROM positions.v_fills"
-        " WHERE instrument_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq, role",
+        "SELECT f.user_id, f.trade_id, f.side, f.price, f.quantity, f.realized_pnl, f.fee, f.signed_quantity_after,"
+        " f.leverage, f.cause, p.margin_mode FROM positions.v_fills f"
+        " JOIN positions.v_positions p USING (user_id, instrument_id)"
+        " WHERE f.instrument_id = $1 AND f.seq > $2 AND f.seq <= $3 ORDER BY f.seq, f.role",
         instrument_id,
         events.after_seq,
         events.to_seq,
@@ -261,26 +297,19 @@ async def _settle(conn: Connection, events: EventRange) -> None:
     users = sorted({row["user_id"] for row in fills} | order_margins.keys())
     book = await _open_book(conn, ((user_id, asset) for user_id in users))
     holds = await _lock_holds(conn, [(user_id, instrument_id, asset) for user_id in users])
-    position_margins = await _position_margins(conn, instrument_id, users)
 
     # Balances before the trades decide what can be held after them; the journals then say how it came about.
-    cash = dict.fromkeys(users, ZERO)
+    booked: defaultdict[int, list[BookedFill]] = defaultdict(list)
     for row in fills:
-        cash[row["user_id"]] += row["realized_pnl"] - row["fee"]
+        booked[row["user_id"]].append(_booked_fill(row))
     settled = {}
     for user_id in users:
-        hold = holds[user_id, instrument_id]
-        settled[user_id] = settle(
-            _wallet(book.accounts[user_id, asset], hold),
-            cash[user_id],
-            position_margins.get(user_id, ZERO),
-            order_margins.get(user_id, ZERO),
-        )
+        wallet = _wallet(book.accounts[user_id, asset], holds[user_id, instrument_id])
+        settled[user_id] = settle_fills(wallet, booked[user_id], order_margins.get(user_id, ZERO))
     _post_trades(book, fills, asset, instrument_id)
     book.open_journal("SETTLEMENT", f"{instrument_id}:{events.to_seq}")
     for user_id in users:
-        if settled[user_id].insurance:
-            _draw_insurance(book, user_id, asset, instrument_id, settled[user_id].insurance)
+        _post_insurance(book, user_id, asset, instrument_id, settled[user_id])
         _move(book, (user_id, instrument_id), holds[user_id, instrument_id], settled[user_id].wallet)
     book.events += [FundsUnfrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in risk.ended if m.amount]
     await _write(conn, book, holds)
@@ -301,10 +330,32 @@ def _post_trades(book: Book, fills: Sequence[asyncpg.Record], asset: str, instru
             book.post_system(FEES, asset, "FEE", fee)
 
 
-def _draw_insurance(book: Book, user_id: int, asset: str, instrument_id: str, amount: Decimal) -> None:
-    book.post_user(user_id, asset, "INSURANCE_FUND", amount, instrument_id=instrument_id)
-    book.post_system(INSURANCE_FUND, asset, "INSURANCE_FUND", -amount)
-    book.events.append(InsuranceFundRequired(str(user_id), instrument_id, asset, plain(amount)))
+def _booked_fill(row: asyncpg.Record) -> BookedFill:
+    after: Decimal = row["signed_quantity_after"]
+    return BookedFill(
+        before=after - (row["quantity"] if row["side"] == "BUY" else -row["quantity"]),
+        after=after,
+        price=row["price"],
+        leverage=row["leverage"],
+        realized_pnl=row["realized_pnl"],
+        fee=row["fee"],
+        is_liquidation=row["cause"] == "LIQUIDATION",
+        is_cross=row["margin_mode"] == "CROSS",
+    )
+
+
+def _post_insurance(book: Book, user_id: int, asset: str, instrument_id: str, settled: Settled) -> None:
+    """What the insurance fund gave to a user and got from them."""
+    for entry_type, amount in (
+        ("INSURANCE_FUND", settled.insurance),
+        ("LIQUIDATION_FEE", -settled.liquidation_fee),
+        ("LIQUIDATION_SURPLUS", -settled.surplus),
+    ):
+        if amount:
+            book.post_user(user_id, asset, entry_type, amount, instrument_id=instrument_id)
+            book.post_system(INSURANCE_FUND, asset, entry_type, -amount)
+    if settled.insurance:
+        book.events.append(InsuranceFundRequired(str(user_id), instrument_id, asset, plain(settled.insurance)))
 
 
 def _move(book: Book, key: tuple[int, str], hold: Hold, wallet: Wallet, entry_type: str = "MARGIN") -> None:
@@ -312,6 +363,7 @@ def _move(book: Book, key: tuple[int, str], hold: Hold, wallet: Wallet, entry_ty
     change = wallet.reserved - hold.order_margin - hold.position_margin
     if change:
         book.post_user(key[0], hold.asset, entry_type, -change, change, key[1])
+    hold.margin_version += wallet.position_margin != hold.position_margin
     hold.order_margin, hold.position_margin = wallet.order_margin, wallet.position_margin
     hold.order_short = wallet.order_short
 
@@ -323,15 +375,6 @@ def _wallet(account: Account, hold: Hold) -> Wallet:
 async def _risk_step(conn: Connection, step_id: str, kind: type[T]) -> T | None:
     stored = await conn.fetchval("SELECT result FROM risk.v_steps WHERE step_id = $1", step_id)
     return None if stored is None else msgspec.json.decode(stored, type=kind)
-
-
-async def _position_margins(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, Decimal]:
-    rows = await conn.fetch(
-        "SELECT user_id, margin FROM positions.v_positions WHERE instrument_id = $1 AND user_id = ANY($2)",
-        instrument_id,
-        users,
-    )
-    return {row["user_id"]: row["margin"] for row in rows}
 
 
 async def _open_book(conn: Connection, owners: Iterable[tuple[int, str]]) -> Book:
@@ -361,7 +404,7 @@ async def _lock_holds(conn: Connection, keys: Sequence[tuple[int, str, str]]) ->
     holds = {(user_id, instrument_id): Hold(asset) for user_id, instrument_id, asset in keys}
     for row in rows:
         holds[row["user_id"], row["instrument_id"]] = Hold(
-            row["asset"], row["order_margin"], row["position_margin"], row["order_short"]
+            row["asset"], row["order_margin"], row["position_margin"], row["order_short"], row["margin_version"]
         )
     return holds
 
@@ -387,11 +430,19 @@ async def _write(conn: Connection, book: Book, holds: dict[tuple[int, str], Hold
         *columns([(*key, a.available, a.reserved) for key, a in book.accounts.items()], 4),
     )
     await conn.execute(
-        "INSERT INTO ledger.margin_holds (user_id, instrument_id, asset, order_margin, position_margin, order_short)"
-        " SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::numeric[], $5::numeric[], $6::numeric[])"
-        " ON CONFLICT (user_id, instrument_id) DO UPDATE SET order_margin = excluded.order_margin,"
-        " position_margin = excluded.position_margin, order_short = excluded.order_short",
-        *columns([(*k, h.asset, h.order_margin, h.position_margin, h.order_short) for k, h in holds.items()], 6),
+        "INSERT INTO ledger.margin_holds"
+        " (user_id, instrument_id, asset, order_margin, position_margin, order_short, margin_version)"
+        " SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::numeric[], $5::numeric[], $6::numeric[],"
+        " $7::bigint[]) ON CONFLICT (user_id, instrument_id) DO UPDATE SET order_margin = excluded.order_margin,"
+        " position_margin = excluded.position_margin, order_short = excluded.order_short,"
+        " margin_version = excluded.margin_version",
+        *columns(
+            [
+                (*k, h.asset, h.order_margin, h.position_margin, h.order_short, h.margin_version)
+                for k, h in holds.items()
+            ],
+            7,
+        ),
     )
     # Last, because everybody's fees end here: the row lock is held for as short as can be. Sorted against deadlocks.
     if book.system:
@@ -414,9 +465,17 @@ def balance_view(available: Decimal, reserved: Decimal) -> dict[str, str]:
 
 
 async def transfer_external(
-    conn: Connection, reference_type: str, reference: str, user_id: int, asset: str, amount: Decimal
+    conn: Connection,
+    reference_type: str,
+    reference: str,
+    user_id: int,
+    asset: str,
+    amount: Decimal,
+    budget: Decimal | None = None,
 ) -> bool:
     """Deposit (`amount` > 0) or withdraw (< 0) once per (reference_type, reference); False when it was done before.
+
+    `budget` is what may be withdrawn if that is less than what is available.
 
     Raises Problem INSUFFICIENT_FUNDS when a withdrawal exceeds available, VALIDATION_FAILED when `amount` is 0 or has
     more than 8 decimals, or the reference was used for something else.
@@ -431,7 +490,8 @@ async def transfer_external(
         if earlier != (user_id, asset, amount):
             raise Problem("VALIDATION_FAILED", f"Reference {reference} was used for another transfer")
         return False
-    if book.accounts[user_id, asset].available + amount < 0:
+    available = book.accounts[user_id, asset].available
+    if amount < 0 and -amount > (available if budget is None else min(available, budget)):
         raise Problem("INSUFFICIENT_FUNDS", f"Available {asset} does not cover {plain(-amount)}")
     book.open_journal(reference_type, reference)
     book.post_user(user_id, asset, reference_type, amount)

@@ -1,9 +1,13 @@
-"""The positions service: what everybody holds, at which entry price, backed by which margin."""
+"""The positions service: what everybody holds and at which entry price.
 
+The margin of a position is the ledger's; the copy here follows it, for the liquidation price.
+"""
+
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 from redis.asyncio import Redis
@@ -15,8 +19,9 @@ from activities.risk import OPPOSITE
 from domain.clock import from_ms, iso
 from domain.events import BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
 from domain.margin import Tier, liquidation_price, maintenance_margin, margin_ratio, unrealized_pnl
-from domain.matching import Trade
-from domain.money import plain
+from domain.margin_changes import ADOPT_MARGIN, MarginChange
+from domain.matching import Deleveraged, Side, Trade
+from domain.money import ZERO, plain
 from domain.positions import Position, apply_fill
 from domain.sagas import APPLY_TRADES, CONFIRM_POSITIONS, EventRange
 from storage import outbox
@@ -25,6 +30,7 @@ from storage.once import advance_cursor
 from storage.outbox import UserPush
 from storage.reference_prices import read_reference_prices
 
+Cause = Literal["TRADE", "LIQUIDATION", "DELEVERAGE"]
 FEE_STEP = Decimal("1e-8")
 EVENT_COLUMNS = [
     "user_id",
@@ -42,23 +48,47 @@ EVENT_COLUMNS = [
     "realized_pnl",
     "signed_quantity_after",
     "entry_notional_after",
+    "leverage",
+    "cause",
     "created_at",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class TradeSide:
-    """One user's half of a trade."""
+    """One user's half of a trade; `cause` says whether it was of their own will."""
 
     role: str
     user_id: int
-    order_id: int
-    side: str
+    order_id: int | None
+    side: Side
     fee: Decimal
+    cause: Cause
 
 
-def sides_of(trade: Trade) -> tuple[TradeSide, TradeSide]:
-    """Maker and taker of a trade; fees in quote."""
+@dataclass(frozen=True, slots=True)
+class HeldMargin:
+    """The margin (quote) that the ledger holds for a position, and which change of it that is."""
+
+    amount: Decimal = ZERO
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """At which leverage a user's new parts of a position are backed, and whether by the position's margin alone."""
+
+    leverage: int
+    margin_mode: str
+
+
+def sides_of(trade: Trade | Deleveraged) -> tuple[TradeSide, TradeSide]:
+    """Maker and taker of a trade; fees in quote. Who is deleveraged stands in for the maker, and pays no fee."""
+    if isinstance(trade, Deleveraged):
+        return (
+            TradeSide("MAKER", trade.counterparty_user_id, None, OPPOSITE[trade.side], ZERO, "DELEVERAGE"),
+            TradeSide("TAKER", trade.user_id, None, trade.side, ZERO, "LIQUIDATION"),
+        )
     return (
         TradeSide(
             "MAKER",
@@ -66,8 +96,16 @@ def sides_of(trade: Trade) -> tuple[TradeSide, TradeSide]:
             trade.maker_order_id,
             OPPOSITE[trade.taker_side],
             trade.maker_fee * FEE_STEP,
+            "TRADE",
         ),
-        TradeSide("TAKER", trade.taker_user_id, trade.taker_order_id, trade.taker_side, trade.taker_fee * FEE_STEP),
+        TradeSide(
+            "TAKER",
+            trade.taker_user_id,
+            trade.taker_order_id,
+            trade.taker_side,
+            trade.taker_fee * FEE_STEP,
+            "LIQUIDATION" if trade.taker_liquidation else "TRADE",
+        ),
     )
 
 
@@ -96,28 +134,44 @@ class PositionActivities:
             if await advance_cursor(conn, "positions", events, "confirmed_seq"):
                 await _confirm(conn, events, mark, (await self._rules.rules(conn)).tiers[events.instrument_id])
 
+    @activity.defn(name=ADOPT_MARGIN)
+    async def adopt_margin(self, change: MarginChange) -> None:
+        """After the ledger: take over a position's margin and the leverage in force."""
+        marks = await read_reference_prices(self._redis, [change.instrument_id])
+        mark = marks[change.instrument_id].mark if change.instrument_id in marks else None
+        async with self._pool.acquire() as conn, conn.transaction():
+            tiers = (await self._rules.rules(conn)).tiers[change.instrument_id]
+            rows = await conn.fetch(
+                "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, e.leverage, p.margin_mode,"
+                " p.status, p.realized_pnl FROM positions.positions p"
+                " JOIN risk.v_exposures e USING (user_id, instrument_id)"
+                " WHERE p.user_id = $1 AND p.instrument_id = $2 FOR UPDATE OF p",
+                change.user_id,
+                change.instrument_id,
+            )
+            await _adopt(conn, change.instrument_id, rows, mark, tiers)
+
 
 async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent], rules: Rules) -> None:
     instrument_id = events.instrument_id
-    trades = [(seq, event) for seq, event in log if isinstance(event, Trade)]
+    trades = [(seq, event, sides_of(event)) for seq, event in log if isinstance(event, Trade | Deleveraged)]
     if not trades:
         return
     instrument = rules.instruments[instrument_id]
-    users = sorted({user for _, t in trades for user in (t.maker_user_id, t.taker_user_id)})
-    leverages = await _read_leverages(conn, instrument_id, users)
+    users = sorted({half.user_id for _, _, halves in trades for half in halves})
+    terms = await _read_terms(conn, instrument_id, users)
     positions = await _lock(conn, instrument_id, users)
     records: list[tuple[Any, ...]] = []
     pushes: list[UserPush] = []
-    for seq, trade in trades:
+    for seq, trade, halves in trades:
         price = instrument.ticks_to_price(trade.price)
         quantity = instrument.lots_to_quantity(trade.quantity)
         executed_at = from_ms(trade.at)
-        for half in sides_of(trade):
+        for half in halves:
             fill = apply_fill(
                 positions.get(half.user_id, Position()),
                 quantity if half.side == "BUY" else -quantity,
                 price,
-                leverages[half.user_id],
             )
             positions[half.user_id] = fill.position
             records.append(
@@ -137,6 +191,8 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                     fill.realized_pnl,
                     fill.position.signed_quantity,
                     fill.position.entry_notional,
+                    terms[half.user_id].leverage,
+                    half.cause,
                     executed_at,
                 )
             )
@@ -148,7 +204,7 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                 )
             )
     await conn.copy_records_to_table("position_events", schema_name="positions", columns=EVENT_COLUMNS, records=records)
-    await _save(conn, instrument_id, positions, leverages)
+    await _save(conn, instrument_id, positions, terms)
     await outbox.emit(conn, pushes=pushes)
 
 
@@ -171,40 +227,54 @@ def fill_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, object]:
 async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None, tiers: Sequence[Tier]) -> None:
     rows = await conn.fetch(
         "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage, p.margin_mode, p.status,"
-        " p.realized_pnl + f.realized_pnl AS realized_pnl, coalesce(h.position_margin, 0) AS margin"
+        " p.realized_pnl + f.realized_pnl AS realized_pnl"
         " FROM positions.positions p JOIN (SELECT user_id, sum(realized_pnl) AS realized_pnl"
         "   FROM positions.position_events WHERE instrument_id = $1 AND seq > $2 AND seq <= $3 GROUP BY user_id) f"
-        " USING (user_id) LEFT JOIN ledger.v_margin_holds h USING (user_id, instrument_id)"
-        " WHERE p.instrument_id = $1 ORDER BY p.user_id FOR UPDATE OF p",
+        " USING (user_id) WHERE p.instrument_id = $1 ORDER BY p.user_id FOR UPDATE OF p",
         events.instrument_id,
         events.after_seq,
         events.to_seq,
     )
+    await _adopt(conn, events.instrument_id, rows, mark, tiers)
+
+
+async def _adopt(
+    conn: Connection, instrument_id: str, rows: Sequence[asyncpg.Record], mark: Decimal | None, tiers: Sequence[Tier]
+) -> None:
+    """Write the ledger's margin and all that follows from it into positions that are locked, and tell their users."""
+    # Read after the rows are locked: whoever copies the ledger's margin last copies the newest.
+    margins = await read_margins(conn, instrument_id, [row["user_id"] for row in rows])
     changes = [
         (
             row["position_id"],
-            row["margin"],
+            margins[row["user_id"]].amount,
+            margins[row["user_id"]].version,
             row["realized_pnl"],
-            liquidation_price(row["signed_quantity"], row["entry_notional"], row["margin"], tiers),
+            row["leverage"],
+            liquidation_price(row["signed_quantity"], row["entry_notional"], margins[row["user_id"]].amount, tiers),
             _status(row),
         )
         for row in rows
     ]
     await conn.execute(
-        "UPDATE positions.positions p SET margin = n.margin, realized_pnl = n.realized_pnl,"
-        " liquidation_price = n.liquidation_price, status = n.status, updated_at = now()"
-        " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::numeric[], $5::text[])"
-        " AS n (position_id, margin, realized_pnl, liquidation_price, status) WHERE p.position_id = n.position_id",
-        *columns(changes, 5),
+        "UPDATE positions.positions p SET margin = n.margin, margin_version = n.version, realized_pnl = n.realized_pnl,"
+        " leverage = n.leverage, liquidation_price = n.liquidation_price, status = n.status, updated_at = now()"
+        " FROM unnest($1::bigint[], $2::numeric[], $3::bigint[], $4::numeric[], $5::int[], $6::numeric[], $7::text[])"
+        " AS n (position_id, margin, version, realized_pnl, leverage, liquidation_price, status)"
+        " WHERE p.position_id = n.position_id",
+        *columns(changes, 7),
     )
     business: list[BusinessEvent] = []
     pushes: list[UserPush] = []
     for row, change in zip(rows, changes, strict=True):
         view = position_view(
-            events.instrument_id, {**row, "liquidation_price": change[3], "status": change[4]}, mark, tiers
+            instrument_id,
+            {**row, "margin": change[1], "liquidation_price": change[5], "status": change[6]},
+            mark,
+            tiers,
         )
         pushes.append(UserPush(row["user_id"], "position", view))
-        business += _events(row["user_id"], events.instrument_id, view)
+        business += _events(row["user_id"], instrument_id, view)
     await outbox.emit(conn, business, pushes)
 
 
@@ -237,13 +307,13 @@ def position_view(
     instrument_id: str, row: Mapping[str, Any] | asyncpg.Record, mark: Decimal | None, tiers: Sequence[Tier]
 ) -> dict[str, Any]:
     """A position as clients see it; what depends on the mark price is null while there is none."""
-    position = Position(row["signed_quantity"], row["entry_notional"], row["margin"])
+    position, margin = Position(row["signed_quantity"], row["entry_notional"]), row["margin"]
     liquidation = row["liquidation_price"]
     unrealized = ratio = None
     maintenance = None
     if mark is not None:
         unrealized = unrealized_pnl(position.signed_quantity, position.entry_notional, mark)
-        ratio = margin_ratio(position.signed_quantity, position.entry_notional, position.margin, mark)
+        ratio = margin_ratio(position.signed_quantity, position.entry_notional, margin, mark)
         maintenance = maintenance_margin(abs(position.signed_quantity) * mark, tiers)
     return {
         "instrumentId": instrument_id,
@@ -255,7 +325,7 @@ def position_view(
         "realizedPnl": plain(row["realized_pnl"]),
         "leverage": row["leverage"],
         "marginMode": row["margin_mode"],
-        "margin": plain(position.margin),
+        "margin": plain(margin),
         "maintenanceMargin": _price(maintenance),
         "marginRatio": _price(ratio),
         "liquidationPrice": _price(liquidation),
@@ -267,38 +337,48 @@ def _price(value: Decimal | None) -> str | None:
     return None if value is None else plain(value.quantize(FEE_STEP))
 
 
-async def _read_leverages(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, int]:
+async def read_margins(conn: Connection, instrument_id: str, users: Sequence[int]) -> defaultdict[int, HeldMargin]:
+    """The margin that the ledger holds for the positions of `users`."""
     rows = await conn.fetch(
-        "SELECT user_id, leverage FROM risk.v_exposures WHERE instrument_id = $1 AND user_id = ANY($2)",
+        "SELECT user_id, position_margin, margin_version FROM ledger.v_margin_holds"
+        " WHERE instrument_id = $1 AND user_id = ANY($2)",
         instrument_id,
         users,
     )
-    return {row["user_id"]: row["leverage"] for row in rows}
+    return defaultdict(HeldMargin, {row["user_id"]: HeldMargin(*row[1:]) for row in rows})
+
+
+async def _read_terms(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, Terms]:
+    rows = await conn.fetch(
+        "SELECT user_id, leverage, margin_mode FROM risk.v_exposures WHERE instrument_id = $1 AND user_id = ANY($2)",
+        instrument_id,
+        users,
+    )
+    return {row["user_id"]: Terms(row["leverage"], row["margin_mode"]) for row in rows}
 
 
 async def _lock(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, Position]:
     rows = await conn.fetch(
-        "SELECT user_id, signed_quantity, entry_notional, margin FROM positions.positions"
+        "SELECT user_id, signed_quantity, entry_notional FROM positions.positions"
         " WHERE instrument_id = $1 AND user_id = ANY($2) ORDER BY user_id FOR UPDATE",
         instrument_id,
         users,
     )
-    return {row[0]: Position(row[1], row[2], row[3]) for row in rows}
+    return {row[0]: Position(row[1], row[2]) for row in rows}
 
 
-async def _save(
-    conn: Connection, instrument_id: str, positions: dict[int, Position], leverages: dict[int, int]
-) -> None:
+async def _save(conn: Connection, instrument_id: str, positions: dict[int, Position], terms: dict[int, Terms]) -> None:
     rows = [
-        (user_id, p.signed_quantity, p.entry_notional, p.margin, leverages[user_id])
+        (user_id, p.signed_quantity, p.entry_notional, terms[user_id].leverage, terms[user_id].margin_mode)
         for user_id, p in sorted(positions.items())
     ]
     await conn.execute(
-        "INSERT INTO positions.positions (instrument_id, user_id, signed_quantity, entry_notional, margin, leverage)"
-        " SELECT $1, n.* FROM unnest($2::bigint[], $3::numeric[], $4::numeric[], $5::numeric[], $6::int[]) AS n"
+        "INSERT INTO positions.positions"
+        " (instrument_id, user_id, signed_quantity, entry_notional, leverage, margin_mode)"
+        " SELECT $1, n.* FROM unnest($2::bigint[], $3::numeric[], $4::numeric[], $5::int[], $6::text[]) AS n"
         " ON CONFLICT (user_id, instrument_id) DO UPDATE SET signed_quantity = excluded.signed_quantity,"
-        " entry_notional = excluded.entry_notional, margin = excluded.margin, leverage = excluded.leverage,"
-        " updated_at = now()",
+        " entry_notional = excluded.entry_notional, leverage = excluded.leverage,"
+        " margin_mode = excluded.margin_mode, updated_at = now()",
         instrument_id,
         *columns(rows, 5),
     )

@@ -107,7 +107,18 @@ class MarkPrice(Command, tag="MARK_PRICE", frozen=True, kw_only=True):
     price: int
 
 
-AnyCommand = New | Cancel | CancelAll | Amend | CancelReplace | SetState | MarkPrice
+class Deleverage(Command, tag="DELEVERAGE", frozen=True, kw_only=True):
+    """Close up to `quantity` lots of a bankrupt user's position at `price` against those in `counterparties`, first
+    one first, without book and fees. Nobody's position grows or turns: who holds less, or nothing, gives less."""
+
+    user_id: int
+    side: Side
+    price: int
+    quantity: int
+    counterparties: list[int]
+
+
+AnyCommand = New | Cancel | CancelAll | Amend | CancelReplace | SetState | MarkPrice | Deleverage
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="kind", gc=False):
@@ -237,6 +248,17 @@ class AmendRejected(Event, tag="AMEND_REJECTED", frozen=True, kw_only=True, omit
     amendment_id: int = 0
 
 
+class Deleveraged(Event, tag="DELEVERAGED", frozen=True, kw_only=True):
+    """`quantity` lots of two opposite positions ended at `price`: `user_id`'s by an order of `side`, so to speak."""
+
+    trade_id: int
+    price: int
+    quantity: int
+    side: Side
+    user_id: int
+    counterparty_user_id: int
+
+
 class StateChanged(Event, tag="STATE_CHANGED", frozen=True, kw_only=True):
     """The instrument is in `state` from here on."""
 
@@ -254,6 +276,7 @@ AnyEvent = (
     | Triggered
     | Amended
     | AmendRejected
+    | Deleveraged
     | StateChanged
 )
 

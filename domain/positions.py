@@ -1,22 +1,23 @@
-"""A one-way position and what a fill does to it: open, add, reduce, close, flip through zero."""
+"""A one-way position and what a fill does to it: open, add, reduce, close, flip through zero.
+
+The money that backs a position is not part of it: that is the ledger's (`domain.wallet`).
+"""
 
 from decimal import Decimal
 from typing import Literal
 
 from msgspec import Struct
 
-from domain.margin import initial_margin
 from domain.money import ZERO, round_down
 
 FillKind = Literal["OPEN", "ADD", "REDUCE", "CLOSE", "FLIP"]
 
 
 class Position(Struct, frozen=True):
-    """`signed_quantity` > 0 is LONG. `entry_notional` >= 0 is what was paid for it, `margin` >= 0 what backs it."""
+    """`signed_quantity` > 0 is LONG. `entry_notional` >= 0 is what was paid for it."""
 
     signed_quantity: Decimal = ZERO
     entry_notional: Decimal = ZERO
-    margin: Decimal = ZERO
 
     @property
     def side(self) -> Literal["LONG", "SHORT"] | None:
@@ -44,29 +45,23 @@ class Fill(Struct, frozen=True):
     kind: FillKind
 
 
-def apply_fill(before: Position, signed_quantity: Decimal, price: Decimal, leverage: int) -> Fill:
+def apply_fill(before: Position, signed_quantity: Decimal, price: Decimal) -> Fill:
     """The effect of buying (+) or selling (-) `signed_quantity` (not 0) at `price`.
 
-    Opening adds notional / leverage of margin (rounded up). Reducing releases the closed share of margin and of
-    entry notional (rounded down, the rest stays), so realised plus unrealised profit over all users is exactly 0
-    at any mark price.
+    Reducing releases the closed share of entry notional (rounded down, the rest stays), so realised plus unrealised
+    profit over all users is exactly 0 at any mark price.
     """
     if before.signed_quantity * signed_quantity >= 0:
-        return _open(before, signed_quantity, price, leverage)
+        return _open(before, signed_quantity, price)
     if abs(signed_quantity) <= abs(before.signed_quantity):
         return _reduce(before, signed_quantity, price)
     closed = _reduce(before, -before.signed_quantity, price)
-    opened = _open(closed.position, signed_quantity + before.signed_quantity, price, leverage)
+    opened = _open(closed.position, signed_quantity + before.signed_quantity, price)
     return Fill(opened.position, closed.realized_pnl, "FLIP")
 
 
-def _open(before: Position, signed_quantity: Decimal, price: Decimal, leverage: int) -> Fill:
-    notional = abs(signed_quantity) * price
-    after = Position(
-        before.signed_quantity + signed_quantity,
-        before.entry_notional + notional,
-        before.margin + initial_margin(notional, leverage),
-    )
+def _open(before: Position, signed_quantity: Decimal, price: Decimal) -> Fill:
+    after = Position(before.signed_quantity + signed_quantity, before.entry_notional + abs(signed_quantity) * price)
     return Fill(after, ZERO, "ADD" if before.signed_quantity else "OPEN")
 
 
@@ -74,7 +69,6 @@ def _reduce(before: Position, signed_quantity: Decimal, price: Decimal) -> Fill:
     held, closed = abs(before.signed_quantity), abs(signed_quantity)
     is_closed = closed == held
     entry = before.entry_notional if is_closed else round_down(before.entry_notional * closed / held)
-    released = before.margin if is_closed else round_down(before.margin * closed / held)
     profit = closed * price - entry
-    after = Position(before.signed_quantity + signed_quantity, before.entry_notional - entry, before.margin - released)
+    after = Position(before.signed_quantity + signed_quantity, before.entry_notional - entry)
     return Fill(after, profit if before.signed_quantity > 0 else -profit, "CLOSE" if is_closed else "REDUCE")

@@ -1,9 +1,14 @@
 """How a user's money in one asset divides into available, order margin and position margin."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from domain.money import ZERO
+from domain.margin import initial_margin
+from domain.money import ZERO, round_down, round_up
+
+# What a liquidation costs beside the trading fees, as a fraction of the notional it closes.
+LIQUIDATION_FEE_RATE = Decimal("0.005")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +33,40 @@ class Wallet:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """A wallet after settlement and what the insurance fund had to add (>= 0) to keep it from going negative."""
+    """A wallet after settlement, what the insurance fund had to add to keep it from going negative, and what the fund
+    got from a liquidation: its fee, and what was left of an isolated position's margin (`surplus`). All >= 0."""
 
     wallet: Wallet
-    insurance: Decimal
+    insurance: Decimal = ZERO
+    liquidation_fee: Decimal = ZERO
+    surplus: Decimal = ZERO
+
+
+@dataclass(frozen=True, slots=True)
+class BookedFill:
+    """What the wallet has to know of a fill: the position before and after it (signed, base), its price, the leverage
+    that new parts of the position are backed at, profit realised and trading fee (quote), and whether it was forced.
+    """
+
+    before: Decimal
+    after: Decimal
+    price: Decimal
+    leverage: int
+    realized_pnl: Decimal
+    fee: Decimal
+    is_liquidation: bool = False
+    is_cross: bool = False
+
+    @property
+    def cash(self) -> Decimal:
+        """Profit less trading fee."""
+        return self.realized_pnl - self.fee
+
+    @property
+    def closed_notional(self) -> Decimal:
+        """Quote value, at the fill's price, of what it closed."""
+        closed = abs(self.before) if self.before * self.after < 0 else max(ZERO, abs(self.before) - abs(self.after))
+        return closed * self.price
 
 
 def freeze(wallet: Wallet, amount: Decimal) -> Wallet | None:
@@ -66,3 +101,67 @@ def settle(wallet: Wallet, cash: Decimal, position_margin: Decimal, order_margin
     return Settled(
         Wallet(total - held_position - held_orders, held_orders, held_position, required - held_orders), insurance
     )
+
+
+def margin_after(margin: Decimal, fill: BookedFill) -> Decimal:
+    """What backs a position after a fill, when `margin` did before it.
+
+    Opening adds notional / leverage (rounded up); reducing releases the closed share (rounded down, the rest stays).
+    """
+    before, after = abs(fill.before), abs(fill.after)
+    if fill.before * fill.after < 0:
+        return initial_margin(after * fill.price, fill.leverage)
+    if after >= before:
+        return margin + initial_margin((after - before) * fill.price, fill.leverage)
+    return ZERO if not after else margin - round_down(margin * (before - after) / before)
+
+
+def liquidation_fee(closed_notional: Decimal, left: Decimal, rate: Decimal = LIQUIDATION_FEE_RATE) -> Decimal:
+    """The insurance fund's fee for closing `closed_notional`, rounded up, but no more than is `left` of the margin.
+
+    Source of the rule: dYdX v4, insurance fund delta of a liquidation.
+    """
+    return min(round_up(closed_notional * rate), max(ZERO, left))
+
+
+def liquidate(wallet: Wallet, fill: BookedFill) -> Settled:
+    """Book a liquidation's fill on an isolated position: its margin alone bears the result.
+
+    What is left of the margin stays with the position while there is one, and goes to the insurance fund when there is
+    none; what is missing the fund pays. The user's other money is not touched.
+    """
+    left = wallet.position_margin + fill.cash
+    if left <= ZERO:
+        return Settled(replace(wallet, position_margin=ZERO), insurance=-left)
+    fee = liquidation_fee(fill.closed_notional, left)
+    if fill.after:
+        return Settled(replace(wallet, position_margin=left - fee), liquidation_fee=fee)
+    return Settled(replace(wallet, position_margin=ZERO), liquidation_fee=fee, surplus=left - fee)
+
+
+def settle_fills(wallet: Wallet, fills: Iterable[BookedFill], order_margin_delta: Decimal) -> Settled:
+    """Book fills in their order, then divide anew (see `settle`).
+
+    A liquidation of a cross position is like any other fill, all of the user's money stands behind it, but for its fee.
+    """
+    cash, position_margin = ZERO, wallet.position_margin
+    insurance = fee = surplus = ZERO
+    for fill in fills:
+        if fill.is_liquidation and not fill.is_cross:
+            # What came before has had its effect when the liquidation comes.
+            settled = settle(wallet, cash, position_margin, ZERO)
+            forced = liquidate(settled.wallet, fill)
+            wallet, cash, position_margin = forced.wallet, ZERO, forced.wallet.position_margin
+            insurance += settled.insurance + forced.insurance
+            fee += forced.liquidation_fee
+            surplus += forced.surplus
+            continue
+        cash += fill.cash
+        position_margin = margin_after(position_margin, fill)
+        if fill.is_liquidation:
+            left = wallet.available + wallet.order_margin + wallet.position_margin + cash
+            charged = liquidation_fee(fill.closed_notional, left)
+            cash -= charged
+            fee += charged
+    settled = settle(wallet, cash, position_margin, order_margin_delta)
+    return Settled(settled.wallet, insurance + settled.insurance, fee, surplus)

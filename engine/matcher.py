@@ -21,6 +21,8 @@ from domain.matching import (
     CancelAll,
     Cancelled,
     CancelReplace,
+    Deleverage,
+    Deleveraged,
     Expired,
     Filled,
     MarkPrice,
@@ -28,6 +30,7 @@ from domain.matching import (
     Placed,
     Rejected,
     SetState,
+    Side,
     StateChanged,
     StopPlaced,
     Trade,
@@ -147,7 +150,7 @@ class Matcher:
         return events
 
     def _apply_rare(
-        self, command: CancelAll | Amend | CancelReplace | SetState | MarkPrice, events: list[AnyEvent]
+        self, command: CancelAll | Amend | CancelReplace | SetState | MarkPrice | Deleverage, events: list[AnyEvent]
     ) -> None:
         if isinstance(command, CancelAll):
             self._cancel_all(command, events)
@@ -155,6 +158,8 @@ class Matcher:
             self._amend(command, events)
         elif isinstance(command, CancelReplace):
             self._cancel_replace(command, events)
+        elif isinstance(command, Deleverage):
+            self._deleverage(command, events)
         elif isinstance(command, SetState):
             if command.state != self.state:
                 self.state = command.state
@@ -333,18 +338,22 @@ class Matcher:
             else:
                 self.reductions.remove(maker, quantity)
         for user_id in (maker.new.user_id, taker_id):
-            excess = self.reductions.excess(user_id)
-            while excess > 0:
-                order = self.reductions.newest(user_id)
-                cut = min(excess, order.remaining)
-                if cut == order.remaining:
-                    events.append(_ended(Expired, order, at, "REDUCE_ONLY"))
-                    self._remove(order)
-                else:
-                    old = order.remaining
-                    self._lower(order, old - cut)
-                    events.append(_amended(order, at, order.price, old, "REDUCE_ONLY"))
-                excess -= cut
+            self._fit_reducers(user_id, at, events)
+
+    def _fit_reducers(self, user_id: int, at: int, events: list[AnyEvent]) -> None:
+        """Shrink the user's reduce-only orders, newest first, to what there is to reduce."""
+        excess = self.reductions.excess(user_id)
+        while excess > 0:
+            order = self.reductions.newest(user_id)
+            cut = min(excess, order.remaining)
+            if cut == order.remaining:
+                events.append(_ended(Expired, order, at, "REDUCE_ONLY"))
+                self._remove(order)
+            else:
+                old = order.remaining
+                self._lower(order, old - cut)
+                events.append(_amended(order, at, order.price, old, "REDUCE_ONLY"))
+            excess -= cut
 
     def _shrink_taker(self, order: Order, at: int, refused: type[Rejected | Expired], events: list[AnyEvent]) -> bool:
         """Cut an entering order to the position; false if there is none."""
@@ -374,6 +383,37 @@ class Matcher:
         if old > room:
             _resize(order, room)
             events.append(_amended(order, at, order.price, old, "REDUCE_ONLY", was_resting=False, resting=False))
+
+    # Deleveraging
+
+    def _deleverage(self, command: Deleverage, events: list[AnyEvent]) -> None:
+        if self.state != "TRADING" or command.price <= 0:
+            return
+        positions, reducible = self.reductions.positions, self.reductions.reducible
+        user_id, side = command.user_id, command.side
+        opposite: Side = "SELL" if side == "BUY" else "BUY"
+        left = min(command.quantity, reducible(user_id, side))
+        for counterparty in command.counterparties:
+            lots = min(left, reducible(counterparty, opposite))
+            if lots <= 0:
+                continue
+            left -= lots
+            bought = lots if side == "BUY" else -lots
+            positions[user_id] += bought
+            positions[counterparty] -= bought
+            events.append(
+                Deleveraged(
+                    at=command.at,
+                    trade_id=(self.event_seq + len(events) + 1) * INSTRUMENTS_MAX + self._instrument_number,
+                    price=command.price,
+                    quantity=lots,
+                    side=side,
+                    user_id=user_id,
+                    counterparty_user_id=counterparty,
+                )
+            )
+            for reduced in (counterparty, user_id):
+                self._fit_reducers(reduced, command.at, events)
 
     # Leaving and changing
 

@@ -437,6 +437,8 @@ margin_holds = Table(
     # Required order margin that is not held: > 0 when a loss left it uncovered (those orders are being cancelled),
     # < 0 when it was freed before its freeze came.
     _col("order_short", AMOUNT, default="0"),
+    # Counts the changes of position_margin; the copy in positions.positions says which one it is of.
+    _col("margin_version", BigInteger(), default="0"),
     CheckConstraint("order_margin >= 0 AND position_margin >= 0", name="positive"),
     schema="ledger",
     postgresql_with={"fillfactor": 70},
@@ -486,6 +488,7 @@ positions = Table(
     _col("signed_quantity", AMOUNT, default="0"),
     _col("entry_notional", AMOUNT, default="0"),
     _col("margin", AMOUNT, default="0"),
+    _col("margin_version", BigInteger(), default="0"),
     _col("realized_pnl", AMOUNT, default="0"),
     _col("leverage", Integer()),
     _col("margin_mode", Text(), default="'ISOLATED'"),
@@ -520,7 +523,11 @@ position_events = Table(
     _col("realized_pnl", AMOUNT, default="0"),
     _col("signed_quantity_after", AMOUNT),
     _col("entry_notional_after", AMOUNT),
+    # At which new parts of the position are backed, and whether the fill was of the user's own will.
+    _col("leverage", Integer()),
+    _col("cause", Text(), default="'TRADE'"),
     _created(),
+    CheckConstraint("cause IN ('TRADE', 'LIQUIDATION', 'DELEVERAGE')", name="cause"),
     Index("uq_position_events_seq", "instrument_id", "seq", "role", unique=True),
     Index("ix_position_events_user_id", "user_id", "event_id"),
     schema="positions",

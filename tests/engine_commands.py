@@ -9,6 +9,7 @@ from domain.matching import (
     Cancel,
     CancelAll,
     CancelReplace,
+    Deleverage,
     MarkPrice,
     New,
     OrderType,
@@ -85,6 +86,15 @@ def _any_change(dice: random.Random, order_id: int) -> AnyCommand:
 def _any_circumstance(dice: random.Random, at: int) -> AnyCommand:
     if dice.random() < 0.5:
         return MarkPrice(at=at, price=_price(dice))
+    if dice.random() < 0.3:
+        return Deleverage(
+            at=at,
+            user_id=dice.randint(1, 4),
+            side=dice.choice(["BUY", "SELL"]),
+            price=_price(dice),
+            quantity=dice.randint(-1, 30),
+            counterparties=dice.sample(range(1, 6), dice.randint(0, 5)),
+        )
     if dice.random() < 0.9:
         return SetState(at=at, state="TRADING")
     return SetState(at=at, state=dice.choice(["CANCEL_ONLY", "HALTED"]))

@@ -17,6 +17,8 @@ from domain.matching import (
     CancelAll,
     Cancelled,
     CancelReplace,
+    Deleverage,
+    Deleveraged,
     Expired,
     Filled,
     MarkPrice,
@@ -81,6 +83,8 @@ class ReferenceMatcher:
                 self._amend(command)
             case CancelReplace():
                 self._cancel_replace(command)
+            case Deleverage():
+                self._deleverage(command)
             case SetState():
                 if command.state != self.state:
                     self.state = command.state
@@ -158,6 +162,32 @@ class ReferenceMatcher:
                 self._end(Cancelled, old[0], "REPLACED")
                 self._leave(old[0])
             self._new(new)
+
+    def _deleverage(self, command: Deleverage) -> None:
+        if self.state != "TRADING" or command.price <= 0:
+            return
+        sign = 1 if command.side == "BUY" else -1
+        wanted = command.quantity
+        for giver in command.counterparties:
+            against, own = sign * self.positions.get(giver, 0), -sign * self.positions.get(command.user_id, 0)
+            lots = min(wanted, against, own)
+            if lots > 0:
+                wanted -= lots
+                self.positions[command.user_id] += sign * lots
+                self.positions[giver] -= sign * lots
+                self.events.append(
+                    Deleveraged(
+                        at=self.at,
+                        trade_id=(self.event_seq + len(self.events) + 1) * 1024 + self.instrument.number,
+                        price=command.price,
+                        quantity=lots,
+                        side=command.side,
+                        user_id=command.user_id,
+                        counterparty_user_id=giver,
+                    )
+                )
+                self._position_changed(giver)
+                self._position_changed(command.user_id)
 
     def _amend(self, command: Amend) -> None:
         who = {"order_id": command.order_id, "user_id": command.user_id, "amendment_id": command.amendment_id}

@@ -154,7 +154,7 @@ async def settled_at_once(world: World) -> list[tuple[object, ...]]:
     for row in await world.pool.fetch("SELECT * FROM matching.trade_tickers ORDER BY seq"):
         for user_id, quantity in ((row["buyer_user_id"], row["quantity"]), (row["seller_user_id"], -row["quantity"])):
             before = positions.get(user_id, Position())
-            positions[user_id] = apply_fill(before, quantity, row["price"], 10).position
+            positions[user_id] = apply_fill(before, quantity, row["price"]).position
     return [(user_id, p.signed_quantity, p.entry_notional) for user_id, p in sorted(positions.items())]
 
 

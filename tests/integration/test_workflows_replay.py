@@ -16,12 +16,19 @@ from domain.sagas import (
 )
 from tests.replay import HISTORIES, replay
 from workflows.audit import LedgerAuditWorkflow
+from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
 from workflows.steps import run_step
 
-WORKFLOWS = [OrderPlacementWorkflow, OrderCancellationWorkflow, SettlementWorkflow, LedgerAuditWorkflow]
-KINDS = ("placement", "cancellation", "settlement", "ledger_audit")
+WORKFLOWS = [
+    OrderPlacementWorkflow,
+    OrderCancellationWorkflow,
+    SettlementWorkflow,
+    LedgerAuditWorkflow,
+    MarginChangeWorkflow,
+]
+KINDS = ("placement", "cancellation", "settlement", "ledger_audit", "margin")
 SAVED = [path.stem for path in sorted(HISTORIES.glob("*.json")) if path.stem.startswith(KINDS)]
 
 
@@ -49,6 +56,12 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "settlement_uncovered",
         "settlement_continued",
         "ledger_audit",
+        "margin_added",
+        "margin_refused",
+        "margin_refused_by_ledger",
+        "margin_busy",
+        "margin_retried",
+        "margin_uncovered",
     }
 
 

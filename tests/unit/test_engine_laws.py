@@ -21,6 +21,7 @@ from domain.matching import (
     CancelAll,
     Cancelled,
     CancelReplace,
+    Deleverage,
     Expired,
     Filled,
     MarkPrice,
@@ -72,6 +73,15 @@ CHANGES = st.one_of(
     ),
     st.builds(CancelReplace, at=st.just(AT), cancel_order_id=ORDER_IDS, order=NEW_ORDERS),
     st.builds(MarkPrice, at=st.just(AT), price=PRICES),
+    st.builds(
+        Deleverage,
+        at=st.just(AT),
+        user_id=USERS,
+        side=st.sampled_from(["BUY", "SELL"]),
+        price=PRICES,
+        quantity=st.integers(-1, 20),
+        counterparties=st.lists(USERS, max_size=5),
+    ),
 )
 COMMANDS = st.one_of(NEW_ORDERS, NEW_ORDERS, CHANGES)
 

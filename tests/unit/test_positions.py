@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.margin import initial_margin, unrealized_pnl
-from domain.money import AMOUNT_STEP
+from domain.margin import unrealized_pnl
 from domain.positions import Position, apply_fill
 
 PRICES = st.decimals("0.1", 200_000, places=1)
@@ -17,46 +16,45 @@ USERS = st.integers(1, 4)
 TRADES = st.lists(
     st.tuples(USERS, USERS, QUANTITIES, PRICES).filter(lambda trade: trade[0] != trade[1]), min_size=1, max_size=30
 )
-LEVERAGES = {1: 1, 2: 7, 3: 10, 4: 100}
 
 
-def position(quantity: str, notional: str, margin: str) -> Position:
-    return Position(Decimal(quantity), Decimal(notional), Decimal(margin))
+def position(quantity: str, notional: str) -> Position:
+    return Position(Decimal(quantity), Decimal(notional))
 
 
 @pytest.mark.parametrize(
     ("before", "quantity", "price", "after", "pnl", "kind"),
     [
-        (position("0", "0", "0"), "2", "100", position("2", "200", "20"), "0", "OPEN"),
-        (position("0", "0", "0"), "-2", "100", position("-2", "200", "20"), "0", "OPEN"),
-        (position("2", "200", "20"), "1", "130", position("3", "330", "33"), "0", "ADD"),
-        (position("-2", "200", "20"), "-1", "130", position("-3", "330", "33"), "0", "ADD"),
-        (position("4", "400", "40"), "-1", "110", position("3", "300", "30"), "10", "REDUCE"),
-        (position("-4", "400", "40"), "1", "110", position("-3", "300", "30"), "-10", "REDUCE"),
-        (position("3", "100", "10"), "-1", "30", position("2", "66.66666667", "6.66666667"), "-3.33333333", "REDUCE"),
-        (position("4", "400", "40"), "-4", "90", position("0", "0", "0"), "-40", "CLOSE"),
-        (position("-4", "400", "40"), "4", "90", position("0", "0", "0"), "40", "CLOSE"),
-        (position("4", "400", "40"), "-6", "90", position("-2", "180", "18"), "-40", "FLIP"),
-        (position("-4", "400", "40"), "6", "90", position("2", "180", "18"), "40", "FLIP"),
+        (position("0", "0"), "2", "100", position("2", "200"), "0", "OPEN"),
+        (position("0", "0"), "-2", "100", position("-2", "200"), "0", "OPEN"),
+        (position("2", "200"), "1", "130", position("3", "330"), "0", "ADD"),
+        (position("-2", "200"), "-1", "130", position("-3", "330"), "0", "ADD"),
+        (position("4", "400"), "-1", "110", position("3", "300"), "10", "REDUCE"),
+        (position("-4", "400"), "1", "110", position("-3", "300"), "-10", "REDUCE"),
+        (position("3", "100"), "-1", "30", position("2", "66.66666667"), "-3.33333333", "REDUCE"),
+        (position("4", "400"), "-4", "90", position("0", "0"), "-40", "CLOSE"),
+        (position("-4", "400"), "4", "90", position("0", "0"), "40", "CLOSE"),
+        (position("4", "400"), "-6", "90", position("-2", "180"), "-40", "FLIP"),
+        (position("-4", "400"), "6", "90", position("2", "180"), "40", "FLIP"),
     ],
 )
 def test_a_fill_opens_adds_reduces_closes_or_flips(
     before: Position, quantity: str, price: str, after: Position, pnl: str, kind: str
 ) -> None:
-    fill = apply_fill(before, Decimal(quantity), Decimal(price), 10)
+    fill = apply_fill(before, Decimal(quantity), Decimal(price))
     assert (fill.position, fill.realized_pnl, fill.kind) == (after, Decimal(pnl), kind)
 
 
 def test_entry_price_is_the_weighted_average() -> None:
-    opened = apply_fill(Position(), Decimal(1), Decimal(100), 10).position
-    added = apply_fill(opened, Decimal(3), Decimal(120), 10).position
+    opened = apply_fill(Position(), Decimal(1), Decimal(100)).position
+    added = apply_fill(opened, Decimal(3), Decimal(120)).position
     assert added.entry_price == Decimal(115)
-    assert apply_fill(added, Decimal(-2), Decimal(500), 10).position.entry_price == Decimal(115)
+    assert apply_fill(added, Decimal(-2), Decimal(500)).position.entry_price == Decimal(115)
 
 
 @pytest.mark.parametrize(("quantity", "side"), [("1", "LONG"), ("-1", "SHORT"), ("0", None)])
 def test_a_side_is_long_short_or_none(quantity: str, side: str | None) -> None:
-    held = position(quantity, "100" if side else "0", "0")
+    held = position(quantity, "100" if side else "0")
     assert held.side == side
     assert held.entry_price == (100 if side else None)
     assert held.signed_notional == Decimal(quantity) * 100
@@ -70,8 +68,7 @@ def test_whatever_is_traded_users_together_neither_win_nor_lose(
     realized = Decimal(0)
     for buyer, seller, quantity, price in trades:
         for user, signed in ((buyer, quantity), (seller, -quantity)):
-            fill = apply_fill(positions[user], signed, price, LEVERAGES[user])
-            assert fill.position.margin >= 0
+            fill = apply_fill(positions[user], signed, price)
             assert fill.position.entry_notional >= 0
             realized += fill.realized_pnl
             positions[user] = fill.position
@@ -86,34 +83,19 @@ def test_closing_releases_everything_and_realises_all_of_the_profit(
 ) -> None:
     held = Position()
     for quantity, price in fills:
-        held = apply_fill(held, side * quantity, price, 20).position
+        held = apply_fill(held, side * quantity, price).position
     expected = unrealized_pnl(held.signed_quantity, held.entry_notional, exit_price)
-    closed = apply_fill(held, -held.signed_quantity, exit_price, 20)
+    closed = apply_fill(held, -held.signed_quantity, exit_price)
     assert closed.position == Position()
     assert closed.realized_pnl == expected
-
-
-@given(QUANTITIES, PRICES, PRICES, st.lists(QUANTITIES, min_size=1, max_size=8), st.sampled_from([1, -1]))
-def test_margin_falls_with_the_quantity_and_never_below_its_share(
-    size: Decimal, entry: Decimal, exit_price: Decimal, parts: list[Decimal], side: int
-) -> None:
-    opened = apply_fill(Position(), side * size, entry, 10).position
-    held = opened
-    for count, part in enumerate(parts, 1):
-        closing = min(part, abs(held.signed_quantity))
-        if not closing:
-            break
-        held = apply_fill(held, -side * closing, exit_price, 10).position
-        share = opened.margin * abs(held.signed_quantity) / size
-        assert -AMOUNT_STEP * AMOUNT_STEP <= held.margin - share <= count * AMOUNT_STEP
 
 
 @given(QUANTITIES, QUANTITIES, PRICES, PRICES, st.sampled_from([1, -1]))
 def test_a_flip_is_a_close_and_an_opening(
     size: Decimal, beyond: Decimal, entry: Decimal, price: Decimal, side: int
 ) -> None:
-    held = apply_fill(Position(), side * size, entry, 10).position
-    flipped = apply_fill(held, -side * (size + beyond), price, 10)
-    closed = apply_fill(held, -side * size, price, 10)
+    held = apply_fill(Position(), side * size, entry).position
+    flipped = apply_fill(held, -side * (size + beyond), price)
+    closed = apply_fill(held, -side * size, price)
     assert flipped.realized_pnl == closed.realized_pnl
-    assert flipped.position == Position(-side * beyond, beyond * price, initial_margin(beyond * price, 10))
+    assert flipped.position == Position(-side * beyond, beyond * price)

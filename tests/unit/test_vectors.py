@@ -17,6 +17,7 @@ import pytest
 from domain.exposure import Exposure
 from domain.funding_rate import bounded, funding_rate
 from domain.index_price import clamp_to_median, weighted_average
+from domain.liquidation import Holding, deleverage_score
 from domain.margin import (
     Tier,
     bankruptcy_price,
@@ -30,7 +31,7 @@ from domain.margin import (
 from domain.mark_price import funding_basis, impact_notional, mark_price, premium_index
 from domain.money import AMOUNT_STEP, ZERO, round_down, round_up
 from domain.positions import Position, apply_fill
-from domain.wallet import Wallet, settle
+from domain.wallet import Wallet, liquidation_fee, settle
 
 FILE = Path(__file__).parents[3] / "shared" / "vectors.json"
 if not FILE.exists():
@@ -105,7 +106,7 @@ def bankruptcy_quote(given: Inputs) -> Figures:
 
 def insurance(given: Inputs) -> Figures:
     deposit, size, entry = Decimal(given["deposit"]), Decimal(given["position"]), Decimal(given["entry"])
-    pnl = apply_fill(Position(size, size * entry, deposit), -size, Decimal(given["fill_price"]), 1).realized_pnl
+    pnl = apply_fill(Position(size, size * entry), -size, Decimal(given["fill_price"])).realized_pnl
     settled = settle(Wallet(position_margin=deposit), pnl, ZERO, ZERO)
     return {"pnl_at_fill": pnl, "insurance_fund_pays": settled.insurance}
 
@@ -115,8 +116,8 @@ def deleverage(given: Inputs) -> Figures:
     size, deposit = Decimal(bankrupt["position"]), Decimal(bankrupt["deposit"])
     notional = abs(size) * Decimal(bankrupt["entry"])
     price = found(bankruptcy_price(size, notional, deposit))
-    loser = apply_fill(Position(size, notional, deposit), -size, price, 1).realized_pnl
-    winner = apply_fill(Position(-size, notional, deposit), size, price, 1).realized_pnl
+    loser = apply_fill(Position(size, notional), -size, price).realized_pnl
+    winner = apply_fill(Position(-size, notional), size, price).realized_pnl
     return {"bankruptcy_price": price, "winner_realised": winner, "bankrupt_equity_after": deposit + loser}
 
 
@@ -242,6 +243,19 @@ def index_outlier(given: Inputs) -> Figures:
     return {"used": used, "index": weighted_average(used, relative)}
 
 
+def fund_delta(given: Inputs) -> Figures:
+    """dYdX leaves the bankrupt what is beyond the fee; of an isolated position of ours the fund gets that, too."""
+    left = Decimal(given["fill_quote"]) - Decimal(given["bankruptcy_quote"])
+    rate = Decimal(given["max_liquidation_fee_rate"])
+    return {"insurance_fund_delta": liquidation_fee(Decimal(given["fill_quote"]), left, rate)}
+
+
+def adl_bitmex(given: Inputs) -> Figures:
+    entry, mark = Decimal(given["entry"]), Decimal(given["mark"])
+    holding = Holding(Decimal(1), entry, entry - Decimal(given["bankruptcy"]))
+    return {"effective_leverage": mark / holding.equity(mark), "score": deleverage_score(holding, mark)}
+
+
 OURS: dict[str, Callable[[Inputs], Figures]] = {
     "liquidation_price.isolated.linear": liquidation_dydx,
     "liquidation_price.isolated.linear.hyperliquid_form": liquidation_hyperliquid,
@@ -252,6 +266,8 @@ OURS: dict[str, Callable[[Inputs], Figures]] = {
     "bankruptcy_price.quote_delta.linear": bankruptcy_quote,
     "insurance_fund.contribution": insurance,
     "deleverage.close_price": deleverage,
+    "insurance_fund.liquidation_fee": fund_delta,
+    "adl.score.bitmex": adl_bitmex,
     "funding.impact_notional": impact,
     "funding.rate.clamp": rate_damped,
     "funding.rate.interval_scaling": rate_damped,
@@ -284,17 +300,15 @@ NOT_OURS = {
     "order_margin.with_fees.inverse": "linear contracts only",
     "rounding.bankruptcy_price": "prices of margin are unrounded; amounts have 8 decimals, not 6",
     "liquidation.order_limit_price(fillable)": "dYdX: our liquidation orders are bounded by the protection band",
-    "liquidation.partial.size_to_cover_shortage": "positions are liquidated whole",
-    "insurance_fund.liquidation_fee": "not yet: the fee of a liquidation",
+    "liquidation.partial.size_to_cover_shortage": "Drift: large positions of ours are reduced tier by tier",
     "socialised_loss.per_unit": "losses are deleveraged, not socialised",
     "funding.rate.damper_deadband": "Deribit: our rate has the clamp instead",
     "funding.payment.linear": "not yet: funding payment",
     "mark_price.clamp_to_book_and_index": "Deribit's old rule",
     "mark_price.median_of_three": "Hyperliquid: our mark is index and premium",
     "margin.linear_in_size": "Deribit: ours has tiers",
-    "adl.score.binance": "not yet: auto-deleveraging",
-    "adl.score.bitmex": "not yet: auto-deleveraging",
-    "adl.score.hyperliquid": "not yet: auto-deleveraging",
+    "adl.score.binance": "ours is BitMEX's: profit times effective leverage",
+    "adl.score.hyperliquid": "ours is BitMEX's: profit times effective leverage",
     "price_validity": "Hyperliquid: ours are multiples of a tick",
 }
 
