@@ -89,11 +89,27 @@ STRICT_CHECKS = {
         FULL JOIN (SELECT reference_id AS trade_id, sum(delta_available) AS fee FROM ledger.ledger_entries
                    WHERE account = 'exchange:fees' AND reference_type = 'TRADE' GROUP BY reference_id) e
         USING (trade_id) WHERE coalesce(t.fee, 0) <> coalesce(e.fee, 0)""",
+    # What users paid and got is what their settlement says, and once it is done nothing is left between them.
     "funding_sums_to_zero": """
-        SELECT asset, sum(delta_available) FROM ledger.ledger_entries
-        WHERE reference_type = 'FUNDING'
-          AND (user_id IS NOT NULL OR account IN ('exchange:funding', 'exchange:rounding'))
-        GROUP BY asset HAVING sum(delta_available + delta_reserved) <> 0""",
+        SELECT coalesce(e.run, r.run), coalesce(e.users, 0) - coalesce(r.received - r.paid, 0) FROM (
+            SELECT split_part(reference_id, ':', 1) || ':' || split_part(reference_id, ':', 2) AS run, asset,
+                   coalesce(sum(delta_available + delta_reserved)
+                            FILTER (WHERE user_id IS NOT NULL AND entry_type = 'FUNDING'), 0) AS users,
+                   coalesce(sum(delta_available) FILTER (WHERE account = 'exchange:funding'), 0) AS between
+            FROM ledger.ledger_entries WHERE reference_type = 'FUNDING_FEE' GROUP BY 1, 2) e
+        FULL JOIN (
+            SELECT instrument_id || ':' || to_char(funding_time, 'YYYYMMDD"T"HH24MISS"Z"') AS run, asset, status, paid,
+                   received FROM ledger.funding_runs) r USING (run, asset)
+        WHERE coalesce(e.users, 0) IS DISTINCT FROM r.received - r.paid
+           OR coalesce(e.between, 0) <> CASE r.status WHEN 'DONE' THEN 0 ELSE r.paid - r.received END""",
+    "funding_is_confirmed": """
+        SELECT r.instrument_id || ' ' || r.funding_time, r.received - r.paid - coalesce(p.payments, 0)
+        FROM ledger.funding_runs r
+        LEFT JOIN (SELECT instrument_id, funding_time, sum(payment) AS payments, count(*) AS positions
+                   FROM positions.v_funding_payments GROUP BY instrument_id, funding_time) p
+        USING (instrument_id, funding_time)
+        WHERE r.status = 'DONE'
+          AND (r.positions, r.received - r.paid) <> (coalesce(p.positions, 0), coalesce(p.payments, 0))""",
     "nobody_is_negative": """
         SELECT 'user:' || user_id || ' ' || asset, least(available, reserved) FROM ledger.ledger_balances
         WHERE available < 0 OR reserved < 0""",
@@ -104,7 +120,11 @@ STRICT_CHECKS = {
 SETTLED_CHECKS = {
     "ledger_holds_what_positions_need": """
         SELECT 'user:' || user_id || ' ' || instrument_id,
-               (c.applied_seq = l.applied_seq AND c.confirmed_seq = c.applied_seq)
+               (c.applied_seq = l.applied_seq AND c.confirmed_seq = c.applied_seq AND NOT EXISTS (
+                   SELECT 1 FROM ledger.funding_runs r
+                   JOIN positions.v_funding_positions f USING (instrument_id, funding_time)
+                   WHERE r.status = 'OPEN' AND f.user_id = coalesce(p.user_id, h.user_id)
+                     AND r.instrument_id = coalesce(p.instrument_id, h.instrument_id)))
         FROM positions.v_positions p FULL JOIN ledger.v_margin_holds h USING (user_id, instrument_id)
         JOIN positions.v_cursors c USING (instrument_id) JOIN ledger.v_cursors l USING (instrument_id)
         WHERE coalesce(p.margin, 0) <> coalesce(h.position_margin, 0)""",

@@ -18,6 +18,14 @@ from activities.instruments import RuleBook, Rules
 from activities.risk import OPPOSITE
 from domain.clock import from_ms, iso
 from domain.events import BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
+from domain.funding import (
+    CONFIRM_FUNDING,
+    FIX_FUNDING_POSITIONS,
+    FUNDING_PAGE,
+    FundingPage,
+    FundingSnapshot,
+    funding_payment,
+)
 from domain.margin import Tier, liquidation_price, maintenance_margin, margin_ratio, unrealized_pnl
 from domain.matching import Deleveraged, Side, Trade
 from domain.money import ZERO, plain
@@ -25,7 +33,7 @@ from domain.positions import Position, apply_fill
 from domain.sagas import APPLY_TRADES, CONFIRM_POSITIONS, EventRange
 from storage import outbox
 from storage.db import Connection, Pool, columns
-from storage.once import advance_cursor
+from storage.once import NotYetError, advance_cursor
 from storage.outbox import UserPush
 from storage.reference_prices import read_reference_prices
 
@@ -50,6 +58,21 @@ EVENT_COLUMNS = [
     "leverage",
     "cause",
     "created_at",
+]
+FUNDING_COLUMNS = [
+    "user_id",
+    "instrument_id",
+    "funding_time",
+    "type",
+    "status",
+    "side",
+    "price",
+    "quantity",
+    "realized_pnl",
+    "signed_quantity_after",
+    "entry_notional_after",
+    "leverage",
+    "cause",
 ]
 
 
@@ -116,6 +139,23 @@ class PositionActivities:
         async with self._pool.acquire() as conn, conn.transaction():
             if await advance_cursor(conn, "positions", events, "confirmed_seq"):
                 await _confirm(conn, events, mark, (await self._rules.rules(conn)).tiers[events.instrument_id])
+
+    @activity.defn(name=FIX_FUNDING_POSITIONS)
+    async def fix_funding_positions(self, snapshot: FundingSnapshot) -> None:
+        """Write down, once, what everybody held at the funding time: what they hold now less the fills after it.
+
+        Raises NotYetError before all fills that the snapshot waits for are applied.
+        """
+        async with self._pool.acquire() as conn, conn.transaction():
+            await _fix_funding_positions(conn, snapshot)
+
+    @activity.defn(name=CONFIRM_FUNDING)
+    async def confirm_funding(self, page: FundingPage) -> None:
+        """After the ledger: payments of a page become realised profit, once, and margins follow the ledger's."""
+        marks = await read_reference_prices(self._redis, [page.run.instrument_id])
+        mark = marks[page.run.instrument_id].mark if page.run.instrument_id in marks else None
+        async with self._pool.acquire() as conn, conn.transaction():
+            await _confirm_funding(conn, page, mark, (await self._rules.rules(conn)).tiers[page.run.instrument_id])
 
 
 async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent], rules: Rules) -> None:
@@ -231,6 +271,102 @@ async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None, t
         )
         pushes.append(UserPush(row["user_id"], "position", view))
         business += _events(row["user_id"], events.instrument_id, view)
+    await outbox.emit(conn, business, pushes)
+
+
+async def _fix_funding_positions(conn: Connection, snapshot: FundingSnapshot) -> None:
+    run = snapshot.run
+    # The lock keeps settlement from moving on meanwhile, and a second attempt from adding to the first.
+    applied_seq = await conn.fetchval(
+        "SELECT applied_seq FROM positions.cursors WHERE instrument_id = $1 FOR UPDATE", run.instrument_id
+    )
+    if applied_seq < snapshot.event_seq:
+        raise NotYetError(f"Positions are at event {applied_seq} of {snapshot.event_seq}")
+    await conn.execute(
+        "INSERT INTO positions.funding_positions (instrument_id, funding_time, user_id, signed_quantity)"
+        " SELECT $1, $2, p.user_id, p.signed_quantity - coalesce(f.quantity, 0) FROM positions.positions p"
+        " LEFT JOIN (SELECT user_id, sum(CASE side WHEN 'BUY' THEN quantity ELSE -quantity END) AS quantity"
+        "   FROM positions.position_events WHERE instrument_id = $1 AND created_at > $2 AND trade_id IS NOT NULL"
+        "   GROUP BY user_id) f USING (user_id)"
+        " WHERE p.instrument_id = $1 AND p.signed_quantity <> coalesce(f.quantity, 0) AND NOT EXISTS (SELECT"
+        "   FROM positions.funding_positions d WHERE d.instrument_id = $1 AND d.funding_time = $2)",
+        run.instrument_id,
+        run.time,
+    )
+
+
+async def _confirm_funding(conn: Connection, page: FundingPage, mark: Decimal | None, tiers: Sequence[Tier]) -> None:
+    instrument_id, time = page.run.instrument_id, page.run.time
+    terms = await conn.fetchrow(
+        "SELECT rate, mark_price FROM ledger.v_funding_runs WHERE instrument_id = $1 AND funding_time = $2",
+        instrument_id,
+        time,
+    )
+    assert terms is not None, f"Expected {page.run} to be open"
+    rows = await conn.fetch(
+        "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage, p.margin_mode, p.status,"
+        " p.margin, p.liquidation_price, p.realized_pnl, f.signed_quantity AS funded_quantity"
+        " FROM (SELECT user_id, signed_quantity FROM positions.funding_positions WHERE instrument_id = $1"
+        "   AND funding_time = $2 AND user_id > $3 ORDER BY user_id LIMIT $4) f"
+        " JOIN positions.positions p ON p.instrument_id = $1 AND p.user_id = f.user_id"
+        " ORDER BY p.user_id FOR UPDATE OF p",
+        instrument_id,
+        time,
+        page.after_user_id,
+        FUNDING_PAGE,
+    )
+    if not rows or await conn.fetchval(
+        "SELECT EXISTS (SELECT FROM positions.position_events"
+        " WHERE instrument_id = $1 AND funding_time = $2 AND user_id = $3)",
+        instrument_id,
+        time,
+        rows[0]["user_id"],
+    ):
+        return
+    # Read after the rows are locked: whoever copies the ledger's margin last copies the newest.
+    margins = await read_margins(conn, instrument_id, [row["user_id"] for row in rows])
+    records: list[tuple[Any, ...]] = []
+    changes: list[tuple[Any, ...]] = []
+    business: list[BusinessEvent] = []
+    pushes: list[UserPush] = []
+    for row in rows:
+        funded, margin, liquidation = row["funded_quantity"], margins[row["user_id"]], row["liquidation_price"]
+        payment = funding_payment(funded, terms["mark_price"], terms["rate"])
+        realized = row["realized_pnl"] + payment
+        if margin != row["margin"]:
+            liquidation = liquidation_price(row["signed_quantity"], row["entry_notional"], margin, tiers)
+            changed = {**row, "margin": margin, "liquidation_price": liquidation, "realized_pnl": realized}
+            view = position_view(instrument_id, changed, mark, tiers)
+            pushes.append(UserPush(row["user_id"], "position", view))
+            business += _events(row["user_id"], instrument_id, view)
+        changes.append((row["position_id"], margin, realized, liquidation))
+        records.append(
+            (
+                row["user_id"],
+                instrument_id,
+                time,
+                "FUNDING",
+                "SETTLED",
+                "LONG" if funded > ZERO else "SHORT",
+                terms["mark_price"],
+                abs(funded),
+                payment,
+                row["signed_quantity"],
+                row["entry_notional"],
+                row["leverage"],
+                "FUNDING",
+            )
+        )
+    await conn.copy_records_to_table(
+        "position_events", schema_name="positions", columns=FUNDING_COLUMNS, records=records
+    )
+    await conn.execute(
+        "UPDATE positions.positions p SET margin = n.margin, realized_pnl = n.realized_pnl,"
+        " liquidation_price = n.liquidation_price, updated_at = now()"
+        " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::numeric[])"
+        " AS n (position_id, margin, realized_pnl, liquidation_price) WHERE p.position_id = n.position_id",
+        *columns(changes, 4),
+    )
     await outbox.emit(conn, business, pushes)
 
 

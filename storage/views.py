@@ -22,6 +22,9 @@ VIEWS: dict[str, str] = {
     "ledger.v_margin_holds": (
         "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short FROM ledger.margin_holds"
     ),
+    "ledger.v_funding_runs": (
+        "SELECT instrument_id, funding_time, rate, mark_price, status, paid, received FROM ledger.funding_runs"
+    ),
     "ledger.v_steps": "SELECT step_id, result FROM ledger.steps",
     "ledger.v_cursors": "SELECT instrument_id, applied_seq FROM ledger.cursors",
     "positions.v_positions": (
@@ -33,9 +36,17 @@ VIEWS: dict[str, str] = {
         " realized_pnl, signed_quantity_after, entry_notional_after, leverage, cause, created_at AS executed_at"
         " FROM positions.position_events WHERE trade_id IS NOT NULL"
     ),
+    "positions.v_funding_positions": (
+        "SELECT instrument_id, funding_time, user_id, signed_quantity FROM positions.funding_positions"
+    ),
+    "positions.v_funding_payments": (
+        "SELECT instrument_id, funding_time, user_id, realized_pnl AS payment FROM positions.position_events"
+        " WHERE funding_time IS NOT NULL"
+    ),
     "positions.v_cursors": "SELECT instrument_id, applied_seq, confirmed_seq FROM positions.cursors",
     "matching.v_instruments": "SELECT * FROM matching.instruments",
     "matching.v_events": "SELECT instrument_id, seq, command_seq, payload FROM matching.events",
     "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",
     "matching.v_trades": "SELECT * FROM matching.trade_tickers",
+    "market.v_funding_rates": "SELECT instrument_id, effective_at, rate, mark_price FROM market.funding_rates",
 }

@@ -22,6 +22,7 @@ from activities.order_entry import take_in, take_in_cancels
 from activities.orders import OrderActivities
 from activities.positions import PositionActivities
 from activities.risk import RiskActivities
+from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
 from domain.instruments import SHIPPED, Instrument
 from domain.matching import AnyEvent
 from domain.order_entry import NewOrder, OrderRequest
@@ -185,6 +186,35 @@ class World:
         progress = await self.matching.acknowledge(events)
         self.settled[events.instrument_id] = progress.settled_seq
         yield "acknowledged"
+
+    async def publish_rate(self, funding_time: datetime, rate: str, mark: object, instrument: Instrument = BTC) -> None:
+        """What the market process does at a funding time."""
+        await self.pool.execute(
+            "INSERT INTO market.funding_rates (instrument_id, effective_at, rate, premium_average, mark_price)"
+            " VALUES ($1, $2, $3, 0, $4)",
+            instrument.instrument_id,
+            funding_time,
+            Decimal(rate),
+            Decimal(str(mark)),
+        )
+
+    async def funding(self, run: FundingRun) -> AsyncIterator[str]:
+        """The steps of a funding settlement, as FundingSettlementWorkflow takes them."""
+        if await self.ledger.open_funding(run):
+            yield "opened"
+            command_seq = await self.matching.last_command(run.instrument_id)
+            event_seq = await self.matching.events_of(LogPosition(run.instrument_id, command_seq))
+            await self.positions.fix_funding_positions(FundingSnapshot(run, event_seq))
+            yield "fixed"
+            after_user_id: int | None = 0
+            while after_user_id is not None:
+                page = FundingPage(run, after_user_id)
+                after_user_id = await self.ledger.settle_funding(page)
+                yield "paid"
+                await self.positions.confirm_funding(page)
+                yield "confirmed"
+        await self.ledger.close_funding(run)
+        yield "closed"
 
     async def settle(self, instrument: Instrument = BTC) -> None:
         """Match and settle until there is nothing left to do."""
