@@ -173,9 +173,9 @@ async def test_who_has_nothing_available_pays_from_the_position_s_margin_and_com
     await world.publish_rate(moment, "0.01", 60_000)
     await finish(world.funding(due(moment)))
     assert orders > 0
-    assert await world.balance(ALICE) == (0, margin + orders - 600)
+    assert await world.balance(ALICE) == (D(0), margin + orders - 600)
     after, realized, nearer = await position(world, ALICE)
-    assert (after, realized) == (margin - 600, -600)
+    assert (after, realized) == (margin - 600, D(-600))
     assert nearer > liquidation
     assert D((await outbox_events(world.pool, "RiskUpdate"))[-1]["liquidationPrice"]) == nearer
     await assert_clean(world)
@@ -188,7 +188,7 @@ async def test_what_an_account_cannot_pay_the_insurance_fund_does(world: World) 
     moment = await now(world)
     await world.publish_rate(moment, "0.2", 60_000)
     await finish(world.funding(due(moment)))
-    assert await world.balance(ALICE) == (0, 0)
+    assert await world.balance(ALICE) == (D(0), D(0))
     assert (await world.balance(BOB))[0] == before + 12_000
     assert await world.system("exchange:insurance_fund") == margin - 12_000
     required = await outbox_events(world.pool, "InsuranceFundRequired")

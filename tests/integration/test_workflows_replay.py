@@ -16,12 +16,19 @@ from domain.sagas import (
 )
 from tests.replay import HISTORIES, replay
 from workflows.audit import LedgerAuditWorkflow
+from workflows.funding import FundingSettlementWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
 from workflows.steps import run_step
 
-WORKFLOWS = [OrderPlacementWorkflow, OrderCancellationWorkflow, SettlementWorkflow, LedgerAuditWorkflow]
-KINDS = ("placement", "cancellation", "settlement", "ledger_audit")
+WORKFLOWS = [
+    OrderPlacementWorkflow,
+    OrderCancellationWorkflow,
+    SettlementWorkflow,
+    FundingSettlementWorkflow,
+    LedgerAuditWorkflow,
+]
+KINDS = ("placement", "cancellation", "settlement", "funding", "ledger_audit")
 SAVED = [path.stem for path in sorted(HISTORIES.glob("*.json")) if path.stem.startswith(KINDS)]
 
 
@@ -46,6 +53,11 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "settlement_overtaken",
         "settlement_uncovered",
         "settlement_continued",
+        "funding",
+        "funding_without_rate",
+        "funding_behind",
+        "funding_retried",
+        "funding_scheduled",
         "ledger_audit",
     }
 
