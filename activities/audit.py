@@ -98,8 +98,8 @@ STRICT_CHECKS = {
                    coalesce(sum(delta_available) FILTER (WHERE account = 'exchange:funding'), 0) AS between
             FROM ledger.ledger_entries WHERE reference_type = 'FUNDING_FEE' GROUP BY 1, 2) e
         FULL JOIN (
-            SELECT instrument_id || ':' || to_char(funding_time, 'YYYYMMDD"T"HH24MISS"Z"') AS run, asset, status, paid,
-                   received FROM ledger.funding_runs) r USING (run, asset)
+            SELECT instrument_id || ':' || to_char(funding_time AT TIME ZONE 'UTC', 'YYYYMMDD"T"HH24MISS.US"Z"') AS run,
+                   asset, status, paid, received FROM ledger.funding_runs) r USING (run, asset)
         WHERE coalesce(e.users, 0) IS DISTINCT FROM r.received - r.paid
            OR coalesce(e.between, 0) <> CASE r.status WHEN 'DONE' THEN 0 ELSE r.paid - r.received END""",
     "funding_is_confirmed": """

@@ -6,6 +6,7 @@ The margin of a position is the ledger's; the copy here follows it, for the liqu
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -368,6 +369,22 @@ async def _confirm_funding(conn: Connection, page: FundingPage, mark: Decimal | 
         *columns(changes, 4),
     )
     await outbox.emit(conn, business, pushes)
+
+
+async def forget_funding_positions(conn: Connection, before: datetime, limit: int) -> int:
+    """Delete up to `limit` positions of funding settlements that were done before then; how many it was.
+
+    The payments stay, as events of the positions.
+    """
+    status = await conn.execute(
+        "DELETE FROM positions.funding_positions p USING (SELECT f.instrument_id, f.funding_time, f.user_id"
+        "  FROM positions.funding_positions f JOIN ledger.v_funding_runs r USING (instrument_id, funding_time)"
+        "  WHERE r.status = 'DONE' AND r.updated_at < $1 LIMIT $2) old"
+        " WHERE (p.instrument_id, p.funding_time, p.user_id) = (old.instrument_id, old.funding_time, old.user_id)",
+        before,
+        limit,
+    )
+    return int(status.split()[-1])
 
 
 def _status(row: asyncpg.Record) -> str:

@@ -62,8 +62,8 @@ class FundingRun:
 
     @property
     def reference(self) -> str:
-        """Begins the names of the run's journals: instrument and time without separators, `BTC:20260101T080000Z`."""
-        return f"{self.instrument_id}:{self.time:%Y%m%dT%H%M%SZ}"
+        """Begins the names of the run's journals: instrument and time, without colons, as these separate the parts."""
+        return f"{self.instrument_id}:{self.time:%Y%m%dT%H%M%S.%fZ}"
 
 
 @dataclass(frozen=True)

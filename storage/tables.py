@@ -517,9 +517,9 @@ position_events = Table(
     Index("uq_position_events_seq", "instrument_id", "seq", "role", unique=True),
     Index(
         "uq_position_events_funding",
-        "instrument_id",
-        "funding_time",
         "user_id",
+        "funding_time",
+        "instrument_id",
         unique=True,
         postgresql_where=text("funding_time IS NOT NULL"),
     ),

@@ -23,7 +23,7 @@ VIEWS: dict[str, str] = {
         "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short FROM ledger.margin_holds"
     ),
     "ledger.v_funding_runs": (
-        "SELECT instrument_id, funding_time, rate, mark_price, status, paid, received FROM ledger.funding_runs"
+        "SELECT instrument_id, funding_time, rate, mark_price, status, updated_at FROM ledger.funding_runs"
     ),
     "ledger.v_steps": "SELECT step_id, result FROM ledger.steps",
     "ledger.v_cursors": "SELECT instrument_id, applied_seq FROM ledger.cursors",

@@ -49,4 +49,4 @@ def test_a_charge_takes_no_more_than_there_is_and_the_fund_only_what_is_missing(
 
 
 def test_a_run_is_named_by_instrument_and_utc_time() -> None:
-    assert FundingRun("BTC-USDT-PERP", "2026-01-01T10:00:00+02:00").reference == "BTC-USDT-PERP:20260101T080000Z"
+    assert FundingRun("BTC-USDT-PERP", "2026-01-01T10:00:00+02:00").reference == "BTC-USDT-PERP:20260101T080000.000000Z"

@@ -34,6 +34,7 @@ SERVICE_OF = {
     "api/orders.py": "orders",
     "api/ledger.py": "ledger",
     "api/positions.py": "positions",
+    "api/funding.py": "positions",
     "api/market.py": "market",
     "engine/lease.py": "matching",
     "engine/log.py": "matching",

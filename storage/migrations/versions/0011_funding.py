@@ -57,7 +57,7 @@ def upgrade() -> None:
     op.create_index(
         "uq_position_events_funding",
         "position_events",
-        ["instrument_id", "funding_time", "user_id"],
+        ["user_id", "funding_time", "instrument_id"],
         unique=True,
         schema="positions",
         postgresql_where=sa.text("funding_time IS NOT NULL"),
