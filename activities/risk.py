@@ -7,9 +7,11 @@ ledger exactly once: through `freeze_funds` for a check, through `settle` for en
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from decimal import Decimal
 
 import asyncpg
+from msgspec.structs import replace
 from temporalio import activity
 
 from activities.engine_log import EngineLog, SequencedEvent
@@ -17,7 +19,8 @@ from activities.instruments import RuleBook, Rules, read_instruments, read_tiers
 from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPassed
 from domain.exposure import Exposure, Side
 from domain.instruments import Instrument
-from domain.margin import Tier, tier_of
+from domain.margin import Tier, margin_to_keep, releveraged_margin, tier_of
+from domain.margin_changes import PLAN_MARGIN_CHANGE, MarginChange, MarginPlan
 from domain.matching import Amended, Cancelled, Deleveraged, Ended, Expired, Filled, Rejected, StateChanged, Trade
 from domain.money import ZERO, plain
 from domain.order_entry import NewOrder
@@ -37,6 +40,7 @@ from storage.db import Connection, Pool, columns
 from storage.once import advance_cursor, first_result, store_result
 
 Key = tuple[int, str]
+MARK_AGE_MAX = timedelta(minutes=1)
 OPPOSITE: dict[Side, Side] = {"BUY": "SELL", "SELL": "BUY"}
 
 
@@ -47,6 +51,7 @@ class Limits:
     max_order_quantity: Decimal
     max_position_notional: Decimal
     max_open_orders: int
+    max_leverage: int
 
 
 def refusal_reason(
@@ -104,6 +109,18 @@ class RiskActivities:
             if await first_result(conn, "risk", step_id, MarginMoves) is None:
                 await store_result(conn, "risk", step_id, await _release(conn, request, await self._rules.rules(conn)))
 
+    @activity.defn(name=PLAN_MARGIN_CHANGE)
+    async def plan_margin_change(self, change: MarginChange) -> MarginPlan:
+        """Decide on a change of leverage or position margin; a new leverage holds for everything checked later."""
+        step_id = f"adjust:{change.change_id}"
+        async with self._pool.acquire() as conn, conn.transaction():
+            done = await first_result(conn, "risk", step_id, MarginPlan)
+            if done is None:
+                done = await _plan(conn, change, await self._rules.rules(conn))
+                if not done.is_busy:
+                    await store_result(conn, "risk", step_id, done)
+        return done
+
     @activity.defn(name=APPLY_RISK_EVENTS)
     async def apply_events(self, events: EventRange) -> None:
         """Fold a range of engine events into the exposures; the margin moves are stored for the ledger."""
@@ -129,30 +146,112 @@ async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | N
     return added, refusal_reason(after, reduces, request.quantity, added, budget - order.open_loss, limits, tiers)
 
 
-async def set_leverage(conn: Connection, user_id: int, instrument: Instrument, leverage: int) -> None:
-    """Leverage of a user's future positions, in the caller's transaction.
+async def set_margin_mode(conn: Connection, user_id: int, instrument: Instrument, mode: str) -> None:
+    """ISOLATED or CROSS for a user's future positions, in the caller's transaction.
 
-    Raises Problem VALIDATION_FAILED above the instrument's or the user's maximum, LEVERAGE_NOT_CHANGEABLE while
-    there is a position or an open order.
+    Raises Problem MARGIN_MODE_NOT_CHANGEABLE while there is a position or an open order.
     """
-    allowed = await conn.fetchval(
-        "SELECT max_leverage FROM risk.risk_limits WHERE instrument_id = $1 AND (user_id IS NULL OR user_id = $2)"
-        " ORDER BY user_id NULLS LAST LIMIT 1",
-        instrument.instrument_id,
-        user_id,
-    )
-    if leverage > min(allowed, instrument.max_leverage):
-        raise Problem("VALIDATION_FAILED", f"Expected a leverage of at most {min(allowed, instrument.max_leverage)}")
     await _create_missing(conn, [(user_id, instrument.instrument_id)], {instrument.instrument_id: instrument})
     changed = await conn.fetchval(
-        "UPDATE risk.exposures SET leverage = $3, updated_at = now() WHERE user_id = $1 AND instrument_id = $2"
-        " AND (leverage = $3 OR (signed_quantity = 0 AND open_orders = 0)) RETURNING TRUE",
+        "UPDATE risk.exposures SET margin_mode = $3, updated_at = now() WHERE user_id = $1 AND instrument_id = $2"
+        " AND (margin_mode = $3 OR (signed_quantity = 0 AND open_orders = 0)) RETURNING TRUE",
         user_id,
         instrument.instrument_id,
-        leverage,
+        mode,
     )
     if not changed:
-        raise Problem("LEVERAGE_NOT_CHANGEABLE", "Close the position and cancel the open orders first")
+        raise Problem("MARGIN_MODE_NOT_CHANGEABLE", "Close the position and cancel the open orders first")
+
+
+async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginPlan:
+    """What `change` does to the margins; a new leverage is in force for risk from here on."""
+    key = (change.user_id, change.instrument_id)
+    instrument = rules.instruments[change.instrument_id]
+    await _create_missing(conn, [key], rules.instruments)
+    exposures = await _lock(conn, [key])
+    if await _unfrozen(conn, exposures):
+        return MarginPlan(is_busy=True)
+    row, state = exposures[key], _exposure(exposures[key])
+    held = await _position_margin(conn, *key)
+    mark = await _fresh_mark(conn, change.instrument_id)
+    if mark is None and state.signed_quantity:
+        return MarginPlan(refusal="MARK_PRICE_UNAVAILABLE")
+    if change.kind == "MARGIN":
+        return _plan_margin(state, held, change.value, mark, instrument)
+    plan = await _plan_leverage(conn, key, row, held, int(change.value), mark, rules)
+    if plan.refusal is None:
+        # Until the ledger has moved the margin, no other order is netted against it (see `_unfrozen`).
+        await conn.execute(
+            "UPDATE risk.exposures SET pending_step = $3 WHERE user_id = $1 AND instrument_id = $2",
+            *key,
+            change.change_id,
+        )
+    return plan
+
+
+def _plan_margin(
+    state: Exposure, held: Decimal, amount: Decimal, mark: Decimal | None, instrument: Instrument
+) -> MarginPlan:
+    if mark is None or not state.signed_quantity:
+        return MarginPlan(refusal="POSITION_NOT_FOUND")
+    kept = margin_to_keep(state.signed_quantity, state.entry_notional, mark, state.leverage)
+    if amount < 0 and held + amount < kept:
+        return MarginPlan(refusal="INSUFFICIENT_MARGIN")
+    return MarginPlan(amount, ZERO, instrument.quote_asset)
+
+
+async def _plan_leverage(
+    conn: Connection,
+    key: Key,
+    row: asyncpg.Record,
+    held: Decimal,
+    leverage: int,
+    mark: Decimal | None,
+    rules: Rules,
+) -> MarginPlan:
+    before, instrument = _exposure(row), rules.instruments[key[1]]
+    after = replace(before, leverage=leverage)
+    allowed = min((await _read_limits(conn, [key]))[key].max_leverage, instrument.max_leverage)
+    if leverage > min(allowed, tier_of(after.worst_notional, rules.tiers[key[1]]).max_leverage):
+        return MarginPlan(refusal="RISK_LIMIT_EXCEEDED")
+    margin = held
+    if mark is not None and before.signed_quantity:
+        margin = releveraged_margin(
+            before.signed_quantity, before.entry_notional, held, mark, before.leverage, leverage
+        )
+    order_margin = after.order_margin(instrument.taker_fee_rate)
+    plan = MarginPlan(margin - held, order_margin - row["order_margin"], instrument.quote_asset)
+    available = (await _read_available(conn, {key[0]})).get((key[0], instrument.quote_asset), ZERO)
+    if plan.position_delta + plan.order_delta > available:
+        return MarginPlan(refusal="INSUFFICIENT_MARGIN")
+    await conn.execute(
+        "UPDATE risk.exposures SET leverage = $3, order_margin = $4, updated_at = now()"
+        " WHERE user_id = $1 AND instrument_id = $2",
+        *key,
+        leverage,
+        order_margin,
+    )
+    return plan
+
+
+async def _fresh_mark(conn: Connection, instrument_id: str) -> Decimal | None:
+    """The mark price, None when there was none for a while: nobody may be sure of a margin then."""
+    found: Decimal | None = await conn.fetchval(
+        "SELECT mark_price FROM market.v_mark_prices WHERE instrument_id = $1 AND calculated_at > now() - $2::interval"
+        " ORDER BY calculated_at DESC LIMIT 1",
+        instrument_id,
+        MARK_AGE_MAX,
+    )
+    return found
+
+
+async def _position_margin(conn: Connection, user_id: int, instrument_id: str) -> Decimal:
+    held: Decimal | None = await conn.fetchval(
+        "SELECT position_margin FROM ledger.v_margin_holds WHERE user_id = $1 AND instrument_id = $2",
+        user_id,
+        instrument_id,
+    )
+    return held or ZERO
 
 
 async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckResult:
@@ -369,7 +468,7 @@ async def _unfrozen(conn: Connection, exposures: dict[Key, asyncpg.Record]) -> s
 
 async def _read_limits(conn: Connection, keys: Sequence[Key]) -> dict[Key, Limits]:
     rows = await conn.fetch(
-        "SELECT user_id, instrument_id, max_order_quantity, max_position_notional, max_open_orders"
+        "SELECT user_id, instrument_id, max_order_quantity, max_position_notional, max_open_orders, max_leverage"
         " FROM risk.risk_limits WHERE instrument_id = ANY($1) AND (user_id IS NULL OR user_id = ANY($2))",
         list({key[1] for key in keys}),
         list({key[0] for key in keys}),

@@ -20,7 +20,8 @@ VIEWS: dict[str, str] = {
     ),
     "ledger.v_balances": "SELECT user_id, asset, available, reserved FROM ledger.ledger_balances",
     "ledger.v_margin_holds": (
-        "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short FROM ledger.margin_holds"
+        "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short, margin_version"
+        " FROM ledger.margin_holds"
     ),
     "ledger.v_funding_runs": (
         "SELECT instrument_id, funding_time, rate, mark_price, status, updated_at FROM ledger.funding_runs"
@@ -28,7 +29,8 @@ VIEWS: dict[str, str] = {
     "ledger.v_steps": "SELECT step_id, result FROM ledger.steps",
     "ledger.v_cursors": "SELECT instrument_id, applied_seq FROM ledger.cursors",
     "positions.v_positions": (
-        "SELECT position_id, user_id, instrument_id, signed_quantity, entry_notional, margin, realized_pnl, leverage,"
+        "SELECT position_id, user_id, instrument_id, signed_quantity, entry_notional, margin, margin_version,"
+        " realized_pnl, leverage,"
         " margin_mode, liquidation_price, status FROM positions.positions"
     ),
     "positions.v_fills": (
@@ -44,6 +46,7 @@ VIEWS: dict[str, str] = {
         " WHERE funding_time IS NOT NULL"
     ),
     "positions.v_cursors": "SELECT instrument_id, applied_seq, confirmed_seq FROM positions.cursors",
+    "market.v_mark_prices": "SELECT instrument_id, calculated_at, mark_price FROM market.mark_prices",
     "matching.v_instruments": "SELECT * FROM matching.instruments",
     "matching.v_events": "SELECT instrument_id, seq, command_seq, payload FROM matching.events",
     "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",

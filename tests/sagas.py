@@ -46,6 +46,7 @@ from storage.db import Pool
 from tests.waiting import until
 from workflows.audit import LedgerAuditWorkflow
 from workflows.funding import FundingSettlementWorkflow
+from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
 
@@ -194,7 +195,7 @@ async def workers(
     queues: list[tuple[str, list[type], list[Activity]]] = [
         (ORDERS_QUEUE, [OrderPlacementWorkflow, OrderCancellationWorkflow], order_activities(pool, redis)),
         (SETTLEMENT_QUEUE, [SettlementWorkflow, FundingSettlementWorkflow], settlement_activities(pool, redis)),
-        (OPERATIONS_QUEUE, [LedgerAuditWorkflow], operations_activities(pool)),
+        (OPERATIONS_QUEUE, [LedgerAuditWorkflow, MarginChangeWorkflow], operations_activities(pool, redis)),
     ]
     left = set(changed or {})
     running: list[Worker] = []
