@@ -32,7 +32,6 @@ from domain.funding import (
     FundingRun,
     FundingTotals,
     charge,
-    funding_payment,
 )
 from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved, MarginPlan
 from domain.money import ZERO, plain, round_down
@@ -371,29 +370,23 @@ async def _open_funding(conn: Connection, run: FundingRun) -> bool:
 
 async def _settle_funding(conn: Connection, page: FundingPage) -> int | None:
     run = page.run
-    terms = await conn.fetchrow(
-        "SELECT asset, rate, mark_price FROM ledger.funding_runs WHERE instrument_id = $1 AND funding_time = $2",
+    asset = await conn.fetchval(
+        "SELECT asset FROM ledger.funding_runs WHERE instrument_id = $1 AND funding_time = $2",
         run.instrument_id,
         run.time,
     )
-    assert terms is not None, f"Expected {run} to be open"
     rows = await conn.fetch(
-        "SELECT user_id, signed_quantity FROM positions.v_funding_positions"
+        "SELECT user_id, payment FROM positions.v_funding_positions"
         " WHERE instrument_id = $1 AND funding_time = $2 AND user_id > $3 ORDER BY user_id LIMIT $4",
         run.instrument_id,
         run.time,
         page.after_user_id,
         FUNDING_PAGE,
     )
-    following = rows[-1]["user_id"] if len(rows) == FUNDING_PAGE else None
-    payments = [
-        (row["user_id"], payment)
-        for row in rows
-        if (payment := funding_payment(row["signed_quantity"], terms["mark_price"], terms["rate"]))
-    ]
+    payments = [(row[0], row[1]) for row in rows if row[1]]
     if payments:
-        await _book_funding(conn, page, terms["asset"], payments)
-    return following
+        await _book_funding(conn, page, asset, payments)
+    return rows[-1][0] if len(rows) == FUNDING_PAGE else None
 
 
 async def _book_funding(

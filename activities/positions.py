@@ -25,7 +25,6 @@ from domain.funding import (
     FUNDING_PAGE,
     FundingPage,
     FundingSnapshot,
-    funding_payment,
 )
 from domain.margin import Tier, liquidation_price, maintenance_margin, margin_ratio, unrealized_pnl
 from domain.margin_changes import ADOPT_MARGIN, MarginChange
@@ -60,21 +59,6 @@ EVENT_COLUMNS = [
     "leverage",
     "cause",
     "created_at",
-]
-FUNDING_COLUMNS = [
-    "user_id",
-    "instrument_id",
-    "funding_time",
-    "type",
-    "status",
-    "side",
-    "price",
-    "quantity",
-    "realized_pnl",
-    "signed_quantity_after",
-    "entry_notional_after",
-    "leverage",
-    "cause",
 ]
 
 
@@ -327,85 +311,73 @@ async def _fix_funding_positions(conn: Connection, snapshot: FundingSnapshot) ->
     )
     if applied_seq < snapshot.event_seq:
         raise NotYetError(f"Positions are at event {applied_seq} of {snapshot.event_seq}")
-    await conn.execute(
-        "INSERT INTO positions.funding_positions (instrument_id, funding_time, user_id, signed_quantity)"
-        " SELECT $1, $2, p.user_id, p.signed_quantity - coalesce(f.quantity, 0) FROM positions.positions p"
-        " LEFT JOIN (SELECT user_id, sum(CASE side WHEN 'BUY' THEN quantity ELSE -quantity END) AS quantity"
-        "   FROM positions.position_events WHERE instrument_id = $1 AND created_at > $2 AND trade_id IS NOT NULL"
-        "   GROUP BY user_id) f USING (user_id)"
-        " WHERE p.instrument_id = $1 AND p.signed_quantity <> coalesce(f.quantity, 0) AND NOT EXISTS (SELECT"
-        "   FROM positions.funding_positions d WHERE d.instrument_id = $1 AND d.funding_time = $2)",
+    terms = await conn.fetchrow(
+        "SELECT mark_price, rate FROM ledger.v_funding_runs WHERE instrument_id = $1 AND funding_time = $2",
         run.instrument_id,
         run.time,
+    )
+    assert terms is not None, f"Expected {run} to be open"
+    # The payment is domain.funding.funding_payment, in SQL because there are so many (a test compares the two).
+    await conn.execute(
+        "INSERT INTO positions.funding_positions (instrument_id, funding_time, user_id, signed_quantity, payment)"
+        " SELECT $1, $2, user_id, quantity, floor(-quantity * $3::numeric * $4::numeric * 100000000) * 0.00000001"
+        " FROM (SELECT p.user_id, p.signed_quantity - coalesce(f.quantity, 0) AS quantity FROM positions.positions p"
+        "   LEFT JOIN (SELECT user_id, sum(CASE side WHEN 'BUY' THEN quantity ELSE -quantity END) AS quantity"
+        "     FROM positions.position_events WHERE instrument_id = $1 AND created_at > $2 AND trade_id IS NOT NULL"
+        "     GROUP BY user_id) f USING (user_id) WHERE p.instrument_id = $1) held"
+        " WHERE quantity <> 0 AND NOT EXISTS (SELECT FROM positions.funding_positions"
+        "   WHERE instrument_id = $1 AND funding_time = $2)",
+        run.instrument_id,
+        run.time,
+        *terms,
     )
 
 
 async def _confirm_funding(conn: Connection, page: FundingPage, mark: Decimal | None, tiers: Sequence[Tier]) -> None:
     instrument_id, time = page.run.instrument_id, page.run.time
-    terms = await conn.fetchrow(
-        "SELECT rate, mark_price FROM ledger.v_funding_runs WHERE instrument_id = $1 AND funding_time = $2",
-        instrument_id,
-        time,
-    )
-    assert terms is not None, f"Expected {page.run} to be open"
-    rows = await conn.fetch(
-        "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage,"
-        " f.signed_quantity AS funded_quantity"
-        " FROM (SELECT user_id, signed_quantity FROM positions.funding_positions WHERE instrument_id = $1"
-        "   AND funding_time = $2 AND user_id > $3 ORDER BY user_id LIMIT $4) f"
-        " JOIN positions.positions p ON p.instrument_id = $1 AND p.user_id = f.user_id"
-        " ORDER BY p.user_id FOR UPDATE OF p",
+    last_user_id = await conn.fetchval(
+        "SELECT max(user_id) FROM (SELECT p.user_id FROM (SELECT user_id FROM positions.funding_positions"
+        "   WHERE instrument_id = $1 AND funding_time = $2 AND user_id > $3 ORDER BY user_id LIMIT $4) f"
+        "  JOIN positions.positions p ON p.instrument_id = $1 AND p.user_id = f.user_id"
+        "  ORDER BY p.user_id FOR UPDATE OF p) locked",
         instrument_id,
         time,
         page.after_user_id,
         FUNDING_PAGE,
     )
-    if not rows or await conn.fetchval(
+    if last_user_id is None or await conn.fetchval(
         "SELECT EXISTS (SELECT FROM positions.position_events"
         " WHERE instrument_id = $1 AND funding_time = $2 AND user_id = $3)",
         instrument_id,
         time,
-        rows[0]["user_id"],
+        last_user_id,
     ):
         return
-    payments = [funding_payment(row["funded_quantity"], terms["mark_price"], terms["rate"]) for row in rows]
-    await conn.copy_records_to_table(
-        "position_events",
-        schema_name="positions",
-        columns=FUNDING_COLUMNS,
-        records=[
-            (
-                row["user_id"],
-                instrument_id,
-                time,
-                "FUNDING",
-                "SETTLED",
-                "LONG" if row["funded_quantity"] > ZERO else "SHORT",
-                terms["mark_price"],
-                abs(row["funded_quantity"]),
-                payment,
-                row["signed_quantity"],
-                row["entry_notional"],
-                row["leverage"],
-                "FUNDING",
-            )
-            for row, payment in zip(rows, payments, strict=True)
-        ],
+    those = (instrument_id, time, page.after_user_id, last_user_id)
+    await conn.execute(
+        "INSERT INTO positions.position_events (user_id, instrument_id, funding_time, type, status, side, price,"
+        "  quantity, realized_pnl, signed_quantity_after, entry_notional_after, leverage, cause)"
+        " SELECT user_id, instrument_id, funding_time, 'FUNDING', 'SETTLED',"
+        "  CASE WHEN f.signed_quantity > 0 THEN 'LONG' ELSE 'SHORT' END, r.mark_price, abs(f.signed_quantity),"
+        "  f.payment, p.signed_quantity, p.entry_notional, p.leverage, 'FUNDING'"
+        " FROM positions.funding_positions f JOIN positions.positions p USING (user_id, instrument_id)"
+        " JOIN ledger.v_funding_runs r USING (instrument_id, funding_time)"
+        " WHERE instrument_id = $1 AND funding_time = $2 AND user_id > $3 AND user_id <= $4 ORDER BY user_id",
+        *those,
     )
     await conn.execute(
-        "UPDATE positions.positions p SET realized_pnl = p.realized_pnl + n.payment, updated_at = now()"
-        " FROM unnest($1::bigint[], $2::numeric[]) AS n (position_id, payment) WHERE p.position_id = n.position_id",
-        [row["position_id"] for row in rows],
-        payments,
+        "UPDATE positions.positions p SET realized_pnl = p.realized_pnl + f.payment, updated_at = now()"
+        " FROM positions.funding_positions f WHERE f.instrument_id = $1 AND f.funding_time = $2 AND f.user_id > $3"
+        " AND f.user_id <= $4 AND p.instrument_id = $1 AND p.user_id = f.user_id",
+        *those,
     )
     # Only those who paid from their margin: to all others a balance has been pushed, and nothing else has changed.
     moved = await conn.fetch(
         "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage, p.margin_mode, p.status,"
-        " p.realized_pnl FROM positions.positions p JOIN ledger.v_margin_holds h USING (user_id, instrument_id)"
-        " WHERE p.instrument_id = $1 AND p.user_id = ANY($2) AND p.margin_version <> h.margin_version"
-        " ORDER BY p.user_id",
-        instrument_id,
-        [row["user_id"] for row in rows],
+        " p.realized_pnl FROM positions.funding_positions f JOIN positions.positions p USING (user_id, instrument_id)"
+        " JOIN ledger.v_margin_holds h USING (user_id, instrument_id) WHERE instrument_id = $1 AND funding_time = $2"
+        " AND user_id > $3 AND user_id <= $4 AND p.margin_version <> h.margin_version ORDER BY user_id",
+        *those,
     )
     await _adopt(conn, instrument_id, moved, mark, tiers)
 

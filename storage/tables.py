@@ -532,7 +532,7 @@ position_events = Table(
     schema="positions",
 )
 
-# What everybody held at a funding time, until its settlement is done and a while longer.
+# What everybody held at a funding time and gets (> 0) or pays for it in quote, until a while after it is settled.
 funding_positions = Table(
     "funding_positions",
     metadata,
@@ -540,6 +540,7 @@ funding_positions = Table(
     Column("funding_time", TIME, primary_key=True),
     Column("user_id", BigInteger, primary_key=True, autoincrement=False),
     _col("signed_quantity", AMOUNT),
+    _col("payment", AMOUNT),
     schema="positions",
 )
 

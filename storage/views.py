@@ -39,7 +39,7 @@ VIEWS: dict[str, str] = {
         " FROM positions.position_events WHERE trade_id IS NOT NULL"
     ),
     "positions.v_funding_positions": (
-        "SELECT instrument_id, funding_time, user_id, signed_quantity FROM positions.funding_positions"
+        "SELECT instrument_id, funding_time, user_id, payment FROM positions.funding_positions"
     ),
     "positions.v_funding_payments": (
         "SELECT instrument_id, funding_time, user_id, realized_pnl AS payment FROM positions.position_events"

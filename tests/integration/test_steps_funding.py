@@ -1,6 +1,7 @@
 """Funding, step by step: who pays whom, from what, once, and as of which moment."""
 
-from datetime import datetime, timedelta
+import random
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import pytest
@@ -8,7 +9,7 @@ from redis.asyncio import Redis
 
 from activities import ledger, positions
 from activities.audit import run_audit
-from domain.funding import FundingPage, FundingRun, FundingSnapshot, FundingTotals, LogPosition
+from domain.funding import FundingPage, FundingRun, FundingSnapshot, FundingTotals, LogPosition, funding_payment
 from domain.money import plain
 from storage.db import Pool
 from storage.once import NotYetError
@@ -229,3 +230,24 @@ async def test_between_ledger_and_positions_the_audit_waits_and_afterwards_it_is
     assert [check.name for check in report.checks if not check.ok] == ["funding_is_confirmed"]
     await world.positions.confirm_funding(FundingPage(run, 0))
     await assert_clean(world)
+
+
+async def test_payments_are_those_of_the_rule(world: World) -> None:
+    dice = random.Random(7)
+    await world.pool.execute(
+        "INSERT INTO positions.positions (user_id, instrument_id, signed_quantity, leverage)"
+        " SELECT 1000 + n, $1, q, 10 FROM unnest($2::numeric[]) WITH ORDINALITY AS u (q, n)",
+        BTC.instrument_id,
+        [D(dice.randint(-(10**11), 10**11)) / 10**8 for _ in range(500)],
+    )
+    for number in range(10):
+        moment = datetime(2099, 1, 1 + number, tzinfo=UTC)
+        mark, rate = D(dice.randint(1, 10**13)) / 10**8, D(dice.randint(-(10**10), 10**10)) / 10**12
+        await world.publish_rate(moment, str(rate), mark)
+        await advance(world.funding(due(moment)), "fixed")
+        rows = await world.pool.fetch(
+            "SELECT signed_quantity, payment FROM positions.funding_positions WHERE funding_time = $1", moment
+        )
+        assert len(rows) > 500
+        for row in rows:
+            assert row["payment"] == funding_payment(row["signed_quantity"], mark, rate)

@@ -35,6 +35,7 @@ def upgrade() -> None:
         sa.Column("funding_time", TIME, nullable=False),
         sa.Column("user_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("signed_quantity", AMOUNT, nullable=False),
+        sa.Column("payment", AMOUNT, nullable=False),
         sa.PrimaryKeyConstraint("instrument_id", "funding_time", "user_id", name=op.f("pk_funding_positions")),
         schema="positions",
     )
