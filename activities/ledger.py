@@ -33,11 +33,11 @@ from domain.funding import (
     FundingTotals,
     charge,
 )
-from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved, MarginPlan
+from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
 from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest
-from domain.steps import CheckResult, MarginMoves, settle_step
+from domain.steps import CheckResult, MarginMoves, MarginPlan, settle_step
 from domain.wallet import BookedFill, Settled, Wallet, freeze, settle, settle_fills
 from storage import outbox
 from storage.db import Connection, Pool, columns
@@ -620,9 +620,17 @@ def balance_view(available: Decimal, reserved: Decimal) -> dict[str, str]:
 
 
 async def transfer_external(
-    conn: Connection, reference_type: str, reference: str, user_id: int, asset: str, amount: Decimal
+    conn: Connection,
+    reference_type: str,
+    reference: str,
+    user_id: int,
+    asset: str,
+    amount: Decimal,
+    budget: Decimal | None = None,
 ) -> bool:
     """Deposit (`amount` > 0) or withdraw (< 0) once per (reference_type, reference); False when it was done before.
+
+    `budget` is what may be withdrawn if that is less than what is available.
 
     Raises Problem INSUFFICIENT_FUNDS when a withdrawal exceeds available, VALIDATION_FAILED when `amount` is 0 or has
     more than 8 decimals, or the reference was used for something else.
@@ -637,7 +645,8 @@ async def transfer_external(
         if earlier != (user_id, asset, amount):
             raise Problem("VALIDATION_FAILED", f"Reference {reference} was used for another transfer")
         return False
-    if book.accounts[user_id, asset].available + amount < 0:
+    available = book.accounts[user_id, asset].available
+    if amount < 0 and -amount > (available if budget is None else min(available, budget)):
         raise Problem("INSUFFICIENT_FUNDS", f"Available {asset} does not cover {plain(-amount)}")
     book.open_journal(reference_type, reference)
     book.post_user(user_id, asset, reference_type, amount)

@@ -5,7 +5,7 @@ ledger exactly once: through `freeze_funds` for a check, through `settle` for en
 `unfreeze_funds` for a release.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -20,8 +20,19 @@ from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPas
 from domain.exposure import Exposure, Side
 from domain.instruments import Instrument
 from domain.margin import Tier, margin_to_keep, releveraged_margin, tier_of
-from domain.margin_changes import PLAN_MARGIN_CHANGE, MarginChange, MarginPlan
-from domain.matching import Amended, Cancelled, Deleveraged, Ended, Expired, Filled, Rejected, StateChanged, Trade
+from domain.margin_changes import PLAN_MARGIN_CHANGE, MarginChange, MarginVerdict
+from domain.matching import (
+    Amended,
+    AmendRejected,
+    Cancelled,
+    Deleveraged,
+    Ended,
+    Expired,
+    Filled,
+    Rejected,
+    StateChanged,
+    Trade,
+)
 from domain.money import ZERO, plain
 from domain.order_entry import NewOrder
 from domain.problems import Problem
@@ -34,7 +45,7 @@ from domain.sagas import (
     Refusal,
     StepRequest,
 )
-from domain.steps import CheckResult, MarginMove, MarginMoves, OrderMargin, settle_step
+from domain.steps import CheckResult, MarginMove, MarginMoves, MarginPlan, OrderMargin, settle_step
 from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import advance_cursor, first_result, store_result
@@ -110,16 +121,17 @@ class RiskActivities:
                 await store_result(conn, "risk", step_id, await _release(conn, request, await self._rules.rules(conn)))
 
     @activity.defn(name=PLAN_MARGIN_CHANGE)
-    async def plan_margin_change(self, change: MarginChange) -> MarginPlan:
+    async def plan_margin_change(self, change: MarginChange) -> MarginVerdict:
         """Decide on a change of leverage or position margin; a new leverage holds for everything checked later."""
         step_id = f"adjust:{change.change_id}"
         async with self._pool.acquire() as conn, conn.transaction():
             done = await first_result(conn, "risk", step_id, MarginPlan)
             if done is None:
                 done = await _plan(conn, change, await self._rules.rules(conn))
-                if not done.is_busy:
-                    await store_result(conn, "risk", step_id, done)
-        return done
+                if done is None:
+                    return MarginVerdict(is_busy=True)
+                await store_result(conn, "risk", step_id, done)
+        return MarginVerdict(done.refusal)
 
     @activity.defn(name=APPLY_RISK_EVENTS)
     async def apply_events(self, events: EventRange) -> None:
@@ -141,7 +153,7 @@ async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | N
     added = after.order_margin(instrument.taker_fee_rate) - state.order_margin(instrument.taker_fee_rate)
     limits = (await _read_limits(conn, [key]))[key]
     tiers = (await read_tiers(conn))[request.instrument_id]
-    budget = (await _read_available(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
+    budget = (await read_budgets(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
     reduces = request.side if request.reduce_only else None
     return added, refusal_reason(after, reduces, request.quantity, added, budget - order.open_loss, limits, tiers)
 
@@ -154,7 +166,8 @@ async def set_margin_mode(conn: Connection, user_id: int, instrument: Instrument
     await _create_missing(conn, [(user_id, instrument.instrument_id)], {instrument.instrument_id: instrument})
     changed = await conn.fetchval(
         "UPDATE risk.exposures SET margin_mode = $3, updated_at = now() WHERE user_id = $1 AND instrument_id = $2"
-        " AND (margin_mode = $3 OR (signed_quantity = 0 AND open_orders = 0)) RETURNING TRUE",
+        " AND (margin_mode = $3 OR (signed_quantity = 0 AND open_orders = 0 AND bid_quantity = 0 AND ask_quantity = 0"
+        "   AND bid_notional = 0 AND ask_notional = 0)) RETURNING TRUE",
         user_id,
         instrument.instrument_id,
         mode,
@@ -163,21 +176,23 @@ async def set_margin_mode(conn: Connection, user_id: int, instrument: Instrument
         raise Problem("MARGIN_MODE_NOT_CHANGEABLE", "Close the position and cancel the open orders first")
 
 
-async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginPlan:
-    """What `change` does to the margins; a new leverage is in force for risk from here on."""
+async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginPlan | None:
+    """What `change` does to the margins; a new leverage is in force for risk from here on. None: busy."""
     key = (change.user_id, change.instrument_id)
     instrument = rules.instruments[change.instrument_id]
     await _create_missing(conn, [key], rules.instruments)
     exposures = await _lock(conn, [key])
     if await _unfrozen(conn, exposures):
-        return MarginPlan(is_busy=True)
+        return None
     row, state = exposures[key], _exposure(exposures[key])
     held = await _position_margin(conn, *key)
     mark = await _fresh_mark(conn, change.instrument_id)
     if mark is None and state.signed_quantity:
         return MarginPlan(refusal="MARK_PRICE_UNAVAILABLE")
     if change.kind == "MARGIN":
-        return _plan_margin(state, held, change.value, mark, instrument)
+        if row["margin_mode"] == "CROSS":
+            return MarginPlan(refusal="POSITION_IS_CROSS")
+        return _plan_margin(state, held, Decimal(change.value), mark, instrument)
     plan = await _plan_leverage(conn, key, row, held, int(change.value), mark, rules)
     if plan.refusal is None:
         # Until the ledger has moved the margin, no other order is netted against it (see `_unfrozen`).
@@ -221,8 +236,8 @@ async def _plan_leverage(
         )
     order_margin = after.order_margin(instrument.taker_fee_rate)
     plan = MarginPlan(margin - held, order_margin - row["order_margin"], instrument.quote_asset)
-    available = (await _read_available(conn, {key[0]})).get((key[0], instrument.quote_asset), ZERO)
-    if plan.position_delta + plan.order_delta > available:
+    budget = (await read_budgets(conn, {key[0]})).get((key[0], instrument.quote_asset), ZERO)
+    if plan.position_delta + plan.order_delta > max(budget, ZERO):
         return MarginPlan(refusal="INSUFFICIENT_MARGIN")
     await conn.execute(
         "UPDATE risk.exposures SET leverage = $3, order_margin = $4, updated_at = now()"
@@ -255,12 +270,7 @@ async def _position_margin(conn: Connection, user_id: int, instrument_id: str) -
 
 
 async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckResult:
-    orders = await conn.fetch(
-        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price, open_loss, reduce_only"
-        " FROM orders.v_orders"
-        " WHERE order_id = ANY($1) ORDER BY order_id",
-        request.order_ids,
-    )
+    orders = await _read_claims(conn, request.order_ids)
     instruments = rules.instruments
     keys = sorted({(row["user_id"], row["instrument_id"]) for row in orders})
     await _create_missing(conn, keys, instruments)
@@ -268,7 +278,7 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
     waiting = await _unfrozen(conn, exposures)
     limits = await _read_limits(conn, keys)
     tiers = rules.tiers
-    budgets = await _read_available(conn, {key[0] for key in keys})
+    budgets = await read_budgets(conn, {key[0] for key in keys})
 
     states = {key: _exposure(row) for key, row in exposures.items()}
     margins = {key: row["order_margin"] for key, row in exposures.items()}
@@ -282,15 +292,13 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
             continue
         instrument = instruments[key[1]]
         purse = (key[0], instrument.quote_asset)
-        after = states[key].with_order(
-            order["side"], order["quantity"], order["bound_price"], reduce_only=order["reduce_only"]
-        )
+        after = states[key].with_claim(order["side"], order["quantity"], order["notional"], order["orders"])
         margin = after.order_margin(instrument.taker_fee_rate)
         added = margin - margins[key]
         budget = budgets.get(purse, ZERO)
         free = budget - order["open_loss"]
         reduces = order["side"] if order["reduce_only"] else None
-        reason = refusal_reason(after, reduces, order["quantity"], added, free, limits[key], tiers[key[1]])
+        reason = refusal_reason(after, reduces, order["open_quantity"], added, free, limits[key], tiers[key[1]])
         if reason:
             refused.append(Refusal(order["order_id"], reason))
             continue
@@ -306,11 +314,7 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
 
 
 async def _release(conn: Connection, request: StepRequest, rules: Rules) -> MarginMoves:
-    orders = await conn.fetch(
-        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price, reduce_only FROM orders.v_orders"
-        " WHERE order_id = ANY($1) ORDER BY order_id",
-        request.order_ids,
-    )
+    orders = await _read_claims(conn, request.order_ids)
     instruments = rules.instruments
     checked = await first_result(conn, "risk", f"check:{request.step_id}", CheckResult)
     assert checked is not None, f"Expected the check of {request.step_id}, was none"
@@ -324,9 +328,7 @@ async def _release(conn: Connection, request: StepRequest, rules: Rules) -> Marg
     for order in orders:
         key = (order["user_id"], order["instrument_id"])
         instrument = instruments[key[1]]
-        states[key] = states[key].without_order(
-            order["side"], order["quantity"], order["bound_price"], reduce_only=order["reduce_only"]
-        )
+        states[key] = _without_claim(states[key], order)
         margin = states[key].order_margin(instrument.taker_fee_rate)
         ended.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, margins[key] - margin))
         margins[key] = margin
@@ -347,34 +349,26 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
     fills = {
         (row["seq"], row["role"]): row
         for row in await conn.fetch(
-            "SELECT seq, role, signed_quantity_after, entry_notional_after FROM positions.v_fills"
+            "SELECT seq, role, user_id, signed_quantity_after, entry_notional_after FROM positions.v_fills"
             " WHERE instrument_id = $1 AND seq > $2 AND seq <= $3",
             instrument_id,
             events.after_seq,
             events.to_seq,
         )
     }
+    amendments = [event.amendment_id for _, event in log if isinstance(event, Amended | AmendRejected)]
+    claims = {row["order_id"]: row for row in await _read_claims(conn, [id_ for id_ in amendments if id_])}
     exposures = await _lock(conn, [(user_id, instrument_id) for user_id in sorted(users_of(log))])
     states = {key: _exposure(row) for key, row in exposures.items()}
     margins = {key: row["order_margin"] for key, row in exposures.items()}
     ended: list[OrderMargin] = []
     for seq, event in log:
         match event:
-            case Trade():
-                maker_side = OPPOSITE[event.taker_side]
-                for role, user_id, side, bound, reduces in (
-                    ("MAKER", event.maker_user_id, maker_side, event.price, event.maker_reduce_only),
-                    ("TAKER", event.taker_user_id, event.taker_side, event.taker_price, event.taker_reduce_only),
-                ):
-                    key = (user_id, instrument_id)
-                    if not reduces:
-                        quantity = instrument.lots_to_quantity(event.quantity)
-                        states[key] = states[key].with_fill(side, quantity, instrument.ticks_to_price(bound))
-                    fill = fills[seq, role]
-                    states[key] = states[key].with_position(fill["signed_quantity_after"], fill["entry_notional_after"])
-            case Deleveraged():
-                for role, user_id in (("TAKER", event.user_id), ("MAKER", event.counterparty_user_id)):
-                    key, fill = (user_id, instrument_id), fills[seq, role]
+            case Trade() | Deleveraged():
+                if isinstance(event, Trade):
+                    states.update(_with_fills(states, event, instrument))
+                for fill in (fills[seq, "MAKER"], fills[seq, "TAKER"]):
+                    key = (fill["user_id"], instrument_id)
                     states[key] = states[key].with_position(fill["signed_quantity_after"], fill["entry_notional_after"])
             case Filled():
                 key = (event.user_id, instrument_id)
@@ -385,20 +379,45 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                 states[key] = _without(states[key], event, instrument)
                 freed = before - states[key].order_margin(instrument.taker_fee_rate)
                 ended.append(OrderMargin(event.order_id, *key, instrument.quote_asset, freed))
-            case Amended() if not event.reduce_only:
+            case Amended() | AmendRejected():
                 key = (event.user_id, instrument_id)
-                old, new = instrument.ticks_to_price(event.old_price), instrument.ticks_to_price(event.price)
-                states[key] = (
-                    states[key]
-                    .without_order(event.side, instrument.lots_to_quantity(event.old_quantity), old)
-                    .with_order(event.side, instrument.lots_to_quantity(event.quantity), new)
-                )
+                before = states[key].order_margin(instrument.taker_fee_rate)
+                if isinstance(event, Amended) and not event.reduce_only:
+                    states[key] = _amended(states[key], event, instrument)
+                if event.amendment_id:
+                    states[key] = _without_claim(states[key], claims[event.amendment_id])
+                    # Nothing more is needed than both together needed before.
+                    freed = before - states[key].order_margin(instrument.taker_fee_rate)
+                    ended.append(OrderMargin(event.amendment_id, *key, instrument.quote_asset, freed))
             case _:
                 pass
     for key, state in states.items():
         margins[key] = state.order_margin(instrument.taker_fee_rate)
     await _save(conn, {key: (states[key], margins[key]) for key in states})
     return MarginMoves(_moves(exposures, margins, instruments), ended)
+
+
+def _with_fills(states: dict[Key, Exposure], trade: Trade, instrument: Instrument) -> dict[Key, Exposure]:
+    """The exposures of maker and taker when less of their orders is open; reduce-only orders count for nothing."""
+    quantity, changed = instrument.lots_to_quantity(trade.quantity), {}
+    for user_id, side, bound, reduces in (
+        (trade.maker_user_id, OPPOSITE[trade.taker_side], trade.price, trade.maker_reduce_only),
+        (trade.taker_user_id, trade.taker_side, trade.taker_price, trade.taker_reduce_only),
+    ):
+        if not reduces:
+            key = (user_id, instrument.instrument_id)
+            changed[key] = states[key].with_fill(side, quantity, instrument.ticks_to_price(bound))
+    return changed
+
+
+def _without_claim(state: Exposure, claim: asyncpg.Record) -> Exposure:
+    return state.with_claim(claim["side"], -claim["quantity"], -claim["notional"], -claim["orders"])
+
+
+def _amended(state: Exposure, event: Amended, instrument: Instrument) -> Exposure:
+    old, new = instrument.ticks_to_price(event.old_price), instrument.ticks_to_price(event.price)
+    without = state.without_order(event.side, instrument.lots_to_quantity(event.old_quantity), old)
+    return without.with_order(event.side, instrument.lots_to_quantity(event.quantity), new)
 
 
 def _without(state: Exposure, event: Ended, instrument: Instrument) -> Exposure:
@@ -432,6 +451,18 @@ def _moves(
         for key, row in before.items()
         if margins[key] != row["order_margin"]
     ]
+
+
+async def _read_claims(conn: Connection, ids: Sequence[int]) -> list[asyncpg.Record]:
+    """What orders and amendments claim, in order of their ids."""
+    if not ids:
+        return []
+    rows: list[asyncpg.Record] = await conn.fetch(
+        "SELECT order_id, user_id, instrument_id, side, open_quantity, quantity, notional, orders, open_loss,"
+        " reduce_only FROM orders.v_claims WHERE order_id = ANY($1) ORDER BY order_id",
+        ids,
+    )
+    return rows
 
 
 async def _create_missing(conn: Connection, keys: Sequence[Key], instruments: dict[str, Instrument]) -> None:
@@ -477,11 +508,23 @@ async def _read_limits(conn: Connection, keys: Sequence[Key]) -> dict[Key, Limit
     return {key: found.get(key) or found[None, key[1]] for key in keys}
 
 
-async def _read_available(conn: Connection, user_ids: set[int]) -> dict[tuple[int, str], Decimal]:
+async def read_budgets(conn: Connection, user_ids: Collection[int]) -> dict[tuple[int, str], Decimal]:
+    """What users may still use, by (user, asset): what is available, less what their cross positions have lost at mark.
+
+    All of a user's money stands behind cross positions, so what those have lost cannot be spent twice.
+    """
     rows = await conn.fetch(
-        "SELECT user_id, asset, available FROM ledger.v_balances WHERE user_id = ANY($1)", list(user_ids)
+        "SELECT b.user_id, b.asset, b.available - greatest(coalesce(c.lost, 0), 0) FROM ledger.v_balances b"
+        " LEFT JOIN (SELECT e.user_id, i.quote_asset AS asset, sum(CASE WHEN e.signed_quantity < 0"
+        "     THEN -e.entry_notional ELSE e.entry_notional END - e.signed_quantity * m.mark_price) AS lost"
+        "   FROM risk.exposures e JOIN matching.v_instruments i USING (instrument_id)"
+        "   JOIN LATERAL (SELECT mark_price FROM market.v_mark_prices p WHERE p.instrument_id = e.instrument_id"
+        "     ORDER BY calculated_at DESC LIMIT 1) m ON TRUE"
+        "   WHERE e.user_id = ANY($1) AND e.margin_mode = 'CROSS' AND e.signed_quantity <> 0 GROUP BY 1, 2) c"
+        " USING (user_id, asset) WHERE b.user_id = ANY($1)",
+        list(user_ids),
     )
-    return {(row["user_id"], row["asset"]): row["available"] for row in rows}
+    return {(row[0], row[1]): row[2] for row in rows}
 
 
 def _exposure(row: asyncpg.Record) -> Exposure:

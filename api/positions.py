@@ -17,6 +17,7 @@ from api.models import ApiModel, SafeText
 from api.state import AppState, State
 from clients import OPERATIONS_QUEUE
 from domain.margin_changes import MARGIN_CHANGE, MarginChange
+from domain.money import plain
 from domain.problems import Problem
 from storage.reference_prices import read_reference_prices
 
@@ -25,6 +26,7 @@ router = APIRouter(prefix="/api/positions", tags=["positions"])
 CHANGE_SECONDS_MAX = 5.0
 REFUSALS = {
     "POSITION_NOT_FOUND": "There is no open position",
+    "POSITION_IS_CROSS": "All of the account's money stands behind a cross position already",
     "POSITION_IN_LIQUIDATION": "The position is being liquidated",
     "RISK_LIMIT_EXCEEDED": "The position, with the open orders, is too large for this leverage",
     "INSUFFICIENT_MARGIN": "There is not enough money, or the position would be left with too little",
@@ -126,7 +128,7 @@ async def change_leverage(state: State, user: User, instrument_id: SafeText, cha
     margin at once (400 INSUFFICIENT_MARGIN when there is not enough), higher leverage releases what need not stay."""
     if change.leverage > state.desk.instrument(instrument_id).max_leverage:
         raise Problem("VALIDATION_FAILED", f"Expected a leverage of at most that of {instrument_id}")
-    await _change_margin(state, user.user_id, instrument_id, "LEVERAGE", Decimal(change.leverage))
+    await _change_margin(state, user.user_id, instrument_id, "LEVERAGE", str(change.leverage))
     return LeverageView(instrument_id=instrument_id, leverage=change.leverage)
 
 
@@ -135,7 +137,7 @@ async def change_margin(state: State, user: User, instrument_id: SafeText, chang
     """Put money behind a position (`amount` above 0) or take some back (below 0), as far as the position can do
     without: 400 INSUFFICIENT_MARGIN otherwise. Answers the position."""
     state.desk.instrument(instrument_id)
-    await _change_margin(state, user.user_id, instrument_id, "MARGIN", change.amount)
+    await _change_margin(state, user.user_id, instrument_id, "MARGIN", plain(change.amount))
     (position,) = await _positions(state, user.user_id, instrument_id)
     return position
 
@@ -151,7 +153,7 @@ async def change_margin_mode(state: State, user: User, instrument_id: SafeText, 
 
 
 async def _change_margin(
-    state: AppState, user_id: int, instrument_id: str, kind: Literal["LEVERAGE", "MARGIN"], value: Decimal
+    state: AppState, user_id: int, instrument_id: str, kind: Literal["LEVERAGE", "MARGIN"], value: str
 ) -> None:
     """Raises Problem with the refusal, or OVERLOADED when it is still under way."""
     change_id = f"margin-{user_id}-{instrument_id}-{uuid.uuid4().hex[:12]}"

@@ -1,7 +1,6 @@
 """What a user changes about the margin of an instrument while it is in use: names and messages of that workflow."""
 
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Literal
 
 MARGIN_CHANGE = "MarginChangeWorkflow"
@@ -21,19 +20,13 @@ class MarginChange:
     user_id: int
     instrument_id: str
     kind: Literal["LEVERAGE", "MARGIN"]
-    value: Decimal
+    value: str
 
 
 @dataclass(frozen=True)
-class MarginPlan:
-    """What risk made of it: by how much the margins of position and orders change (quote), or why they do not.
+class MarginVerdict:
+    """What risk said: why not, if so. `is_busy`: another saga of the user is under way, so ask again."""
 
-    `is_busy`: another saga of the user is under way, so ask again.
-    """
-
-    position_delta: Decimal = Decimal(0)
-    order_delta: Decimal = Decimal(0)
-    asset: str = ""
     refusal: str | None = None
     is_busy: bool = False
 

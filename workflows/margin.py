@@ -12,7 +12,7 @@ with workflow.unsafe.imports_passed_through():
         PLAN_MARGIN_CHANGE,
         MarginChange,
         MarginMoved,
-        MarginPlan,
+        MarginVerdict,
     )
     from domain.sagas import CANCEL_UNCOVERED, Uncovered
     from workflows.steps import run_step
@@ -39,10 +39,10 @@ class MarginChangeWorkflow:
             await run_step(CANCEL_UNCOVERED, Uncovered(change.instrument_id, [change.user_id]), type(None))
         return None
 
-    async def _plan(self, change: MarginChange) -> MarginPlan:
+    async def _plan(self, change: MarginChange) -> MarginVerdict:
         waits = 0
         while True:
-            plan = await run_step(PLAN_MARGIN_CHANGE, change, MarginPlan, f"{change.kind} {change.value}")
+            plan = await run_step(PLAN_MARGIN_CHANGE, change, MarginVerdict, f"{change.kind} {change.value}")
             if not plan.is_busy:
                 return plan
             waits += 1

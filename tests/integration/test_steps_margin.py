@@ -8,7 +8,7 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from activities.ledger import transfer_external
-from activities.risk import set_margin_mode
+from activities.risk import read_budgets, set_margin_mode
 from domain.problems import Problem
 from domain.sagas import StepRequest
 from storage.db import Pool
@@ -207,3 +207,24 @@ async def test_the_margin_mode_changes_only_while_nothing_is_open(world: World) 
         with pytest.raises(Problem, match="MARGIN_MODE_NOT_CHANGEABLE"):
             await set_margin_mode(conn, 1, BTC, "ISOLATED")
         await set_margin_mode(conn, 1, BTC, "CROSS")
+
+
+async def test_what_cross_positions_have_lost_cannot_be_spent_again(world: World) -> None:
+    await world.deposit(10_000, 1)
+    async with world.pool.acquire() as conn, conn.transaction():
+        await set_margin_mode(conn, 1, BTC, "CROSS")
+    await open_long(world)
+    assert await world.balance(1) == (D(3_970), D(6_000))
+    await world.mark(57_000)
+    async with world.pool.acquire() as conn:
+        assert await read_budgets(conn, [1]) == {(1, "USDT"): D(970)}
+    # 0.1 at 57,000 would take 570 and 2.85 of fee.
+    orders = await world.place(limit(1, "BUY", "0.2", 57_000), limit(1, "BUY", "0.1", 57_000))
+    assert [await world.status(order) for order in orders] == [("FAILED", "INSUFFICIENT_MARGIN"), ("ACCEPTED", None)]
+    await world.mark(70_000)
+    async with world.pool.acquire() as conn:
+        # A profit is not money before it is realised.
+        assert (await read_budgets(conn, [1]))[1, "USDT"] == (await world.balance(1))[0]
+    assert await world.change(world.margin_change(1, "MARGIN", "1")) == "POSITION_IS_CROSS"
+    await world.cancel(orders[1])
+    await world.settle()

@@ -10,6 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.audit import run_audit
+from activities.instruments import read_instruments
 from activities.risk import pre_check
 from domain.sagas import Acceptance, StepRequest
 from storage.db import Pool
@@ -361,3 +362,13 @@ async def test_steps_out_of_order_are_refused_and_leave_no_trace(world: World, p
     assert await dump(pool) == before
     await finish(world.placement(batch))
     assert await world.status(batch.order_ids[0]) == ("ACCEPTED", None)
+
+
+async def test_the_price_band_is_that_of_the_limits_of_the_instrument(world: World, pool: Pool) -> None:
+    await pool.execute("UPDATE risk.risk_limits SET price_band = 0.1 WHERE instrument_id = $1", BTC.instrument_id)
+    instruments = await read_instruments(pool)
+    assert {name: instrument.price_band for name, instrument in instruments.items()} == {
+        BTC.instrument_id: Decimal("0.1"),
+        ETH.instrument_id: Decimal("0.5"),
+        SOL.instrument_id: Decimal("0.5"),
+    }

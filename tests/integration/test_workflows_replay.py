@@ -17,6 +17,7 @@ from domain.sagas import (
 from tests.replay import HISTORIES, replay
 from workflows.audit import LedgerAuditWorkflow
 from workflows.funding import FundingSettlementWorkflow
+from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
 from workflows.steps import run_step
@@ -27,8 +28,9 @@ WORKFLOWS = [
     SettlementWorkflow,
     FundingSettlementWorkflow,
     LedgerAuditWorkflow,
+    MarginChangeWorkflow,
 ]
-KINDS = ("placement", "cancellation", "settlement", "funding", "ledger_audit")
+KINDS = ("placement", "cancellation", "settlement", "funding", "ledger_audit", "margin")
 SAVED = [path.stem for path in sorted(HISTORIES.glob("*.json")) if path.stem.startswith(KINDS)]
 
 
@@ -46,6 +48,8 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "placement_retried",
         "placement_cancelled",
         "placement_cancelled_second_round",
+        "placement_amendment",
+        "placement_amendment_cancelled",
         "cancellation",
         "settlement",
         "settlement_retried",
@@ -59,6 +63,12 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "funding_retried",
         "funding_scheduled",
         "ledger_audit",
+        "margin_added",
+        "margin_refused",
+        "margin_refused_by_ledger",
+        "margin_busy",
+        "margin_retried",
+        "margin_uncovered",
     }
 
 
