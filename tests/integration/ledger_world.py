@@ -256,15 +256,7 @@ class World:
         yield "acknowledged"
 
     async def publish_rate(self, funding_time: datetime, rate: str, mark: object, instrument: Instrument = BTC) -> None:
-        """What the market process does at a funding time."""
-        await self.pool.execute(
-            "INSERT INTO market.funding_rates (instrument_id, effective_at, rate, premium_average, mark_price)"
-            " VALUES ($1, $2, $3, 0, $4)",
-            instrument.instrument_id,
-            funding_time,
-            Decimal(rate),
-            Decimal(str(mark)),
-        )
+        await publish_rate(self.pool, instrument.instrument_id, funding_time, rate, mark)
 
     async def funding(self, run: FundingRun) -> AsyncIterator[str]:
         """The steps of a funding settlement, as FundingSettlementWorkflow takes them."""
@@ -319,6 +311,18 @@ class World:
 
 def _decimal(figure: object) -> Decimal | None:
     return None if figure is None else Decimal(str(figure))
+
+
+async def publish_rate(pool: Pool, instrument_id: str, funding_time: datetime, rate: str, mark: object) -> None:
+    """What the market process does at a funding time."""
+    await pool.execute(
+        "INSERT INTO market.funding_rates (instrument_id, effective_at, rate, premium_average, mark_price)"
+        " VALUES ($1, $2, $3, 0, $4)",
+        instrument_id,
+        funding_time,
+        Decimal(rate),
+        Decimal(str(mark)),
+    )
 
 
 async def finish(steps: AsyncIterator[str]) -> None:

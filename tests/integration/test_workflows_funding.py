@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
+from temporalio.exceptions import CancelledError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 
@@ -32,6 +33,7 @@ from domain.mark_price import next_funding_time
 from domain.sagas import EventRange
 from stack.servers import SEARCH_ATTRIBUTES
 from storage.db import Pool
+from tests.integration.ledger_world import publish_rate
 from tests.replay import save_history
 from tests.sagas import (
     BTC,
@@ -89,13 +91,7 @@ class Exchange:
         self.settled_seq = to_seq
 
     async def publish_rate(self, moment: datetime, rate: str = "0.0001") -> None:
-        await self.pool.execute(
-            "INSERT INTO market.funding_rates (instrument_id, effective_at, rate, premium_average, mark_price)"
-            " VALUES ($1, $2, $3, 0, 60000)",
-            BTC,
-            moment,
-            D(rate),
-        )
+        await publish_rate(self.pool, BTC, moment, rate, 60_000)
 
     async def start(self, moment: datetime, name: str = "by-hand") -> WorkflowHandle[Any, Any]:
         return await self.desk.temporal.start_workflow(
@@ -214,6 +210,22 @@ async def test_a_run_terminated_between_ledger_and_positions_is_finished_by_the_
         assert await (await exchange.start(moment, "next")).result() == PAID
     assert await exchange.payments() == {moment: D("0.006")}
     await exchange.desk.assert_clean()
+
+
+async def test_a_waiting_run_can_be_aborted_by_an_operator_and_made_up_for_later(exchange: Exchange) -> None:
+    moment = past()
+    async with workers(exchange.desk.temporal, exchange.pool, exchange.redis):
+        handle = await exchange.start(moment)
+        await until_pending(handle, OPEN_FUNDING, "no funding rate")
+        await handle.cancel()
+        with pytest.raises(WorkflowFailureError) as failure:
+            await handle.result()
+        assert isinstance(failure.value.cause, CancelledError)
+        assert await exchange.payments() == {}
+        await exchange.publish_rate(moment)
+        assert await (await exchange.start(moment, "later")).result() == PAID
+    await exchange.desk.assert_clean()
+    await save_history(handle, "funding_cancelled")
 
 
 async def test_a_run_without_schedule_and_time_fails(exchange: Exchange) -> None:

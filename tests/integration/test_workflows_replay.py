@@ -62,6 +62,7 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "funding_behind",
         "funding_retried",
         "funding_scheduled",
+        "funding_cancelled",
         "ledger_audit",
         "margin_added",
         "margin_refused",
