@@ -3,12 +3,20 @@
 import asyncio
 import logging
 import signal
+from datetime import timedelta
 
 import uvloop
 from temporalio.client import Client
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
-from activities.registry import operations_activities, order_activities, register_schedules, settlement_activities
+from activities.instruments import read_instruments
+from activities.registry import (
+    operations_activities,
+    order_activities,
+    register_schedules,
+    schedules,
+    settlement_activities,
+)
 from clients import OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE, connect_temporal, open_redis
 from monitors.countdowns import run_countdowns
 from monitors.pruner import run_pruner
@@ -17,6 +25,7 @@ from monitors.sweeper import run_sweeper
 from settings import Settings, get_settings
 from storage.db import Pool, open_pool
 from workflows.audit import LedgerAuditWorkflow
+from workflows.funding import FundingSettlementWorkflow
 from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.registration import RegistrationResumerWorkflow, UserRegistrationWorkflow
@@ -40,7 +49,7 @@ def build_workers(client: Client, pool: Pool, settings: Settings) -> list[Worker
         Worker(
             client,
             task_queue=SETTLEMENT_QUEUE,
-            workflows=[SettlementWorkflow],
+            workflows=[SettlementWorkflow, FundingSettlementWorkflow],
             activities=settlement_activities(pool, redis),
             workflow_runner=runner,
         ),
@@ -63,7 +72,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     """Work until `stop` is set; an error that cannot be waited out ends the process, and its supervisor restarts it."""
     pool = await open_pool(settings.require_database_url(), size_max=20, name="worker")
     client = await connect_temporal(settings)
-    await register_schedules(client)
+    funding_interval = timedelta(seconds=settings.funding_interval_seconds)
+    await register_schedules(client, schedules(await read_instruments(pool), funding_interval))
     async with asyncio.TaskGroup() as tasks:
         for worker in build_workers(client, pool, settings):
             tasks.create_task(_run_worker(worker, stop))

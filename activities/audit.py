@@ -110,11 +110,27 @@ STRICT_CHECKS = {
         FROM matching.v_pruned p LEFT JOIN positions.v_fills f
             ON f.instrument_id = p.instrument_id AND f.seq <= p.event_seq
         GROUP BY p.instrument_id, p.fees HAVING p.fees <> coalesce(sum(f.fee), 0)""",
+    # What users paid and got is what their settlement says, and once it is done nothing is left between them.
     "funding_sums_to_zero": """
-        SELECT asset, sum(delta_available) FROM ledger.ledger_entries
-        WHERE reference_type = 'FUNDING'
-          AND (user_id IS NOT NULL OR account IN ('exchange:funding', 'exchange:rounding'))
-        GROUP BY asset HAVING sum(delta_available + delta_reserved) <> 0""",
+        SELECT coalesce(e.run, r.run), coalesce(e.users, 0) - coalesce(r.received - r.paid, 0) FROM (
+            SELECT split_part(reference_id, ':', 1) || ':' || split_part(reference_id, ':', 2) AS run, asset,
+                   coalesce(sum(delta_available + delta_reserved)
+                            FILTER (WHERE user_id IS NOT NULL AND entry_type = 'FUNDING'), 0) AS users,
+                   coalesce(sum(delta_available) FILTER (WHERE account = 'exchange:funding'), 0) AS between
+            FROM ledger.ledger_entries WHERE reference_type = 'FUNDING_FEE' GROUP BY 1, 2) e
+        FULL JOIN (
+            SELECT instrument_id || ':' || to_char(funding_time AT TIME ZONE 'UTC', 'YYYYMMDD"T"HH24MISS.US"Z"') AS run,
+                   asset, status, paid, received FROM ledger.funding_runs) r USING (run, asset)
+        WHERE coalesce(e.users, 0) IS DISTINCT FROM r.received - r.paid
+           OR coalesce(e.between, 0) <> CASE r.status WHEN 'DONE' THEN 0 ELSE r.paid - r.received END""",
+    "funding_is_confirmed": """
+        SELECT r.instrument_id || ' ' || r.funding_time, r.received - r.paid - coalesce(p.payments, 0)
+        FROM ledger.funding_runs r
+        LEFT JOIN (SELECT instrument_id, funding_time, sum(payment) AS payments, count(*) AS positions
+                   FROM positions.v_funding_payments GROUP BY instrument_id, funding_time) p
+        USING (instrument_id, funding_time)
+        WHERE r.status = 'DONE'
+          AND (r.positions, r.received - r.paid) <> (coalesce(p.positions, 0), coalesce(p.payments, 0))""",
     "nobody_is_negative": """
         SELECT 'user:' || user_id || ' ' || asset, least(available, reserved) FROM ledger.ledger_balances
         WHERE available < 0 OR reserved < 0""",

@@ -23,6 +23,16 @@ from domain.events import (
     InsuranceFundRequired,
     LedgerEntryCreated,
 )
+from domain.funding import (
+    CLOSE_FUNDING,
+    FUNDING_PAGE,
+    OPEN_FUNDING,
+    SETTLE_FUNDING,
+    FundingPage,
+    FundingRun,
+    FundingTotals,
+    charge,
+)
 from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
@@ -31,7 +41,7 @@ from domain.steps import CheckResult, MarginMoves, MarginPlan, settle_step
 from domain.wallet import BookedFill, Settled, Wallet, freeze, settle, settle_fills
 from storage import outbox
 from storage.db import Connection, Pool, columns
-from storage.once import advance_cursor, first_result, store_result
+from storage.once import NotYetError, advance_cursor, first_result, store_result
 from storage.outbox import UserPush
 
 T = TypeVar("T")
@@ -40,6 +50,9 @@ FEES = "exchange:fees"
 INSURANCE_FUND = "exchange:insurance_fund"
 CLEARING = "exchange:clearing"
 DEPOSITS = "external:deposits"
+FUNDING = "exchange:funding"
+ROUNDING = "exchange:rounding"
+FUNDING_FEE = "FUNDING_FEE"
 
 ENTRY_COLUMNS = [
     "reference_type",
@@ -198,6 +211,27 @@ class LedgerActivities:
             )
         return [row["user_id"] for row in rows]
 
+    @activity.defn(name=OPEN_FUNDING)
+    async def open_funding(self, run: FundingRun) -> bool:
+        """Fix the rate and the price of a funding settlement; False when it was done before.
+
+        Raises NotYetError while the market has published none for that time (it does not while its index is frozen).
+        """
+        async with self._pool.acquire() as conn, conn.transaction():
+            return await _open_funding(conn, run)
+
+    @activity.defn(name=SETTLE_FUNDING)
+    async def settle_funding(self, page: FundingPage) -> int | None:
+        """Book a page of payments, once; where the next page starts, None when there is none."""
+        async with self._pool.acquire() as conn, conn.transaction():
+            return await _settle_funding(conn, page)
+
+    @activity.defn(name=CLOSE_FUNDING)
+    async def close_funding(self, run: FundingRun) -> FundingTotals:
+        """After the last page: what rounding left over goes to its account."""
+        async with self._pool.acquire() as conn, conn.transaction():
+            return await _close_funding(conn, run)
+
 
 async def _freeze(conn: Connection, request: StepRequest) -> Outcome:
     check = await _risk_step(conn, f"check:{request.step_id}", CheckResult)
@@ -313,6 +347,127 @@ async def _settle(conn: Connection, events: EventRange) -> None:
         _move(book, (user_id, instrument_id), holds[user_id, instrument_id], settled[user_id].wallet)
     book.events += [FundsUnfrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in risk.ended if m.amount]
     await _write(conn, book, holds)
+
+
+async def _open_funding(conn: Connection, run: FundingRun) -> bool:
+    await conn.execute(
+        "INSERT INTO ledger.funding_runs (instrument_id, funding_time, asset, rate, mark_price)"
+        " SELECT r.instrument_id, r.effective_at, i.quote_asset, r.rate, r.mark_price FROM market.v_funding_rates r"
+        " JOIN matching.v_instruments i USING (instrument_id) WHERE instrument_id = $1 AND r.effective_at = $2"
+        " ON CONFLICT DO NOTHING",
+        run.instrument_id,
+        run.time,
+    )
+    status = await conn.fetchval(
+        "SELECT status FROM ledger.funding_runs WHERE instrument_id = $1 AND funding_time = $2",
+        run.instrument_id,
+        run.time,
+    )
+    if status is None:
+        raise NotYetError(f"The market has no funding rate of {run.instrument_id} at {run.funding_time} yet")
+    return bool(status == "OPEN")
+
+
+async def _settle_funding(conn: Connection, page: FundingPage) -> int | None:
+    run = page.run
+    asset = await conn.fetchval(
+        "SELECT asset FROM ledger.funding_runs WHERE instrument_id = $1 AND funding_time = $2",
+        run.instrument_id,
+        run.time,
+    )
+    rows = await conn.fetch(
+        "SELECT user_id, payment FROM positions.v_funding_positions"
+        " WHERE instrument_id = $1 AND funding_time = $2 AND user_id > $3 ORDER BY user_id LIMIT $4",
+        run.instrument_id,
+        run.time,
+        page.after_user_id,
+        FUNDING_PAGE,
+    )
+    payments = [(row[0], row[1]) for row in rows if row[1]]
+    if payments:
+        await _book_funding(conn, page, asset, payments)
+    return rows[-1][0] if len(rows) == FUNDING_PAGE else None
+
+
+async def _book_funding(
+    conn: Connection, page: FundingPage, asset: str, payments: Sequence[tuple[int, Decimal]]
+) -> None:
+    run, reference_id = page.run, f"{page.run.reference}:{page.after_user_id}"
+    book = await _open_book(conn, ((user_id, asset) for user_id, _ in payments))
+    # Asked for under the locks: a repeat that runs at the same time waits for them and then sees the journal.
+    if await conn.fetchval(
+        "SELECT EXISTS (SELECT FROM ledger.journals WHERE reference_type = $1 AND reference_id = $2)",
+        FUNDING_FEE,
+        reference_id,
+    ):
+        return
+    holds = await _lock_holds(
+        conn, [(user_id, run.instrument_id, asset) for user_id, payment in payments if payment < ZERO]
+    )
+    touched: dict[tuple[int, str], Hold] = {}
+    book.open_journal(FUNDING_FEE, reference_id)
+    paid = received = insurance = ZERO
+    for user_id, payment in payments:
+        if payment > ZERO:
+            received += payment
+            book.post_user(user_id, asset, "FUNDING", payment, instrument_id=run.instrument_id)
+            continue
+        hold = holds[user_id, run.instrument_id]
+        source = charge(-payment, book.accounts[user_id, asset].available, hold.position_margin)
+        paid -= payment
+        insurance += source.insurance
+        _post_insurance(book, user_id, asset, run.instrument_id, Settled(Wallet(), source.insurance))
+        available = -source.available - source.insurance
+        book.post_user(user_id, asset, "FUNDING", available, -source.position_margin, run.instrument_id)
+        if source.position_margin:
+            hold.position_margin -= source.position_margin
+            hold.margin_version += 1
+            touched[user_id, run.instrument_id] = hold
+    if paid != received:
+        book.post_system(FUNDING, asset, "FUNDING", paid - received)
+    await conn.execute(
+        "UPDATE ledger.funding_runs SET paid = paid + $3, received = received + $4, insurance = insurance + $5,"
+        " updated_at = now() WHERE instrument_id = $1 AND funding_time = $2",
+        run.instrument_id,
+        run.time,
+        paid,
+        received,
+        insurance,
+    )
+    await _write(conn, book, touched)
+
+
+async def _close_funding(conn: Connection, run: FundingRun) -> FundingTotals:
+    row = await conn.fetchrow(
+        "SELECT asset, status, paid, received FROM ledger.funding_runs"
+        " WHERE instrument_id = $1 AND funding_time = $2 FOR UPDATE",
+        run.instrument_id,
+        run.time,
+    )
+    assert row is not None, f"Expected {run} to be open"
+    if row["status"] == "OPEN":
+        dust = row["paid"] - row["received"]
+        if dust:
+            book = Book()
+            book.open_journal(FUNDING_FEE, f"{run.reference}:rounding")
+            book.post_system(FUNDING, row["asset"], "ROUNDING", -dust)
+            book.post_system(ROUNDING, row["asset"], "ROUNDING", dust)
+            await _write(conn, book, {})
+        await conn.execute(
+            "UPDATE ledger.funding_runs r SET status = 'DONE', updated_at = now(), positions = (SELECT count(*)"
+            "  FROM positions.v_funding_positions p WHERE (p.instrument_id, p.funding_time) = ($1, $2))"
+            " WHERE r.instrument_id = $1 AND r.funding_time = $2",
+            run.instrument_id,
+            run.time,
+        )
+    totals = await conn.fetchrow(
+        "SELECT positions, paid, received, insurance FROM ledger.funding_runs"
+        " WHERE instrument_id = $1 AND funding_time = $2",
+        run.instrument_id,
+        run.time,
+    )
+    assert totals is not None
+    return FundingTotals(totals["positions"], *(plain(totals[name]) for name in ("paid", "received", "insurance")))
 
 
 def _post_trades(book: Book, fills: Sequence[asyncpg.Record], asset: str, instrument_id: str) -> None:

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from temporalio import activity
 
+from domain.funding import EVENTS_OF, LAST_COMMAND, LogPosition
 from domain.matching import AnyCommand, SetState, TradingState, encode
 from domain.sagas import ACKNOWLEDGE, EventRange, Progress
 from storage.db import Connection, Pool
+from storage.once import NotYetError
 
 COMMANDS_CHANNEL = "matching_commands"
 SETTLEMENT_CONSUMER = "settlement"
@@ -84,3 +86,25 @@ class MatchingActivities:
         )
         assert row is not None, f"Expected cursors of {events.instrument_id}"
         return Progress(settled, row["applied_seq"], row["event_seq"])
+
+    @activity.defn(name=LAST_COMMAND)
+    async def last_command(self, instrument_id: str) -> int:
+        """The last command of an instrument, after whoever is appending at this moment."""
+        seq: int = await self._pool.fetchval(
+            "SELECT last_seq FROM matching.sequencers WHERE instrument_id = $1 FOR UPDATE", instrument_id
+        )
+        return seq
+
+    @activity.defn(name=EVENTS_OF)
+    async def events_of(self, commands: LogPosition) -> int:
+        """An event up to which lies all that the commands up to `seq` led to. Raises NotYetError before the engine has
+        carried them out.
+        """
+        row = await self._pool.fetchrow(
+            "SELECT command_seq, event_seq FROM matching.cursors WHERE instrument_id = $1", commands.instrument_id
+        )
+        assert row is not None, f"Expected a cursor of {commands.instrument_id}"
+        if row["command_seq"] < commands.seq:
+            raise NotYetError(f"The engine is at command {row['command_seq']} of {commands.seq}")
+        event_seq: int = row["event_seq"]
+        return event_seq

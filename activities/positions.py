@@ -6,6 +6,7 @@ The margin of a position is the ledger's; the copy here follows it, for the liqu
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -18,6 +19,13 @@ from activities.instruments import RuleBook, Rules
 from activities.risk import OPPOSITE
 from domain.clock import from_ms, iso
 from domain.events import BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
+from domain.funding import (
+    CONFIRM_FUNDING,
+    FIX_FUNDING_POSITIONS,
+    FUNDING_PAGE,
+    FundingPage,
+    FundingSnapshot,
+)
 from domain.margin import Tier, liquidation_price, maintenance_margin, margin_ratio, unrealized_pnl
 from domain.margin_changes import ADOPT_MARGIN, MarginChange
 from domain.matching import Deleveraged, Side, Trade
@@ -26,7 +34,7 @@ from domain.positions import Position, apply_fill
 from domain.sagas import APPLY_TRADES, CONFIRM_POSITIONS, EventRange
 from storage import outbox
 from storage.db import Connection, Pool, columns
-from storage.once import advance_cursor
+from storage.once import NotYetError, advance_cursor
 from storage.outbox import UserPush
 from storage.reference_prices import read_reference_prices
 
@@ -133,6 +141,23 @@ class PositionActivities:
         async with self._pool.acquire() as conn, conn.transaction():
             if await advance_cursor(conn, "positions", events, "confirmed_seq"):
                 await _confirm(conn, events, mark, (await self._rules.rules(conn)).tiers[events.instrument_id])
+
+    @activity.defn(name=FIX_FUNDING_POSITIONS)
+    async def fix_funding_positions(self, snapshot: FundingSnapshot) -> None:
+        """Write down, once, what everybody held at the funding time: what they hold now less the fills after it.
+
+        Raises NotYetError before all fills that the snapshot waits for are applied.
+        """
+        async with self._pool.acquire() as conn, conn.transaction():
+            await _fix_funding_positions(conn, snapshot)
+
+    @activity.defn(name=CONFIRM_FUNDING)
+    async def confirm_funding(self, page: FundingPage) -> None:
+        """After the ledger: payments of a page become realised profit, once, and margins follow the ledger's."""
+        marks = await read_reference_prices(self._redis, [page.run.instrument_id])
+        mark = marks[page.run.instrument_id].mark if page.run.instrument_id in marks else None
+        async with self._pool.acquire() as conn, conn.transaction():
+            await _confirm_funding(conn, page, mark, (await self._rules.rules(conn)).tiers[page.run.instrument_id])
 
     @activity.defn(name=ADOPT_MARGIN)
     async def adopt_margin(self, change: MarginChange) -> None:
@@ -276,6 +301,101 @@ async def _adopt(
         pushes.append(UserPush(row["user_id"], "position", view))
         business += _events(row["user_id"], instrument_id, view)
     await outbox.emit(conn, business, pushes)
+
+
+async def _fix_funding_positions(conn: Connection, snapshot: FundingSnapshot) -> None:
+    run = snapshot.run
+    # The lock keeps settlement from moving on meanwhile, and a second attempt from adding to the first.
+    applied_seq = await conn.fetchval(
+        "SELECT applied_seq FROM positions.cursors WHERE instrument_id = $1 FOR UPDATE", run.instrument_id
+    )
+    if applied_seq < snapshot.event_seq:
+        raise NotYetError(f"Positions are at event {applied_seq} of {snapshot.event_seq}")
+    terms = await conn.fetchrow(
+        "SELECT mark_price, rate FROM ledger.v_funding_runs WHERE instrument_id = $1 AND funding_time = $2",
+        run.instrument_id,
+        run.time,
+    )
+    assert terms is not None, f"Expected {run} to be open"
+    # The payment is domain.funding.funding_payment, in SQL because there are so many (a test compares the two).
+    await conn.execute(
+        "INSERT INTO positions.funding_positions (instrument_id, funding_time, user_id, signed_quantity, payment)"
+        " SELECT $1, $2, user_id, quantity, floor(-quantity * $3::numeric * $4::numeric * 100000000) * 0.00000001"
+        " FROM (SELECT p.user_id, p.signed_quantity - coalesce(f.quantity, 0) AS quantity FROM positions.positions p"
+        "   LEFT JOIN (SELECT user_id, sum(CASE side WHEN 'BUY' THEN quantity ELSE -quantity END) AS quantity"
+        "     FROM positions.position_events WHERE instrument_id = $1 AND created_at > $2 AND trade_id IS NOT NULL"
+        "     GROUP BY user_id) f USING (user_id) WHERE p.instrument_id = $1) held"
+        " WHERE quantity <> 0 AND NOT EXISTS (SELECT FROM positions.funding_positions"
+        "   WHERE instrument_id = $1 AND funding_time = $2)",
+        run.instrument_id,
+        run.time,
+        *terms,
+    )
+
+
+async def _confirm_funding(conn: Connection, page: FundingPage, mark: Decimal | None, tiers: Sequence[Tier]) -> None:
+    instrument_id, time = page.run.instrument_id, page.run.time
+    last_user_id = await conn.fetchval(
+        "SELECT max(user_id) FROM (SELECT p.user_id FROM (SELECT user_id FROM positions.funding_positions"
+        "   WHERE instrument_id = $1 AND funding_time = $2 AND user_id > $3 ORDER BY user_id LIMIT $4) f"
+        "  JOIN positions.positions p ON p.instrument_id = $1 AND p.user_id = f.user_id"
+        "  ORDER BY p.user_id FOR UPDATE OF p) locked",
+        instrument_id,
+        time,
+        page.after_user_id,
+        FUNDING_PAGE,
+    )
+    if last_user_id is None or await conn.fetchval(
+        "SELECT EXISTS (SELECT FROM positions.position_events"
+        " WHERE instrument_id = $1 AND funding_time = $2 AND user_id = $3)",
+        instrument_id,
+        time,
+        last_user_id,
+    ):
+        return
+    those = (instrument_id, time, page.after_user_id, last_user_id)
+    await conn.execute(
+        "INSERT INTO positions.position_events (user_id, instrument_id, funding_time, type, status, side, price,"
+        "  quantity, realized_pnl, signed_quantity_after, entry_notional_after, leverage, cause)"
+        " SELECT user_id, instrument_id, funding_time, 'FUNDING', 'SETTLED',"
+        "  CASE WHEN f.signed_quantity > 0 THEN 'LONG' ELSE 'SHORT' END, r.mark_price, abs(f.signed_quantity),"
+        "  f.payment, p.signed_quantity, p.entry_notional, p.leverage, 'FUNDING'"
+        " FROM positions.funding_positions f JOIN positions.positions p USING (user_id, instrument_id)"
+        " JOIN ledger.v_funding_runs r USING (instrument_id, funding_time)"
+        " WHERE instrument_id = $1 AND funding_time = $2 AND user_id > $3 AND user_id <= $4 ORDER BY user_id",
+        *those,
+    )
+    await conn.execute(
+        "UPDATE positions.positions p SET realized_pnl = p.realized_pnl + f.payment, updated_at = now()"
+        " FROM positions.funding_positions f WHERE f.instrument_id = $1 AND f.funding_time = $2 AND f.user_id > $3"
+        " AND f.user_id <= $4 AND p.instrument_id = $1 AND p.user_id = f.user_id",
+        *those,
+    )
+    # Only those who paid from their margin: to all others a balance has been pushed, and nothing else has changed.
+    moved = await conn.fetch(
+        "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage, p.margin_mode, p.status,"
+        " p.realized_pnl FROM positions.funding_positions f JOIN positions.positions p USING (user_id, instrument_id)"
+        " JOIN ledger.v_margin_holds h USING (user_id, instrument_id) WHERE instrument_id = $1 AND funding_time = $2"
+        " AND user_id > $3 AND user_id <= $4 AND p.margin_version <> h.margin_version ORDER BY user_id",
+        *those,
+    )
+    await _adopt(conn, instrument_id, moved, mark, tiers)
+
+
+async def forget_funding_positions(conn: Connection, before: datetime, limit: int) -> int:
+    """Delete up to `limit` positions of funding settlements that were done before then; how many it was.
+
+    The payments stay, as events of the positions.
+    """
+    status = await conn.execute(
+        "DELETE FROM positions.funding_positions p USING (SELECT f.instrument_id, f.funding_time, f.user_id"
+        "  FROM positions.funding_positions f JOIN ledger.v_funding_runs r USING (instrument_id, funding_time)"
+        "  WHERE r.status = 'DONE' AND r.updated_at < $1 LIMIT $2) old"
+        " WHERE (p.instrument_id, p.funding_time, p.user_id) = (old.instrument_id, old.funding_time, old.user_id)",
+        before,
+        limit,
+    )
+    return int(status.split()[-1])
 
 
 def _status(row: asyncpg.Record) -> str:

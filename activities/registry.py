@@ -1,6 +1,6 @@
 """Which activities and workflows a worker of each task queue runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from temporalio.client import (
     ScheduleUpdate,
     ScheduleUpdateInput,
 )
+from temporalio.common import SearchAttributePair, TypedSearchAttributes
 
 from activities.audit import AuditActivities
 from activities.auth import AuthActivities
@@ -26,14 +27,18 @@ from activities.matching import MatchingActivities
 from activities.orders import OrderActivities
 from activities.positions import PositionActivities
 from activities.risk import RiskActivities
+from activities.sagas import INSTRUMENT_ID
 from activities.users import RESUMER_SCHEDULE, RESUMER_SCHEDULE_ID, UserActivities
-from clients import OPERATIONS_QUEUE
+from clients import OPERATIONS_QUEUE, SETTLEMENT_QUEUE
+from domain.funding import FUNDING_SETTLEMENT, FundingInput
 from domain.sagas import LEDGER_AUDIT
 from storage.db import Pool
 
 Activities = list[Callable[..., Any]]
 AUDIT_SCHEDULE_ID = "ledger-audit"
 AUDIT_INTERVAL = timedelta(minutes=5)
+# How far back a funding time is made up for that passed while Temporal was away.
+FUNDING_CATCH_UP = timedelta(days=365)
 
 
 def order_activities(pool: Pool, redis: Redis) -> Activities:
@@ -51,11 +56,18 @@ def order_activities(pool: Pool, redis: Redis) -> Activities:
 
 
 def settlement_activities(pool: Pool, redis: Redis) -> Activities:
-    """Steps of settlement; they share one reader of the engine's log."""
+    """Steps of settlement and funding; they share one reader of the engine's log."""
     log = EngineLog()
     positions, risk, ledger = PositionActivities(pool, redis, log), RiskActivities(pool, log), LedgerActivities(pool)
     orders, matching = OrderActivities(pool, redis, log), MatchingActivities(pool)
     return [
+        ledger.open_funding,
+        matching.last_command,
+        matching.events_of,
+        positions.fix_funding_positions,
+        ledger.settle_funding,
+        positions.confirm_funding,
+        ledger.close_funding,
         positions.apply_trades,
         risk.apply_events,
         ledger.settle,
@@ -82,7 +94,7 @@ def operations_activities(pool: Pool, redis: Redis) -> Activities:
     ]
 
 
-def schedules() -> dict[str, Schedule]:
+def schedules(instrument_ids: Iterable[str], funding_interval: timedelta) -> dict[str, Schedule]:
     """Everything that Temporal starts by the clock, by schedule id."""
     audit = Schedule(
         action=ScheduleActionStartWorkflow(
@@ -94,12 +106,37 @@ def schedules() -> dict[str, Schedule]:
         spec=ScheduleSpec(intervals=[ScheduleIntervalSpec(every=AUDIT_INTERVAL)]),
         policy=SchedulePolicy(overlap=ScheduleOverlapPolicy.SKIP, catchup_window=timedelta(minutes=1)),
     )
-    return {RESUMER_SCHEDULE_ID: RESUMER_SCHEDULE, AUDIT_SCHEDULE_ID: audit}
+    funding = {
+        funding_schedule_id(instrument_id): funding_schedule(instrument_id, funding_interval)
+        for instrument_id in instrument_ids
+    }
+    return {RESUMER_SCHEDULE_ID: RESUMER_SCHEDULE, AUDIT_SCHEDULE_ID: audit, **funding}
 
 
-async def register_schedules(client: Client) -> None:
+def funding_schedule_id(instrument_id: str) -> str:
+    """Also begins the ids of its workflows: Temporal adds the funding time."""
+    return f"funding-{instrument_id}"
+
+
+def funding_schedule(instrument_id: str, interval: timedelta) -> Schedule:
+    """Starts a funding settlement at every multiple of `interval` since the epoch, one after the other."""
+    return Schedule(
+        action=ScheduleActionStartWorkflow(
+            FUNDING_SETTLEMENT,
+            FundingInput(instrument_id),
+            id=funding_schedule_id(instrument_id),
+            task_queue=SETTLEMENT_QUEUE,
+            typed_search_attributes=TypedSearchAttributes([SearchAttributePair(INSTRUMENT_ID, instrument_id)]),
+            static_summary=f"Settles the funding of {instrument_id}",
+        ),
+        spec=ScheduleSpec(intervals=[ScheduleIntervalSpec(every=interval)]),
+        policy=SchedulePolicy(overlap=ScheduleOverlapPolicy.BUFFER_ALL, catchup_window=FUNDING_CATCH_UP),
+    )
+
+
+async def register_schedules(client: Client, wanted: Mapping[str, Schedule]) -> None:
     """Create the schedules, or bring existing ones up to this version; their paused state is kept."""
-    for schedule_id, schedule in schedules().items():
+    for schedule_id, schedule in wanted.items():
         try:
             await client.create_schedule(schedule_id, schedule)
         except ScheduleAlreadyRunningError:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from bench import engine_core, engine_process, fanout, market_checkpoint, order_pipeline
+from bench import engine_core, engine_process, fanout, market_checkpoint, order_pipeline, risk
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "order_pipeline": order_pipeline.main,
@@ -11,6 +11,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "engine_process": engine_process.main,
     "market_checkpoint": market_checkpoint.main,
     "fanout": fanout.main,
+    "risk": risk.main,
 }
 
 

@@ -8,18 +8,16 @@ import argparse
 import asyncio
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
+from contextlib import asynccontextmanager
 from random import Random
 
 import asyncpg
 
 from activities.matching import append_commands
+from bench.database import own_postgres
 from bench.exchange import ROOT, percentile
 from domain.instruments import SHIPPED
 from domain.matching import AnyCommand, Cancel, New, Side
@@ -27,7 +25,6 @@ from engine import lease as leases
 from engine import snapshots
 from engine.matcher import Matcher
 from engine.snapshots import Snapshot
-from stack.servers import postgres, wait_until_ready
 from storage.db import Connection
 
 BTC = SHIPPED[0]
@@ -37,25 +34,6 @@ MID = 600_000
 APPENDED = 5_000
 NOWHERE = "127.0.0.1:1"
 WAIT_SECONDS = 600
-
-
-@contextmanager
-def own_postgres() -> Iterator[str]:
-    """The URL of a new, migrated database with the stack's settings (commits reach the disk); gone in the end."""
-    with tempfile.TemporaryDirectory(prefix="exchange-bench-") as folder:
-        os.chmod(folder, 0o711)
-        server = postgres(Path(folder))
-        with Path(folder, "postgres.log").open("wb") as log:
-            child = subprocess.Popen(server.process.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        try:
-            asyncio.run(wait_until_ready(server.endpoint, 60))
-            environment = os.environ | {"EXCHANGE_DATABASE_URL": server.endpoint.url}
-            command = [sys.executable, "-m", "alembic", "upgrade", "head"]
-            subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
-            yield server.endpoint.url
-        finally:
-            child.send_signal(server.process.stop_signal)
-            child.wait(60)
 
 
 @asynccontextmanager

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from redis.asyncio import Redis
 
-from bench.engine_process import own_postgres
+from bench.database import own_postgres
 from bench.exchange import ROOT, percentile
 from bench.fanout_clients import UPGRADE, subscriptions
 from domain.instruments import SHIPPED

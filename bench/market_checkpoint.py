@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator
 
-from bench.engine_process import own_postgres
+from bench.database import own_postgres
 from domain.instruments import SHIPPED
 from domain.matching import AnyEvent, New, Trade, encode
 from engine.lease import Lease

@@ -2,7 +2,8 @@
 
 Funding times are the multiples of the interval since 1970. The premium samples are the rows of `market.mark_prices`,
 so that a restart forgets none, and intervals that ended while nobody was there are fixed from their own samples. An
-interval without any counts as one without premium; its row says so (`samples`).
+interval without any counts as one without premium; its row says so (`samples`). While the index is frozen nothing is
+fixed, and so nothing is settled; once it is live again, every interval is fixed for its own time.
 """
 
 import asyncio
@@ -37,7 +38,8 @@ FIXED_MAX = 500
 # Intervals that have ended since the last rate, or since the first sample: their ends, samples and last mark price.
 _DUE = """
     SELECT name, ended.at AS effective_at, samples.number, samples.premium, mark.mark_price, mark.source
-    FROM unnest($1::text[]) AS name
+    FROM (SELECT name FROM unnest($1::text[]) AS name WHERE NOT EXISTS (
+        SELECT FROM market.index_states i WHERE i.instrument_id = name AND i.frozen_since IS NOT NULL)) AS names
     CROSS JOIN LATERAL (SELECT coalesce(
         (SELECT max(effective_at) FROM market.funding_rates WHERE instrument_id = name),
         (SELECT min(calculated_at) FROM market.mark_prices WHERE instrument_id = name)) AS at) since

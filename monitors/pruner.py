@@ -1,4 +1,5 @@
-"""The pruner: deletes old prices, and finished sagas and the results of their steps once nothing can ask for them.
+"""The pruner: deletes old prices, finished sagas, the results of their steps, and the positions that finished funding
+settlements went by, once nothing can ask for them.
 
 Deposits and withdrawals keep theirs for ever: their references are the callers', who may repeat one at any time.
 """
@@ -8,6 +9,7 @@ import logging
 from datetime import timedelta
 
 from activities.market import forget_prices
+from activities.positions import forget_funding_positions
 from activities.sagas import forget_done_sagas, time_before_open_sagas
 from storage.db import Connection, Pool
 from storage.leadership import PRUNER_LOCK, run_as_leader
@@ -44,6 +46,7 @@ async def prune(conn: Connection, kept: timedelta, limit: int = DELETED_MAX) -> 
         + await forget_steps(conn, "ledger", before, limit)
         + await forget_done_sagas(conn, before, limit)
         + await forget_prices(conn, PRICES_KEPT, limit)
+        + await forget_funding_positions(conn, before, limit)
     ):
         total += deleted
     return total

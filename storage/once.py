@@ -25,6 +25,13 @@ class CursorGapError(ApplicationError):
         super().__init__(message, type=CURSOR_GAP, non_retryable=True)
 
 
+class NotYetError(ApplicationError):
+    """Somebody else has to get further first: the step is tried again until they have, visible to operators."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, type="NotYet")
+
+
 async def advance_cursor(conn: Connection, schema: str, events: EventRange, column: str = "applied_seq") -> bool:
     """Claim `events` for the service of `schema` in the caller's transaction; False when they were applied before.
 

@@ -474,6 +474,27 @@ ledger_entries = Table(
     schema="ledger",
 )
 
+# One row per funding settlement: the rate and price it goes by, fixed once, and what it came to.
+funding_runs = Table(
+    "funding_runs",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("funding_time", TIME, primary_key=True),
+    _col("asset", Text()),
+    _col("rate", Numeric(20, 12)),
+    _col("mark_price", AMOUNT),
+    _col("status", Text(), default="'OPEN'"),
+    _col("positions", BigInteger(), default="0"),
+    # Quote: by users and the insurance fund, to users, by the fund alone.
+    _col("paid", AMOUNT, default="0"),
+    _col("received", AMOUNT, default="0"),
+    _col("insurance", AMOUNT, default="0"),
+    _created(),
+    _updated(),
+    CheckConstraint("status IN ('OPEN', 'DONE')", name="status"),
+    schema="ledger",
+)
+
 ledger_cursors = _cursors("ledger")
 ledger_steps = _steps("ledger")
 
@@ -510,8 +531,10 @@ position_events = Table(
     Column("event_id", BigInteger, Identity(), primary_key=True),
     _col("user_id", BigInteger()),
     _col("instrument_id", Text()),
-    _col("seq", BigInteger()),
-    _col("role", Text()),
+    # Of a fill: the engine's event and the side of it. NULL of a funding payment, which has the time it was due.
+    _col("seq", BigInteger(), null=True),
+    _col("role", Text(), null=True),
+    _col("funding_time", TIME, null=True),
     _col("type", Text()),
     _col("status", Text()),
     _col("trade_id", BigInteger(), null=True),
@@ -527,9 +550,32 @@ position_events = Table(
     _col("leverage", Integer()),
     _col("cause", Text(), default="'TRADE'"),
     _created(),
-    CheckConstraint("cause IN ('TRADE', 'LIQUIDATION', 'DELEVERAGE')", name="cause"),
+    CheckConstraint("cause IN ('TRADE', 'LIQUIDATION', 'DELEVERAGE', 'FUNDING')", name="cause"),
+    CheckConstraint("(seq IS NULL) = (funding_time IS NOT NULL)", name="origin"),
     Index("uq_position_events_seq", "instrument_id", "seq", "role", unique=True),
+    Index(
+        "uq_position_events_funding",
+        "user_id",
+        "funding_time",
+        "instrument_id",
+        unique=True,
+        postgresql_where=text("funding_time IS NOT NULL"),
+    ),
     Index("ix_position_events_user_id", "user_id", "event_id"),
+    # For the fills after a funding time: rows are written in about this order, so a few pages of index do.
+    Index("ix_position_events_created_at", "created_at", postgresql_using="brin"),
+    schema="positions",
+)
+
+# What everybody held at a funding time and gets (> 0) or pays for it in quote, until a while after it is settled.
+funding_positions = Table(
+    "funding_positions",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("funding_time", TIME, primary_key=True),
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    _col("signed_quantity", AMOUNT),
+    _col("payment", AMOUNT),
     schema="positions",
 )
 

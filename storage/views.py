@@ -30,6 +30,9 @@ VIEWS: dict[str, str] = {
         "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short, margin_version"
         " FROM ledger.margin_holds"
     ),
+    "ledger.v_funding_runs": (
+        "SELECT instrument_id, funding_time, rate, mark_price, status, updated_at FROM ledger.funding_runs"
+    ),
     "ledger.v_steps": "SELECT step_id, result FROM ledger.steps",
     "ledger.v_cursors": "SELECT instrument_id, applied_seq FROM ledger.cursors",
     "positions.v_positions": (
@@ -41,6 +44,13 @@ VIEWS: dict[str, str] = {
         "SELECT event_id, user_id, instrument_id, seq, role, trade_id, order_id, side, price, quantity, fee,"
         " realized_pnl, signed_quantity_after, entry_notional_after, leverage, cause, created_at AS executed_at"
         " FROM positions.position_events WHERE trade_id IS NOT NULL"
+    ),
+    "positions.v_funding_positions": (
+        "SELECT instrument_id, funding_time, user_id, payment FROM positions.funding_positions"
+    ),
+    "positions.v_funding_payments": (
+        "SELECT instrument_id, funding_time, user_id, realized_pnl AS payment FROM positions.position_events"
+        " WHERE funding_time IS NOT NULL"
     ),
     "positions.v_cursors": "SELECT instrument_id, applied_seq, confirmed_seq FROM positions.cursors",
     "market.v_mark_prices": "SELECT instrument_id, calculated_at, mark_price FROM market.mark_prices",
@@ -58,4 +68,5 @@ VIEWS: dict[str, str] = {
         "SELECT instrument_id, seq, sha256(payload) = checksum AS undamaged FROM market.checkpoints"
     ),
     "market.v_index_states": "SELECT instrument_id, source, checked_at, frozen_since FROM market.index_states",
+    "market.v_funding_rates": "SELECT instrument_id, effective_at, rate, mark_price FROM market.funding_rates",
 }

@@ -45,6 +45,7 @@ from engine.matcher import Matcher
 from storage.db import Pool
 from tests.waiting import until
 from workflows.audit import LedgerAuditWorkflow
+from workflows.funding import FundingSettlementWorkflow
 from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
@@ -210,7 +211,7 @@ async def workers(
     """Workers of all queues, workflows in the sandbox; `changed` wraps the activities of these names."""
     queues: list[tuple[str, list[type], list[Activity]]] = [
         (ORDERS_QUEUE, [OrderPlacementWorkflow, OrderCancellationWorkflow], order_activities(pool, redis)),
-        (SETTLEMENT_QUEUE, [SettlementWorkflow], settlement_activities(pool, redis)),
+        (SETTLEMENT_QUEUE, [SettlementWorkflow, FundingSettlementWorkflow], settlement_activities(pool, redis)),
         (OPERATIONS_QUEUE, [LedgerAuditWorkflow, MarginChangeWorkflow], operations_activities(pool, redis)),
     ]
     left = set(changed or {})

@@ -23,6 +23,7 @@ from activities.order_entry import lock_for_amendment, take_in, take_in_amendmen
 from activities.orders import IN_ENGINE_STATUSES, OrderActivities
 from activities.positions import PositionActivities
 from activities.risk import RiskActivities
+from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
 from domain.instruments import SHIPPED, Instrument
 from domain.margin_changes import MarginChange
 from domain.matching import AnyEvent
@@ -254,6 +255,27 @@ class World:
         self.settled[events.instrument_id] = progress.settled_seq
         yield "acknowledged"
 
+    async def publish_rate(self, funding_time: datetime, rate: str, mark: object, instrument: Instrument = BTC) -> None:
+        await publish_rate(self.pool, instrument.instrument_id, funding_time, rate, mark)
+
+    async def funding(self, run: FundingRun) -> AsyncIterator[str]:
+        """The steps of a funding settlement, as FundingSettlementWorkflow takes them."""
+        if await self.ledger.open_funding(run):
+            yield "opened"
+            command_seq = await self.matching.last_command(run.instrument_id)
+            event_seq = await self.matching.events_of(LogPosition(run.instrument_id, command_seq))
+            await self.positions.fix_funding_positions(FundingSnapshot(run, event_seq))
+            yield "fixed"
+            after_user_id: int | None = 0
+            while after_user_id is not None:
+                page = FundingPage(run, after_user_id)
+                after_user_id = await self.ledger.settle_funding(page)
+                yield "paid"
+                await self.positions.confirm_funding(page)
+                yield "confirmed"
+        await self.ledger.close_funding(run)
+        yield "closed"
+
     async def settle(self, instrument: Instrument = BTC) -> None:
         """Match and settle until there is nothing left to do."""
         while True:
@@ -289,6 +311,19 @@ class World:
 
 def _decimal(figure: object) -> Decimal | None:
     return None if figure is None else Decimal(str(figure))
+
+
+async def publish_rate(pool: Pool, instrument_id: str, funding_time: datetime, rate: str, mark: object) -> None:
+    """What the market process does at a funding time."""
+    await pool.execute(
+        "INSERT INTO market.funding_rates"
+        " (instrument_id, effective_at, rate, premium_average, samples, mark_price, source)"
+        " VALUES ($1, $2, $3, 0, 1, $4, 'simulated')",
+        instrument_id,
+        funding_time,
+        Decimal(rate),
+        Decimal(str(mark)),
+    )
 
 
 async def finish(steps: AsyncIterator[str]) -> None:

@@ -2,16 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 
 import pytest
 from redis.asyncio import Redis
 
 from activities import audit
 from activities.audit import AuditActivities, run_audit
+from domain.funding import FundingRun
 from domain.sagas import AuditCheck, StepRequest
 from storage.db import Connection, Pool
 from tests.integration.ledger_world import BTC, ETH, World, advance, finish, limit
 
+NOON = datetime(2099, 1, 1, 12, tzinfo=UTC)
 CHECKS = audit.STRICT_CHECKS.keys() | audit.SETTLED_CHECKS.keys()
 
 # One thing wrong each, and the check that has to see it (others may, too).
@@ -79,7 +82,24 @@ CORRUPTIONS = [
     (
         "funding_sums_to_zero",
         "INSERT INTO ledger.ledger_entries (reference_type, reference_id, entry_type, account, user_id, asset,"
-        " delta_available) VALUES ('FUNDING', '1', 'FUNDING', 'user:1', 1, 'USDT', 1)",
+        " delta_available) VALUES ('FUNDING_FEE', 'BTC:1:0', 'FUNDING', 'user:1', 1, 'USDT', 1)",
+    ),
+    (
+        "funding_sums_to_zero",
+        "UPDATE ledger.ledger_entries SET delta_available = delta_available - 1 WHERE entry_type = 'ROUNDING'",
+    ),
+    (
+        "funding_sums_to_zero",
+        "UPDATE ledger.ledger_entries SET delta_available = delta_available - 1"
+        " WHERE entry_type = 'FUNDING' AND user_id = 1",
+    ),
+    ("funding_sums_to_zero", "UPDATE ledger.funding_runs SET paid = paid + 1, received = received + 1.00000001"),
+    ("funding_sums_to_zero", "UPDATE ledger.funding_runs SET status = 'OPEN'"),
+    ("funding_sums_to_zero", "DELETE FROM ledger.funding_runs"),
+    ("funding_is_confirmed", "DELETE FROM positions.position_events WHERE type = 'FUNDING' AND user_id = 1"),
+    (
+        "funding_is_confirmed",
+        "UPDATE positions.position_events SET realized_pnl = realized_pnl + 1 WHERE type = 'FUNDING' AND user_id = 1",
     ),
     (
         "nobody_is_negative",
@@ -111,7 +131,7 @@ CORRUPTIONS = [
 
 @pytest.fixture
 async def world(pool: Pool, redis: Redis) -> World:
-    """Trades booked, positions and orders open, some money won, one order that failed."""
+    """Trades booked, positions and orders open, some money won, one order that failed, one funding settlement."""
     world = World(pool, redis)
     await world.deposit(50_000, 1, 2, 3)
     await world.trade(1, 2, "1", 60_000)
@@ -120,6 +140,8 @@ async def world(pool: Pool, redis: Redis) -> World:
     await world.place(limit(3, "BUY", "0.2", 59_000), limit(3, "SELL", "0.1", 61_000))
     await world.place(limit(4, "BUY", "0.2", 59_000))
     await world.settle()
+    await world.publish_rate(NOON, "0.0001", "60000.00001")
+    await finish(world.funding(FundingRun(BTC.instrument_id, NOON.isoformat())))
     return world
 
 

@@ -107,6 +107,17 @@ async def test_before_the_first_sample_nothing_is_fixed(pool: Pool) -> None:
     assert await fixed(pool) == []
 
 
+async def test_while_the_index_is_frozen_nothing_is_fixed(pool: Pool) -> None:
+    await sample(pool, START + HOUR, "0.001")
+    await sample(pool, START + 8 * HOUR, "0.001")
+    await pool.execute("INSERT INTO market.index_states VALUES ($1, 'ccxt', $2, $2)", BTC, START + 7 * HOUR)
+    await rates(pool).update(START + 17 * HOUR)
+    assert await fixed(pool) == []
+    await pool.execute("UPDATE market.index_states SET frozen_since = NULL")
+    await rates(pool).update(START + 17 * HOUR)
+    assert [row[0] for row in await fixed(pool)] == [START + 8 * HOUR, START + 16 * HOUR]
+
+
 async def test_of_processes_that_fix_at_once_one_announces(pool: Pool) -> None:
     await sample(pool, START + HOUR, "0.001")
     await asyncio.gather(*(rates(pool).update(START + 40 * HOUR) for _ in range(4)))

@@ -1,15 +1,16 @@
 """The pruner deletes what nobody can ask for any more, and nothing else."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import pytest
 from redis.asyncio import Redis
 
 from activities.ledger import transfer_external
+from domain.funding import FundingRun
 from monitors.pruner import KEPT, prune
 from storage.db import Pool
-from tests.integration.ledger_world import World, advance, assert_conserved, limit
+from tests.integration.ledger_world import BTC, World, advance, assert_conserved, finish, limit
 
 LONG = timedelta(days=8)
 
@@ -104,3 +105,17 @@ async def test_old_prices_go_but_the_last_of_an_instrument_stays(pool: Pool) -> 
         rows = await pool.fetch(f"SELECT instrument_id, count(*) FROM market.{table} GROUP BY 1 ORDER BY 1")
         assert [tuple(row) for row in rows] == [("BTC-USDT-PERP", 2), ("ETH-USDT-PERP", 1)]
     assert await pruned(pool) == 0
+
+
+async def test_positions_of_old_funding_go_once_it_is_done_and_their_payments_stay(world: World, pool: Pool) -> None:
+    await world.trade(1, 2, "0.1", 50_000)
+    done, open_still = (datetime(2099, 1, day, tzinfo=UTC) for day in (1, 2))
+    for moment in (done, open_still):
+        await world.publish_rate(moment, "0.0001", 50_000)
+    await finish(world.funding(FundingRun(BTC.instrument_id, done.isoformat())))
+    await advance(world.funding(FundingRun(BTC.instrument_id, open_still.isoformat())), "fixed")
+    await pool.execute("UPDATE ledger.funding_runs SET updated_at = updated_at - $1::interval", LONG)
+    assert await pruned(pool, limit=1) == 2
+    times = await pool.fetch("SELECT DISTINCT funding_time FROM positions.funding_positions")
+    assert [row[0] for row in times] == [open_still]
+    assert await pool.fetchval("SELECT count(*) FROM positions.position_events WHERE type = 'FUNDING'") == 2

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -9,12 +10,14 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.audit import run_audit
+from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
 from domain.instruments import Instrument
 from domain.sagas import Acceptance, OrderBatch, Outcome, StepRequest, Uncovered
 from storage.db import Pool, open_pool
 from tests.conftest import TEMPLATE
 from tests.integration.ledger_world import BTC, ETH, World, dump, limit, market
 
+NOON = datetime(2099, 1, 1, 12, tzinfo=UTC)
 # One connection to run a statement on; everything else a step does with its connection passes through.
 STATEMENTS = ("execute", "fetch", "fetchval", "fetchrow", "copy_records_to_table")
 
@@ -134,6 +137,10 @@ async def script(world: World) -> AsyncIterator[tuple[str, Activity]]:
     async for settling in settlement(world, ETH):
         yield settling
 
+    await world.publish_rate(NOON, "0.2", "50000.01")
+    for step in funding(world, FundingRun(BTC.instrument_id, NOON.isoformat())):
+        yield step
+
 
 def placement(world: World, batch: OrderBatch) -> Iterator[tuple[str, Activity]]:
     """As if all passes that risk lets through."""
@@ -153,6 +160,18 @@ def placement(world: World, batch: OrderBatch) -> Iterator[tuple[str, Activity]]
     yield "check_orders", check
     yield "freeze_funds", freeze
     yield "accept", lambda: world.orders.accept(Acceptance(batch.saga_id, frozen.passed, checked.refused))
+
+
+def funding(world: World, run: FundingRun) -> Iterator[tuple[str, Activity]]:
+    name = run.instrument_id
+    seq = world.matchers[name].event_seq
+    yield "open_funding", lambda: world.ledger.open_funding(run)
+    yield "last_command", lambda: world.matching.last_command(name)
+    yield "events_of", lambda: world.matching.events_of(LogPosition(name, 1))
+    yield "fix_funding_positions", lambda: world.positions.fix_funding_positions(FundingSnapshot(run, seq))
+    yield "settle_funding", lambda: world.ledger.settle_funding(FundingPage(run, 0))
+    yield "confirm_funding", lambda: world.positions.confirm_funding(FundingPage(run, 0))
+    yield "close_funding", lambda: world.ledger.close_funding(run)
 
 
 async def settlement(world: World, instrument: Instrument) -> AsyncIterator[tuple[str, Activity]]:
@@ -202,7 +221,8 @@ async def test_a_step_run_twice_answers_the_same_and_changes_nothing_more(pool: 
     assert seen == {
         "check_orders", "freeze_funds", "release_orders", "unfreeze_funds", "accept", "request_cancels",
         "apply_trades", "risk.apply_events", "settle", "confirm", "orders.apply_events", "cancel_uncovered",
-        "acknowledge",
+        "acknowledge", "open_funding", "last_command", "events_of", "fix_funding_positions", "settle_funding",
+        "confirm_funding", "close_funding",
     }  # fmt: skip
     assert (await run_audit(pool)).ok
 

@@ -16,6 +16,7 @@ from domain.sagas import (
 )
 from tests.replay import HISTORIES, replay
 from workflows.audit import LedgerAuditWorkflow
+from workflows.funding import FundingSettlementWorkflow
 from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
@@ -25,10 +26,11 @@ WORKFLOWS = [
     OrderPlacementWorkflow,
     OrderCancellationWorkflow,
     SettlementWorkflow,
+    FundingSettlementWorkflow,
     LedgerAuditWorkflow,
     MarginChangeWorkflow,
 ]
-KINDS = ("placement", "cancellation", "settlement", "ledger_audit", "margin")
+KINDS = ("placement", "cancellation", "settlement", "funding", "ledger_audit", "margin")
 SAVED = [path.stem for path in sorted(HISTORIES.glob("*.json")) if path.stem.startswith(KINDS)]
 
 
@@ -55,6 +57,12 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "settlement_overtaken",
         "settlement_uncovered",
         "settlement_continued",
+        "funding",
+        "funding_without_rate",
+        "funding_behind",
+        "funding_retried",
+        "funding_scheduled",
+        "funding_cancelled",
         "ledger_audit",
         "margin_added",
         "margin_refused",

@@ -318,7 +318,7 @@ async def test_every_check_of_the_audit_finds_what_it_is_for(
     await desk.assert_clean()
     checks = STRICT_CHECKS | SETTLED_CHECKS
     # Negative balances are refused by the table itself; funding has tests of its own.
-    assert checks.keys() == BREAKAGES.keys() | {"nobody_is_negative", "funding_sums_to_zero"}
+    assert checks.keys() == BREAKAGES.keys() | {"nobody_is_negative", "funding_sums_to_zero", "funding_is_confirmed"}
     for name, breakage in BREAKAGES.items():
         async with pool.acquire() as conn:
             transaction = conn.transaction()

@@ -35,6 +35,7 @@ SERVICE_OF = {
     "api/ledger.py": "ledger",
     "api/positions.py": "positions",
     "api/market_history.py": "market",
+    "api/funding.py": "positions",
     "engine/lease.py": "matching",
     "engine/log.py": "matching",
     "engine/retention.py": "matching",

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from domain.exposure import Exposure
+from domain.funding import funding_payment
 from domain.funding_rate import bounded, funding_rate
 from domain.index_price import clamp_to_median, weighted_average
 from domain.liquidation import Holding, deleverage_score
@@ -29,7 +30,7 @@ from domain.margin import (
     unrealized_pnl,
 )
 from domain.mark_price import funding_basis, impact_notional, mark_price, premium_index
-from domain.money import AMOUNT_STEP, ZERO, round_down, round_up
+from domain.money import AMOUNT_STEP, ZERO, round_up
 from domain.positions import Position, apply_fill
 from domain.wallet import Wallet, liquidation_fee, settle
 
@@ -214,10 +215,16 @@ def fees(given: Inputs) -> Figures:
     return {"taker_fee": fee(given["taker_ppm"]), "maker_fee": fee(given["maker_ppm"])}
 
 
-def received(given: Inputs) -> Figures:
+def funding(given: Inputs) -> Figures:
+    quantity, mark = Decimal(given["position"]), Decimal(given["mark_price"])
+    assert given["side"] == "long"
+    return {"position_value": quantity * mark, "long_pays": -funding_payment(quantity, mark, Decimal(given["rate"]))}
+
+
+def funding_rounding(given: Inputs) -> Figures:
     return {
         "usdc_quantums": [
-            round_down(Decimal(ppm) / given["divisor"] * AMOUNT_STEP) / AMOUNT_STEP
+            funding_payment(-Decimal(ppm) / given["divisor"], AMOUNT_STEP, Decimal(1)) / AMOUNT_STEP
             for ppm in given["net_settlement_ppm"]
         ]
     }
@@ -283,7 +290,8 @@ OURS: dict[str, Callable[[Inputs], Figures]] = {
     "order_margin.open_loss": open_losses,
     "order_margin.with_fees": margin_with_fee,
     "rounding.fees": fees,
-    "rounding.funding_settlement": received,
+    "funding.payment.linear": funding,
+    "rounding.funding_settlement": funding_rounding,
 }
 # Figures of an entry that our rule does not have.
 NOT_COMPUTED = {
@@ -303,7 +311,6 @@ NOT_OURS = {
     "liquidation.partial.size_to_cover_shortage": "Drift: large positions of ours are reduced tier by tier",
     "socialised_loss.per_unit": "losses are deleveraged, not socialised",
     "funding.rate.damper_deadband": "Deribit: our rate has the clamp instead",
-    "funding.payment.linear": "not yet: funding payment",
     "mark_price.clamp_to_book_and_index": "Deribit's old rule",
     "mark_price.median_of_three": "Hyperliquid: our mark is index and premium",
     "margin.linear_in_size": "Deribit: ours has tiers",
