@@ -31,6 +31,8 @@ class Settings(BaseSettings):
     engine_instruments: str = ""
     engine_lease_seconds: float = 5.0
     engine_snapshot_commands: int = 50_000
+    # The newest events of each instrument that are kept in any case, and the trades among them.
+    event_retention_count: int = 1_000_000
 
     def require_database_url(self) -> str:
         """The Postgres URL. Raises RuntimeError when it is not set (outside the embedded stack)."""

@@ -73,6 +73,7 @@ STRICT_CHECKS = {
         JOIN matching.v_instruments i USING (instrument_id)
         LEFT JOIN ledger.system_balances s ON s.account = 'exchange:clearing' AND s.asset = i.quote_asset
         GROUP BY i.quote_asset HAVING coalesce(max(s.balance), 0) + sum(x.amount) <> 0""",
+    # Of what the engine has deleted the fills are left, which have to pair up, and the totals of the tape.
     "trades_have_two_sides": """
         SELECT t.instrument_id || ' trade ' || t.trade_id, count(f.trade_id)
         FROM matching.v_trades t JOIN positions.v_cursors c ON c.instrument_id = t.instrument_id
@@ -81,14 +82,34 @@ STRICT_CHECKS = {
         UNION ALL
         SELECT f.instrument_id || ' fill without trade ' || f.trade_id, count(*)
         FROM positions.v_fills f LEFT JOIN matching.v_trades t ON t.trade_id = f.trade_id
-        WHERE t.trade_id IS NULL GROUP BY f.instrument_id, f.trade_id""",
+        LEFT JOIN matching.v_pruned p ON p.instrument_id = f.instrument_id
+        WHERE t.trade_id IS NULL AND f.seq > coalesce(p.event_seq, 0) GROUP BY f.instrument_id, f.trade_id
+        UNION ALL
+        SELECT f.instrument_id || ' deleted trade ' || f.trade_id, count(*)
+        FROM positions.v_fills f JOIN matching.v_pruned p USING (instrument_id)
+        WHERE f.seq <= p.event_seq GROUP BY f.instrument_id, f.trade_id
+        HAVING count(*) <> 2 OR sum(CASE WHEN f.side = 'BUY' THEN f.quantity ELSE -f.quantity END) <> 0
+        UNION ALL
+        SELECT p.instrument_id || ' deleted trades', p.quantity - coalesce(sum(f.quantity), 0)
+        FROM matching.v_pruned p LEFT JOIN positions.v_fills f
+            ON f.instrument_id = p.instrument_id AND f.seq <= p.event_seq AND f.role = 'TAKER'
+        GROUP BY p.instrument_id, p.trades, p.quantity
+        HAVING (p.trades, p.quantity) <> (count(f.trade_id), coalesce(sum(f.quantity), 0))""",
     "trades_are_booked_once": """
         SELECT 'trade ' || coalesce(t.trade_id, e.trade_id), coalesce(t.fee, 0) - coalesce(e.fee, 0)
         FROM (SELECT t.trade_id::text AS trade_id, t.maker_fee + t.taker_fee AS fee FROM matching.v_trades t
-              JOIN ledger.v_cursors c USING (instrument_id) WHERE t.seq <= c.applied_seq) t
+              JOIN ledger.v_cursors c USING (instrument_id) WHERE t.seq <= c.applied_seq
+              UNION ALL
+              SELECT f.trade_id::text, sum(f.fee) FROM positions.v_fills f
+              JOIN matching.v_pruned p USING (instrument_id) WHERE f.seq <= p.event_seq GROUP BY f.trade_id) t
         FULL JOIN (SELECT reference_id AS trade_id, sum(delta_available) AS fee FROM ledger.ledger_entries
                    WHERE account = 'exchange:fees' AND reference_type = 'TRADE' GROUP BY reference_id) e
-        USING (trade_id) WHERE coalesce(t.fee, 0) <> coalesce(e.fee, 0)""",
+        USING (trade_id) WHERE coalesce(t.fee, 0) <> coalesce(e.fee, 0)
+        UNION ALL
+        SELECT p.instrument_id || ' fees of deleted trades', p.fees - coalesce(sum(f.fee), 0)
+        FROM matching.v_pruned p LEFT JOIN positions.v_fills f
+            ON f.instrument_id = p.instrument_id AND f.seq <= p.event_seq
+        GROUP BY p.instrument_id, p.fees HAVING p.fees <> coalesce(sum(f.fee), 0)""",
     "funding_sums_to_zero": """
         SELECT asset, sum(delta_available) FROM ledger.ledger_entries
         WHERE reference_type = 'FUNDING'
@@ -111,7 +132,7 @@ SETTLED_CHECKS = {
     "ledger_holds_what_orders_need": """
         SELECT 'user:' || user_id || ' ' || instrument_id,
                (r.applied_seq = l.applied_seq AND NOT EXISTS (
-                   SELECT 1 FROM orders.v_open_sagas s JOIN orders.v_orders o ON o.order_id = ANY (s.order_ids)
+                   SELECT 1 FROM orders.v_open_sagas s JOIN orders.v_claims o ON o.order_id = ANY (s.order_ids)
                    WHERE s.kind = 'PLACE' AND o.user_id = coalesce(e.user_id, h.user_id)))
         FROM risk.v_exposures e FULL JOIN ledger.v_margin_holds h USING (user_id, instrument_id)
         JOIN risk.v_cursors r USING (instrument_id) JOIN ledger.v_cursors l USING (instrument_id)
@@ -119,14 +140,12 @@ SETTLED_CHECKS = {
     "accepted_orders_are_backed": """
         SELECT 'user:' || user_id || ' ' || instrument_id,
                (r.applied_seq = c.applied_seq AND NOT EXISTS (
-                   SELECT 1 FROM orders.v_open_sagas s JOIN orders.v_orders x ON x.order_id = ANY (s.order_ids)
+                   SELECT 1 FROM orders.v_open_sagas s JOIN orders.v_claims x ON x.order_id = ANY (s.order_ids)
                    WHERE s.kind = 'PLACE' AND x.user_id = coalesce(e.user_id, o.user_id)))
-        FROM (SELECT user_id, instrument_id, count(*) AS open_orders,
-                     coalesce(sum((quantity - filled_quantity) * bound_price)
-                              FILTER (WHERE side = 'BUY' AND NOT reduce_only), 0) AS bids,
-                     coalesce(sum((quantity - filled_quantity) * bound_price)
-                              FILTER (WHERE side = 'SELL' AND NOT reduce_only), 0) AS asks
-              FROM orders.v_orders WHERE status IN ('ACCEPTED', 'PLACED', 'PARTIALLY_FILLED', 'CANCEL_REQUESTED')
+        FROM (SELECT user_id, instrument_id, sum(orders) AS open_orders,
+                     coalesce(sum(notional) FILTER (WHERE side = 'BUY'), 0) AS bids,
+                     coalesce(sum(notional) FILTER (WHERE side = 'SELL'), 0) AS asks
+              FROM orders.v_claims WHERE status IN ('ACCEPTED', 'PLACED', 'PARTIALLY_FILLED', 'CANCEL_REQUESTED')
               GROUP BY user_id, instrument_id) o
         FULL JOIN risk.v_exposures e USING (user_id, instrument_id)
         JOIN orders.v_cursors c USING (instrument_id) JOIN risk.v_cursors r USING (instrument_id)

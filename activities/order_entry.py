@@ -1,4 +1,4 @@
-"""Taking orders in: one transaction writes a batch as PENDING, with its saga and its OrderSubmitted events."""
+"""Taking orders and amendments in: one transaction writes a batch as PENDING, with its saga and its events."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from datetime import datetime
 
 import asyncpg
 
-from activities.orders import ORDER_COLUMNS
+from activities.orders import IN_ENGINE_STATUSES, ORDER_COLUMNS
 from activities.sagas import Saga, record_saga
 from domain.events import OrderSubmitted
 from domain.money import plain, round_up
-from domain.order_entry import NewOrder
+from domain.order_entry import Amendment, NewOrder, OpenOrder, OrderRequest
 from domain.sagas import OrderBatch
 from storage import outbox
 from storage.db import Connection, columns
@@ -99,6 +99,72 @@ async def find_by_client_ids(
         *columns(keys, 2),
     )
     return {(row["user_id"], row["client_order_id"]): row for row in rows}
+
+
+async def lock_for_amendment(conn: Connection, user_id: int, order_id: int) -> tuple[OpenOrder, str] | None:
+    """An order of the user, locked, and its status; PENDING, too, while an amendment of it is under way.
+
+    None when the user has no such order.
+    """
+    row = await conn.fetchrow(
+        f"SELECT {ORDER_COLUMNS}, bound_price FROM orders.orders WHERE order_id = $1 AND user_id = $2 FOR UPDATE",
+        order_id,
+        user_id,
+    )
+    if row is None:
+        return None
+    under_way = await conn.fetchval(
+        "SELECT EXISTS (SELECT FROM orders.amendments WHERE order_id = $1 AND status IN ('PENDING', 'ACCEPTED'))",
+        order_id,
+    )
+    request = OrderRequest(
+        row["instrument_id"],
+        row["side"],
+        row["type"],
+        row["quantity"],
+        row["price"],
+        row["time_in_force"],
+        row["stp_mode"],
+        row["client_order_id"],
+        row["post_only"],
+        row["reduce_only"],
+        row["stop_price"],
+        row["working_type"] or "MARK",
+    )
+    is_open = row["status"] in IN_ENGINE_STATUSES
+    order = OpenOrder(order_id, user_id, request, row["bound_price"], row["filled_quantity"])
+    return order, "PENDING" if is_open and under_way else row["status"]
+
+
+async def take_in_amendment(conn: Connection, amendment: Amendment, now: datetime) -> Saga:
+    """Write an amendment of an order that was locked for it as PENDING in the caller's transaction.
+
+    Its saga is a placement: what the amended order needs more is checked and frozen like a new order's margin.
+    """
+    order = amendment.order
+    request = order.request
+    amendment_id: int = await conn.fetchval(
+        "INSERT INTO orders.amendments (amendment_id, order_id, user_id, instrument_id, side, reduce_only, price,"
+        " quantity, open_quantity, claimed_quantity, claimed_notional, open_loss, created_at, updated_at)"
+        " VALUES (nextval('orders.order_id_seq'), $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12)"
+        " RETURNING amendment_id",
+        order.order_id,
+        order.user_id,
+        request.instrument_id,
+        request.side,
+        request.reduce_only,
+        amendment.price,
+        amendment.quantity,
+        amendment.open_quantity,
+        amendment.claimed_quantity,
+        amendment.claimed_notional,
+        round_up(amendment.open_loss),
+        now,
+    )
+    batch = OrderBatch(f"orders-{amendment_id}-1", [amendment_id])
+    saga = Saga("PLACE", batch, (order.user_id, request.instrument_id))
+    await record_saga(conn, saga)
+    return saga
 
 
 async def take_in_cancels(conn: Connection, order_ids: list[int], token: str) -> Saga:

@@ -17,10 +17,12 @@ from activities.engine_log import EngineLog, SequencedEvent
 from activities.instruments import RuleBook
 from activities.matching import append_commands
 from domain.clock import iso, to_ms
-from domain.events import BusinessEvent, OrderCancelRequested, OrderCreated
+from domain.events import BusinessEvent, OrderAmendRequested, OrderCancelRequested, OrderCreated
 from domain.instruments import Instrument
 from domain.matching import (
+    Amend,
     Amended,
+    AmendRejected,
     AnyCommand,
     Cancel,
     Cancelled,
@@ -60,6 +62,7 @@ ORDER_COLUMNS = (
     " filled_notional, status, failure_reason, stp_mode, post_only, reduce_only, stop_price, working_type,"
     " is_liquidation, created_at, updated_at"
 )
+AMENDMENT_COLUMNS = "amendment_id, order_id, user_id, price, quantity, status, failure_reason, created_at, updated_at"
 
 
 def order_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, Any]:
@@ -91,6 +94,21 @@ def order_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, Any]:
     }
 
 
+def amendment_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, Any]:
+    """An amendment as its user sees it, from AMENDMENT_COLUMNS."""
+    price, quantity = row["price"], row["quantity"]
+    return {
+        "amendmentId": row["amendment_id"],
+        "orderId": row["order_id"],
+        "price": None if price is None else plain(price),
+        "quantity": None if quantity is None else plain(quantity),
+        "status": row["status"],
+        "failureReason": row["failure_reason"],
+        "createdAt": iso(row["created_at"]),
+        "updatedAt": iso(row["updated_at"]),
+    }
+
+
 def average_price(filled_notional: Decimal, filled_quantity: Decimal) -> str | None:
     """Quote per base over all fills, 8 decimals; None before the first."""
     if not filled_quantity:
@@ -100,7 +118,10 @@ def average_price(filled_notional: Decimal, filled_quantity: Decimal) -> str | N
 
 @dataclass(slots=True)
 class OrderChange:
-    """What a range of engine events does to one order: fills to add, and the state it reaches (None: still open)."""
+    """What a range of engine events does to one order: fills to add, and the state it reaches (None: still open).
+
+    Amendments have their ids from the same source; of them there is only how they ended, and why.
+    """
 
     filled_quantity: Decimal = ZERO
     filled_notional: Decimal = ZERO
@@ -112,7 +133,7 @@ class OrderChange:
 
 
 def fold_events(log: Iterable[SequencedEvent], instrument: Instrument) -> dict[int, OrderChange]:
-    """Engine events by order."""
+    """Engine events by order or amendment."""
     changes: defaultdict[int, OrderChange] = defaultdict(OrderChange)
     for _, event in log:
         match event:
@@ -129,6 +150,11 @@ def fold_events(log: Iterable[SequencedEvent], instrument: Instrument) -> dict[i
                 change = changes[event.order_id]
                 change.quantity = change.filled_quantity + instrument.lots_to_quantity(event.quantity)
                 change.price = instrument.ticks_to_price(event.price)
+                if event.amendment_id:
+                    changes[event.amendment_id].final_status = "AMENDED"
+            case AmendRejected() if event.amendment_id:
+                rejected = changes[event.amendment_id]
+                rejected.final_status, rejected.reason = "REJECTED", event.reason
             case Filled():
                 changes[event.order_id].final_status = "FILLED"
             case Cancelled():
@@ -153,7 +179,8 @@ class OrderActivities:
 
     @activity.defn(name=ACCEPT_ORDERS)
     async def accept(self, acceptance: Acceptance) -> Verdict:
-        """End the placement: ACCEPTED and in the command log, or FAILED with the reason; one transaction."""
+        """End the placement of orders and amendments: ACCEPTED and in the command log, or FAILED with the reason; one
+        transaction."""
         async with self._pool.acquire() as conn, conn.transaction():
             await _accept(conn, acceptance.passed, (await self._rules.rules(conn)).instruments)
             if acceptance.refused:
@@ -227,8 +254,42 @@ async def _accept(conn: Connection, order_ids: Sequence[int], instruments: Mappi
                 row["is_liquidation"],
             )
         )
+    for row in await _accept_amendments(conn, _others(order_ids, rows)):
+        amendment = amendment_view(row)
+        commands[row["instrument_id"]].append(_amend(row, instruments[row["instrument_id"]]))
+        events.append(
+            OrderAmendRequested(row["order_id"], row["amendment_id"], amendment["price"], amendment["quantity"])
+        )
     await outbox.emit(conn, events)
     await append_commands(conn, commands)
+
+
+def _others(ids: Iterable[int], orders: Iterable[asyncpg.Record]) -> list[int]:
+    """Those of `ids` that are not of `orders`: amendments, if anything."""
+    return sorted(set(ids) - {row["order_id"] for row in orders})
+
+
+async def _accept_amendments(conn: Connection, amendment_ids: Sequence[int]) -> list[asyncpg.Record]:
+    if not amendment_ids:
+        return []
+    rows = await conn.fetch(
+        "UPDATE orders.amendments SET status = 'ACCEPTED', updated_at = now()"
+        f" WHERE amendment_id = ANY($1) AND status = 'PENDING' RETURNING {AMENDMENT_COLUMNS}, instrument_id",
+        amendment_ids,
+    )
+    return sorted(rows, key=lambda row: row["amendment_id"])
+
+
+def _amend(row: asyncpg.Record, instrument: Instrument) -> Amend:
+    price, quantity = row["price"], row["quantity"]
+    return Amend(
+        at=to_ms(row["updated_at"]),
+        order_id=row["order_id"],
+        user_id=row["user_id"],
+        price=None if price is None else instrument.price_to_ticks(price),
+        quantity=None if quantity is None else instrument.quantity_to_lots(quantity),
+        amendment_id=row["amendment_id"],
+    )
 
 
 def _new(row: asyncpg.Record, instrument: Instrument) -> New:
@@ -257,7 +318,25 @@ async def _fail(conn: Connection, acceptance: Acceptance) -> None:
         f" WHERE order_id = n.id AND status = 'PENDING' RETURNING {ORDER_COLUMNS}",
         *columns([(refusal.order_id, refusal.reason) for refusal in acceptance.refused], 2),
     )
-    await outbox.emit(conn, pushes=_order_pushes(rows))
+    failed = {refusal.order_id: ("FAILED", refusal.reason) for refusal in acceptance.refused}
+    amendments = await _end_amendments(conn, {id_: failed[id_] for id_ in _others(failed, rows)}, "PENDING")
+    await outbox.emit(conn, pushes=_order_pushes(rows) + amendments)
+
+
+async def _end_amendments(
+    conn: Connection, ends: Mapping[int, tuple[str | None, str | None]], status: str
+) -> list[UserPush]:
+    """Bring amendments that are in `status` to their final status, with the reason if there is one."""
+    if not ends:
+        return []
+    rows = await conn.fetch(
+        "UPDATE orders.amendments SET status = n.final, failure_reason = n.reason, updated_at = now()"
+        " FROM unnest($1::bigint[], $2::text[], $3::text[]) AS n (id, final, reason)"
+        f" WHERE amendment_id = n.id AND status = $4 RETURNING {AMENDMENT_COLUMNS}",
+        *columns([(id_, *end) for id_, end in ends.items()], 3),
+        status,
+    )
+    return [UserPush(row["user_id"], "amendment", amendment_view(row)) for row in rows]
 
 
 async def _lock(conn: Connection, order_ids: Sequence[int]) -> None:
@@ -309,7 +388,8 @@ async def _apply(conn: Connection, changes: dict[int, OrderChange]) -> None:
             7,
         ),
     )
-    await outbox.emit(conn, pushes=_order_pushes(rows))
+    ends = {id_: (changes[id_].final_status, changes[id_].reason) for id_ in _others(changes, rows)}
+    await outbox.emit(conn, pushes=_order_pushes(rows) + await _end_amendments(conn, ends, "ACCEPTED"))
 
 
 def _order_pushes(rows: Iterable[asyncpg.Record]) -> list[UserPush]:

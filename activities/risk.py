@@ -18,7 +18,18 @@ from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPas
 from domain.exposure import Exposure, Side
 from domain.instruments import Instrument
 from domain.margin import Tier, tier_of
-from domain.matching import Amended, Cancelled, Deleveraged, Ended, Expired, Filled, Rejected, StateChanged, Trade
+from domain.matching import (
+    Amended,
+    AmendRejected,
+    Cancelled,
+    Deleveraged,
+    Ended,
+    Expired,
+    Filled,
+    Rejected,
+    StateChanged,
+    Trade,
+)
 from domain.money import ZERO, plain
 from domain.order_entry import NewOrder
 from domain.problems import Problem
@@ -146,7 +157,8 @@ async def set_leverage(conn: Connection, user_id: int, instrument: Instrument, l
     await _create_missing(conn, [(user_id, instrument.instrument_id)], {instrument.instrument_id: instrument})
     changed = await conn.fetchval(
         "UPDATE risk.exposures SET leverage = $3, updated_at = now() WHERE user_id = $1 AND instrument_id = $2"
-        " AND (leverage = $3 OR (signed_quantity = 0 AND open_orders = 0)) RETURNING TRUE",
+        " AND (leverage = $3 OR (signed_quantity = 0 AND open_orders = 0 AND bid_quantity = 0 AND ask_quantity = 0"
+        "   AND bid_notional = 0 AND ask_notional = 0)) RETURNING TRUE",
         user_id,
         instrument.instrument_id,
         leverage,
@@ -156,12 +168,7 @@ async def set_leverage(conn: Connection, user_id: int, instrument: Instrument, l
 
 
 async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckResult:
-    orders = await conn.fetch(
-        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price, open_loss, reduce_only"
-        " FROM orders.v_orders"
-        " WHERE order_id = ANY($1) ORDER BY order_id",
-        request.order_ids,
-    )
+    orders = await _read_claims(conn, request.order_ids)
     instruments = rules.instruments
     keys = sorted({(row["user_id"], row["instrument_id"]) for row in orders})
     await _create_missing(conn, keys, instruments)
@@ -183,15 +190,13 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
             continue
         instrument = instruments[key[1]]
         purse = (key[0], instrument.quote_asset)
-        after = states[key].with_order(
-            order["side"], order["quantity"], order["bound_price"], reduce_only=order["reduce_only"]
-        )
+        after = states[key].with_claim(order["side"], order["quantity"], order["notional"], order["orders"])
         margin = after.order_margin(instrument.taker_fee_rate)
         added = margin - margins[key]
         budget = budgets.get(purse, ZERO)
         free = budget - order["open_loss"]
         reduces = order["side"] if order["reduce_only"] else None
-        reason = refusal_reason(after, reduces, order["quantity"], added, free, limits[key], tiers[key[1]])
+        reason = refusal_reason(after, reduces, order["open_quantity"], added, free, limits[key], tiers[key[1]])
         if reason:
             refused.append(Refusal(order["order_id"], reason))
             continue
@@ -207,11 +212,7 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
 
 
 async def _release(conn: Connection, request: StepRequest, rules: Rules) -> MarginMoves:
-    orders = await conn.fetch(
-        "SELECT order_id, user_id, instrument_id, side, quantity, bound_price, reduce_only FROM orders.v_orders"
-        " WHERE order_id = ANY($1) ORDER BY order_id",
-        request.order_ids,
-    )
+    orders = await _read_claims(conn, request.order_ids)
     instruments = rules.instruments
     checked = await first_result(conn, "risk", f"check:{request.step_id}", CheckResult)
     assert checked is not None, f"Expected the check of {request.step_id}, was none"
@@ -225,9 +226,7 @@ async def _release(conn: Connection, request: StepRequest, rules: Rules) -> Marg
     for order in orders:
         key = (order["user_id"], order["instrument_id"])
         instrument = instruments[key[1]]
-        states[key] = states[key].without_order(
-            order["side"], order["quantity"], order["bound_price"], reduce_only=order["reduce_only"]
-        )
+        states[key] = _without_claim(states[key], order)
         margin = states[key].order_margin(instrument.taker_fee_rate)
         ended.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, margins[key] - margin))
         margins[key] = margin
@@ -255,6 +254,8 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
             events.to_seq,
         )
     }
+    amendments = [event.amendment_id for _, event in log if isinstance(event, Amended | AmendRejected)]
+    claims = {row["order_id"]: row for row in await _read_claims(conn, [id_ for id_ in amendments if id_])}
     exposures = await _lock(conn, [(user_id, instrument_id) for user_id in sorted(users_of(log))])
     states = {key: _exposure(row) for key, row in exposures.items()}
     margins = {key: row["order_margin"] for key, row in exposures.items()}
@@ -286,20 +287,32 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                 states[key] = _without(states[key], event, instrument)
                 freed = before - states[key].order_margin(instrument.taker_fee_rate)
                 ended.append(OrderMargin(event.order_id, *key, instrument.quote_asset, freed))
-            case Amended() if not event.reduce_only:
+            case Amended() | AmendRejected():
                 key = (event.user_id, instrument_id)
-                old, new = instrument.ticks_to_price(event.old_price), instrument.ticks_to_price(event.price)
-                states[key] = (
-                    states[key]
-                    .without_order(event.side, instrument.lots_to_quantity(event.old_quantity), old)
-                    .with_order(event.side, instrument.lots_to_quantity(event.quantity), new)
-                )
+                before = states[key].order_margin(instrument.taker_fee_rate)
+                if isinstance(event, Amended) and not event.reduce_only:
+                    states[key] = _amended(states[key], event, instrument)
+                if event.amendment_id:
+                    states[key] = _without_claim(states[key], claims[event.amendment_id])
+                    # Nothing more is needed than both together needed before.
+                    freed = before - states[key].order_margin(instrument.taker_fee_rate)
+                    ended.append(OrderMargin(event.amendment_id, *key, instrument.quote_asset, freed))
             case _:
                 pass
     for key, state in states.items():
         margins[key] = state.order_margin(instrument.taker_fee_rate)
     await _save(conn, {key: (states[key], margins[key]) for key in states})
     return MarginMoves(_moves(exposures, margins, instruments), ended)
+
+
+def _without_claim(state: Exposure, claim: asyncpg.Record) -> Exposure:
+    return state.with_claim(claim["side"], -claim["quantity"], -claim["notional"], -claim["orders"])
+
+
+def _amended(state: Exposure, event: Amended, instrument: Instrument) -> Exposure:
+    old, new = instrument.ticks_to_price(event.old_price), instrument.ticks_to_price(event.price)
+    without = state.without_order(event.side, instrument.lots_to_quantity(event.old_quantity), old)
+    return without.with_order(event.side, instrument.lots_to_quantity(event.quantity), new)
 
 
 def _without(state: Exposure, event: Ended, instrument: Instrument) -> Exposure:
@@ -333,6 +346,18 @@ def _moves(
         for key, row in before.items()
         if margins[key] != row["order_margin"]
     ]
+
+
+async def _read_claims(conn: Connection, ids: Sequence[int]) -> list[asyncpg.Record]:
+    """What orders and amendments claim, in order of their ids."""
+    if not ids:
+        return []
+    rows: list[asyncpg.Record] = await conn.fetch(
+        "SELECT order_id, user_id, instrument_id, side, open_quantity, quantity, notional, orders, open_loss,"
+        " reduce_only FROM orders.v_claims WHERE order_id = ANY($1) ORDER BY order_id",
+        ids,
+    )
+    return rows
 
 
 async def _create_missing(conn: Connection, keys: Sequence[Key], instruments: dict[str, Instrument]) -> None:

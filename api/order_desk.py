@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import signal
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 from redis.asyncio import Redis
@@ -16,8 +18,20 @@ from temporalio.service import RPCError
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from activities.instruments import read_instruments
-from activities.order_entry import find_by_client_ids, take_in, take_in_cancels
-from activities.orders import ORDER_COLUMNS, OrderChange, average_price, order_view
+from activities.order_entry import (
+    find_by_client_ids,
+    lock_for_amendment,
+    take_in,
+    take_in_amendment,
+    take_in_cancels,
+)
+from activities.orders import (
+    IN_ENGINE_STATUSES,
+    ORDER_COLUMNS,
+    OrderChange,
+    average_price,
+    order_view,
+)
 from activities.registry import order_activities
 from activities.sagas import Saga, merge_sagas, start_saga
 from api.batcher import Answer, Lane
@@ -26,7 +40,7 @@ from clients import ORDERS_QUEUE
 from domain.clock import iso
 from domain.instruments import Instrument
 from domain.money import ZERO, plain
-from domain.order_entry import NewOrder, OrderRequest, Reference, bound_price, expected_open_loss
+from domain.order_entry import NewOrder, OrderRequest, Reference, amendment, bound_price, expected_open_loss
 from domain.problems import Problem
 from storage.db import Pool
 from storage.reference_prices import read_reference_prices
@@ -42,6 +56,7 @@ SAGA_SECONDS_MAX = 10.0
 PLACED_SECONDS_MAX = 5.0
 INSTRUMENTS_SECONDS = 1.0
 REFERENCE_SECONDS = 0.1
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +151,62 @@ class OrderDesk:
         if not awaited:
             return placed
         return await asyncio.gather(*(self._await_engine(view) for view in placed))
+
+    async def amend(
+        self, user_id: int, order_id: int, price: Decimal | None, quantity: Decimal | None, *, awaited: bool
+    ) -> dict[str, Any]:
+        """Take an amendment of one of the user's orders in (None: as it is); the order with it, once it has ended if
+        `awaited`.
+
+        One that comes while the order, or an amendment of it, is still on its way waits for that. Raises Problem
+        ORDER_NOT_FOUND, ORDER_NOT_AMENDABLE and the problems of `domain.order_entry.amendment`.
+        """
+        deadline = time.monotonic() + PLACED_SECONDS_MAX
+        while (saga := await self._take_in_amendment(user_id, order_id, price, quantity)) is None:
+            if time.monotonic() > deadline:
+                raise Problem("ORDER_NOT_AMENDABLE", f"Order {order_id} or an amendment of it is still on its way")
+            await asyncio.sleep(POLL_SECONDS)
+        await self._placements[user_id % LANES].sagas.hand_over(saga, 1)
+        amendment_id = saga.batch.order_ids[0]
+        view = await self._amendment(amendment_id)
+        while awaited and view["amendmentStatus"] in ("PENDING", "ACCEPTED") and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+            view = await self._amendment(amendment_id)
+        return view
+
+    async def _take_in_amendment(
+        self, user_id: int, order_id: int, price: Decimal | None, quantity: Decimal | None
+    ) -> Saga | None:
+        async with self._pool.acquire() as conn, conn.transaction():
+            found = await lock_for_amendment(conn, user_id, order_id)
+            if found is None:
+                raise Problem("ORDER_NOT_FOUND", f"There is no order {order_id}")
+            order, status = found
+            if status == "PENDING":
+                return None
+            if status not in IN_ENGINE_STATUSES:
+                raise Problem("ORDER_NOT_AMENDABLE", f"Order {order_id} is {status}")
+            instrument = self.instrument(order.request.instrument_id)
+            reference = await self.reference(order.request.instrument_id, fresh=False)
+            checked = amendment(order, price, quantity, instrument, reference)
+            return await take_in_amendment(conn, checked, datetime.now(UTC))
+
+    async def _amendment(self, amendment_id: int) -> dict[str, Any]:
+        async with self._pool.acquire() as conn:
+            change = await conn.fetchrow(
+                "SELECT order_id, status, failure_reason FROM orders.amendments WHERE amendment_id = $1", amendment_id
+            )
+            assert change is not None, f"Expected amendment {amendment_id}"
+            order = await conn.fetchrow(
+                f"SELECT {ORDER_COLUMNS} FROM orders.orders WHERE order_id = $1", change["order_id"]
+            )
+            assert order is not None, f"Expected order {change['order_id']}"
+        return {
+            **order_view(order),
+            "amendmentId": amendment_id,
+            "amendmentStatus": change["status"],
+            "amendmentFailureReason": change["failure_reason"],
+        }
 
     async def cancel(self, order_ids: Sequence[int]) -> None:
         """Hand in the cancellation of orders that were found open."""

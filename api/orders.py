@@ -113,6 +113,26 @@ class OrderView(ApiModel):
     updated_at: Timestamp
 
 
+class OrderAmend(ApiModel):
+    """What to change of an order: `price` in quote per base, `quantity` in base of the whole order, what is filled
+    already included; null leaves it as it is."""
+
+    price: Price | None = None
+    quantity: Quantity | None = None
+
+
+class AmendedOrderView(OrderView):
+    """The order, and how far the amendment is that was asked for.
+
+    PENDING: its margin is being reserved; ACCEPTED: with the engine; then it was carried out (AMENDED), or the order
+    stayed as it was (REJECTED by the engine, FAILED before).
+    """
+
+    amendment_id: int
+    amendment_status: Literal["PENDING", "ACCEPTED", "AMENDED", "REJECTED", "FAILED"]
+    amendment_failure_reason: str | None
+
+
 class CancelView(ApiModel):
     """A cancellation on its way to the engine; the order's state tells how it ends."""
 
@@ -226,6 +246,18 @@ async def cancel_all_after(state: State, user: User, switch: DeadManSwitch) -> D
             return DeadManSwitchView(timeout_ms=0, cancel_at=None)
         cancel_at = await set_countdown(conn, user.user_id, timedelta(milliseconds=switch.timeout_ms))
     return DeadManSwitchView(timeout_ms=switch.timeout_ms, cancel_at=cancel_at)
+
+
+@router.post("/api/orders/{order_id}/amend", response_model=AmendedOrderView)
+async def amend_order(state: State, user: User, order_id: OrderId, change: OrderAmend, wait: Wait = None) -> Response:
+    """Change the price or the quantity of one of the caller's open orders that have a limit.
+
+    It keeps its place in the queue if its price stays and its quantity does not grow, else it enters anew and may
+    trade. More margin, if the amended order needs more, is reserved before. One amendment of an order at a time.
+    """
+    return _json(
+        await state.desk.amend(user.user_id, order_id, change.price, change.quantity, awaited=wait is not None)
+    )
 
 
 @router.delete("/api/orders/{order_id}")

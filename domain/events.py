@@ -93,6 +93,16 @@ class OrderCancelRequested(BusinessEvent, frozen=True):
     order_id: int
 
 
+class OrderAmendRequested(BusinessEvent, frozen=True):
+    """The engine is asked to change an order: `quantity` is that of the whole order; null leaves it as it is."""
+
+    topic: ClassVar[str] = "order.amend-requested"
+    order_id: int
+    amendment_id: int
+    price: str | None
+    quantity: str | None
+
+
 class OrderPlaced(BusinessEvent, frozen=True):
     topic: ClassVar[str] = "matching.order-placed"
     order_id: int
@@ -139,6 +149,17 @@ class OrderAmended(BusinessEvent, frozen=True):
     side: str
     price: str
     quantity: str
+    reason: str
+
+
+class OrderAmendRejected(BusinessEvent, frozen=True):
+    """The order stays as it was."""
+
+    topic: ClassVar[str] = "matching.order-amend-rejected"
+    order_id: int
+    instrument_id: str
+    user_id: str
+    amendment_id: int
     reason: str
 
 

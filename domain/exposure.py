@@ -43,6 +43,14 @@ class Exposure(Struct, frozen=True):
         moved = self if reduce_only else self._moved(side, quantity, bound_price)
         return replace(moved, open_orders=self.open_orders + 1)
 
+    def with_claim(self, side: Side, quantity: Decimal, notional: Decimal, orders: int) -> "Exposure":
+        """`orders` more claim `quantity` for `notional` all told; below zero they give it back.
+
+        An amendment claims margin without being an order of its own.
+        """
+        claimed = self._claimed(side, quantity, notional)
+        return replace(claimed, open_orders=self.open_orders + orders)
+
     def can_reduce(self, side: Side) -> bool:
         """Whether there is a position that an order of `side` would reduce."""
         return self.signed_quantity < 0 if side == "BUY" else self.signed_quantity > 0
@@ -86,7 +94,9 @@ class Exposure(Struct, frozen=True):
         return self.ask_notional if self.ask_quantity > max(ZERO, self.signed_quantity) else ZERO
 
     def _moved(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
-        notional = quantity * bound_price
+        return self._claimed(side, quantity, quantity * bound_price)
+
+    def _claimed(self, side: Side, quantity: Decimal, notional: Decimal) -> "Exposure":
         if side == "BUY":
             return replace(self, bid_quantity=self.bid_quantity + quantity, bid_notional=self.bid_notional + notional)
         return replace(self, ask_quantity=self.ask_quantity + quantity, ask_notional=self.ask_notional + notional)

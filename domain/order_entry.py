@@ -1,6 +1,6 @@
 """What an order must be to be taken in: steps of the instrument, bounds, protection price. No state is asked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 from domain.instruments import Instrument
@@ -57,6 +57,34 @@ class NewOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenOrder:
+    """An order that may be amended: its terms now, its bound price, and what is filled of it."""
+
+    order_id: int
+    user_id: int
+    request: OrderRequest
+    bound_price: Decimal
+    filled_quantity: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Amendment:
+    """A change to an order that passed the checks; `price` and `quantity` (of the whole order) None: as it is.
+
+    `open_quantity` is what would be open (base). The claim is the margin basis beyond that of the order as it is
+    (base and quote, 0 for an order that only reduces); `open_loss` as of a new order.
+    """
+
+    order: OpenOrder
+    price: Decimal | None
+    quantity: Decimal | None
+    open_quantity: Decimal
+    claimed_quantity: Decimal
+    claimed_notional: Decimal
+    open_loss: Decimal
+
+
+@dataclass(frozen=True, slots=True)
 class Reference:
     """Prices that bounds are taken from: mark, and the best quotes where there are any (quote per base)."""
 
@@ -92,6 +120,44 @@ def bound_price(request: OrderRequest, instrument: Instrument, reference: Refere
             "MIN_NOTIONAL", f"Expected a notional of at least {instrument.min_notional} {instrument.quote_asset}"
         )
     return bound
+
+
+def amendment(
+    order: OpenOrder, price: Decimal | None, quantity: Decimal | None, instrument: Instrument, reference: Reference
+) -> Amendment:
+    """The change of an order to `price` and `quantity` (of the whole order; None: as it is).
+
+    Raises Problem VALIDATION_FAILED if that changes nothing, ORDER_NOT_AMENDABLE without a limit or if all of
+    `quantity` is filled already, and the problems of `bound_price`.
+    """
+    old = order.request
+    if not old.has_limit:
+        raise Problem("ORDER_NOT_AMENDABLE", f"A {old.type} order cannot be amended")
+    new = replace(old, price=price or old.price, quantity=old.quantity if quantity is None else quantity)
+    if new == old:
+        raise Problem("VALIDATION_FAILED", "Expected another price or another quantity than the order has")
+    bound = bound_price(new, instrument, reference)
+    open_quantity = new.quantity - order.filled_quantity
+    if open_quantity <= 0:
+        raise Problem("ORDER_NOT_AMENDABLE", f"{order.filled_quantity:f} of order {order.order_id} are filled already")
+    claim = ZERO, ZERO
+    if not old.reduce_only:
+        claim = amendment_claim(old.quantity - order.filled_quantity, order.bound_price, open_quantity, bound)
+    loss = expected_open_loss(replace(new, quantity=open_quantity), reference)
+    return Amendment(order, price, quantity, open_quantity, *claim, loss)
+
+
+def amendment_claim(
+    old_quantity: Decimal, old_price: Decimal, new_quantity: Decimal, new_price: Decimal
+) -> tuple[Decimal, Decimal]:
+    """Base and quote to be reserved beside an order that is amended (open quantities, bound prices), both >= 0.
+
+    Until the engine amends it, up to `old_quantity` may be filled at the old price, which leaves as much less of the
+    new quantity. After a fill of f the order needs q_old * p_old - f * p_old as it is, and q_new * p_new - f * p_new
+    once amended. The claim is the most by which the second exceeds the first, which is at f = 0 or f = q_old.
+    """
+    notional = new_quantity * new_price - old_quantity * min(old_price, new_price)
+    return max(ZERO, new_quantity - old_quantity), max(ZERO, notional)
 
 
 def _check_terms(request: OrderRequest, instrument: Instrument, low: Decimal, high: Decimal) -> None:

@@ -47,7 +47,9 @@ class Engine:
 
         publisher = Publisher(redis)
         signaller = Signaller(pool, connect, [instrument.instrument_id for instrument in (*instruments, *others)])
-        tenure = Tenure(owner, settings.engine_lease_seconds, settings.engine_snapshot_commands)
+        tenure = Tenure(
+            owner, settings.engine_lease_seconds, settings.engine_snapshot_commands, settings.event_retention_count
+        )
         self._runners = {
             instrument.instrument_id: Runner(
                 pool, instrument, tenure, publisher, signaller, preferred=instrument in instruments

@@ -11,6 +11,7 @@ from domain.events import (
     BusinessEvent,
     InstrumentStateChanged,
     OrderAmended,
+    OrderAmendRejected,
     OrderCancelled,
     OrderFilled,
     OrderPlaced,
@@ -21,6 +22,7 @@ from domain.events import (
 from domain.instruments import Instrument
 from domain.matching import (
     Amended,
+    AmendRejected,
     AnyEvent,
     Cancelled,
     Expired,
@@ -105,6 +107,8 @@ def business_event(instrument: Instrument, event: AnyEvent) -> BusinessEvent | N
             price, quantity = _price(instrument, event.price), _quantity(instrument, event.quantity)
             user_id = str(event.user_id)
             found = OrderAmended(event.order_id, name, user_id, event.side, price, quantity, event.reason)
+        case AmendRejected():
+            found = OrderAmendRejected(event.order_id, name, str(event.user_id), event.amendment_id, event.reason)
         case Triggered():
             found = OrderTriggered(event.order_id, name, str(event.user_id))
         case StateChanged():

@@ -14,6 +14,7 @@ from engine.lease import Lease, LeaseLostError
 from engine.log import DATABASE_ERRORS, Batch, ReplayMismatchError, read_commands, verify, write_batch
 from engine.matcher import Matcher
 from engine.publisher import Publisher
+from engine.retention import require_whole_log
 from engine.signaller import Signaller
 from engine.snapshots import BadSnapshotError, Snapshotter
 from storage.db import Connection, Pool
@@ -31,11 +32,14 @@ DEFECT_RETRY_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Tenure:
-    """How a process owns instruments: under which name, for how long at a time, and with how many snapshots."""
+    """How a process owns instruments: under which name, for how long at a time, with how many snapshots, and how many
+    events it keeps when nobody needs them.
+    """
 
     owner: str
     lease_seconds: float
     snapshot_commands: int
+    events_kept: int
 
 
 class Runner:
@@ -100,7 +104,8 @@ class Runner:
         snapshot_seq = await self._rebuild(conn, lease)
         self._signaller.advanced(lease.instrument_id, lease.event_seq)
         log.info("%s: matching from command %d in epoch %d", lease.instrument_id, self.command_seq, lease.epoch)
-        snapshotter = Snapshotter(self._pool, lease, self._tenure.snapshot_commands, snapshot_seq)
+        tenure = self._tenure
+        snapshotter = Snapshotter(self._pool, lease, tenure.snapshot_commands, snapshot_seq, tenure.events_kept)
         try:
             await self._follow(conn, lease, snapshotter)
             await snapshotter.finish(self._matcher, self.command_seq)
@@ -125,9 +130,10 @@ class Runner:
         return None
 
     async def _rebuild(self, conn: Connection, lease: Lease) -> int:
-        """The book at the cursor: from the newest good snapshot, or from the whole log. Raises ReplayMismatchError.
+        """The book at the cursor: from the newest good snapshot, or from the whole log.
 
-        Answers after which command the snapshot was taken, 0 without one.
+        Answers after which command the snapshot was taken, 0 without one. Raises ReplayMismatchError, or LogPrunedError
+        when only the whole log could help and it is not whole.
         """
         for snapshot_seq in await snapshots.positions(conn, lease):
             try:
@@ -139,6 +145,7 @@ class Runner:
             else:
                 log.info("%s: rebuilt from the snapshot at command %d", lease.instrument_id, snapshot_seq)
                 return snapshot_seq
+        await require_whole_log(conn, lease)
         self._matcher, self.command_seq = Matcher(self._instrument), 0
         await self._replay(conn, lease)
         log.info("%s: rebuilt from the whole log, without a snapshot", lease.instrument_id)

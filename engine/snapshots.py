@@ -88,13 +88,17 @@ def _checksum(payload: bytes) -> bytes:
 
 
 class Snapshotter:
-    """Takes the snapshots of one instrument while `lease` is held: one every `every` commands, or after a while."""
+    """Takes the snapshots of one instrument while `lease` is held: one every `every` commands, or after a while.
 
-    def __init__(self, pool: Pool, lease: Lease, every: int, last_command_seq: int) -> None:
+    With each it prunes; see `engine/retention.py` for `events_kept`.
+    """
+
+    def __init__(self, pool: Pool, lease: Lease, every: int, last_command_seq: int, events_kept: int) -> None:
         self._pool = pool
         self._lease = lease
         self._every = every
         self._last_command_seq = last_command_seq
+        self._events_kept = events_kept
         self._clock = asyncio.get_running_loop().time
         self._taken_at = self._clock()
         self._not_before = 0.0
@@ -109,7 +113,7 @@ class Snapshotter:
             self._take(matcher, command_seq)
 
     async def finish(self, matcher: Matcher, command_seq: int) -> None:
-        """A last one on leaving, so that the next owner has nothing to replay."""
+        """A last one on leaving, so that the next owner has nothing to replay. Pruning is left to that one."""
         if self._writing is not None:
             await self._writing
         if command_seq > self._last_command_seq:
@@ -122,7 +126,7 @@ class Snapshotter:
             await asyncio.wait([self._writing])
 
     def _take(self, matcher: Matcher, command_seq: int) -> None:
-        self._writing = asyncio.create_task(self._write(self._dump(matcher, command_seq)))
+        self._writing = asyncio.create_task(self._write_and_prune(self._dump(matcher, command_seq)))
         self._writing.add_done_callback(self._written)
 
     def _dump(self, matcher: Matcher, command_seq: int) -> Snapshot:
@@ -145,9 +149,16 @@ class Snapshotter:
         try:
             async with self._pool.acquire() as conn:
                 await save(conn, self._lease, snapshot)
-                await prune(conn, self._lease)
         except DATABASE_ERRORS as error:
             log.warning("%s: snapshot at %d not written: %r", self._lease.instrument_id, snapshot.command_seq, error)
+
+    async def _write_and_prune(self, snapshot: Snapshot) -> None:
+        await self._write(snapshot)
+        try:
+            async with self._pool.acquire() as conn:
+                await prune(conn, self._lease, self._events_kept)
+        except DATABASE_ERRORS as error:
+            log.warning("%s: pruning is left to the next time: %r", self._lease.instrument_id, error)
 
     def _written(self, _: asyncio.Task[None]) -> None:
         self._writing = None

@@ -6,11 +6,13 @@ start, a failed publication) goes on from the snapshot: its next update adds not
 those who stand elsewhere that they have missed something.
 """
 
+import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,11 +21,12 @@ from domain.events import MarkPriceUpdated
 from domain.instruments import Instrument
 from domain.matching import AnyEvent, Ended, StopPlaced, Trade, Triggered
 from domain.money import plain
-from market.depth import DepthBook
-from market.rolling_day import RollingDay
+from market.depth import DepthBook, RestingOrder
+from market.rolling_day import RollingDay, Second
 from storage.market_keys import snapshot_key, update_channel
 
 RECENT_TRADES = 500
+CHECKPOINT_VERSION = 1
 _encode = msgspec.json.Encoder().encode
 _MESSAGE = b'{"type":"%b","channel":"%b","instrumentId":"%b","seq":%d,"prevSeq":%d,"data":%b}'
 
@@ -65,6 +68,31 @@ class Ticker(msgspec.Struct, rename="camel"):
     index_source: str | None
     funding_rate: str | None
     next_funding_time: str | None
+
+
+class Checkpoint(msgspec.Struct, frozen=True, array_like=True):
+    """All that follows from the events up to `seq`; prices in ticks, `trades` as published, oldest first.
+
+    The log before a checkpoint may be gone, so those that are stored have to stay readable: a later field goes to the
+    end and has a default. CHECKPOINT_VERSION is for what cannot be said that way.
+    """
+
+    seq: int
+    orders: dict[int, RestingOrder]
+    waiting_for_mark: list[int]
+    seconds: dict[int, Second]
+    last_price: int | None
+    trades: list[bytes]
+
+
+class Overview(NamedTuple):
+    """A moment of a market: (price, quantity) of the best levels, best first, and volume in the base asset."""
+
+    seq: int
+    bids: list[tuple[str, str]]
+    asks: list[tuple[str, str]]
+    last_price: Decimal | None
+    volume_24h: Decimal
 
 
 @dataclass(slots=True)
@@ -113,6 +141,44 @@ class InstrumentMarket:
                 self.waiting_for_mark.discard(event.order_id)
             self.seq += 1
 
+    def dump(self) -> bytes:
+        """A checkpoint: `load` of it goes on exactly as this market would, but for mark price and funding."""
+        return msgspec.msgpack.encode(
+            Checkpoint(
+                seq=self.seq,
+                orders=self.book.orders,
+                waiting_for_mark=sorted(self.waiting_for_mark),
+                seconds=self._day.seconds,
+                last_price=self._last_price,
+                trades=list(self._trades),
+            )
+        )
+
+    @classmethod
+    def load(cls, instrument: Instrument, state: bytes) -> "InstrumentMarket":
+        """The market that was dumped; it publishes everything anew. Raises msgspec.DecodeError if it is malformed."""
+        checkpoint = msgspec.msgpack.decode(state, type=Checkpoint)
+        market = cls(instrument)
+        market.seq = checkpoint.seq
+        market.book = DepthBook(checkpoint.orders)
+        market.waiting_for_mark.update(checkpoint.waiting_for_mark)
+        market._day = RollingDay(checkpoint.seconds)
+        market._last_price = checkpoint.last_price
+        market._trades.extend(checkpoint.trades)
+        return market
+
+    def overview(self, levels_max: int, now_ms: int) -> Overview:
+        """The best `levels_max` levels of each side and the figures of the last 24 hours."""
+        bids, asks, instrument = self.book.bids, self.book.asks, self.instrument
+        self._day.expire(now_ms)
+        return Overview(
+            self.seq,
+            self._texts(bids, heapq.nlargest(levels_max, bids)),
+            self._texts(asks, heapq.nsmallest(levels_max, asks)),
+            None if self._last_price is None else instrument.ticks_to_price(self._last_price),
+            instrument.lots_to_quantity(self._day.lots),
+        )
+
     def bids(self) -> list[tuple[Decimal, Decimal]]:
         """(price, quantity) per level, best first."""
         return self._levels(self.book.bids, best_first=sorted(self.book.bids, reverse=True))
@@ -149,6 +215,9 @@ class InstrumentMarket:
     def _levels(self, side: dict[int, int], best_first: list[int]) -> list[tuple[Decimal, Decimal]]:
         instrument = self.instrument
         return [(instrument.ticks_to_price(p), instrument.lots_to_quantity(side[p])) for p in best_first]
+
+    def _texts(self, side: dict[int, int], prices: Iterable[int]) -> list[tuple[str, str]]:
+        return [(self._price(price), self._quantity(side[price])) for price in prices]
 
     def _publish_depth(self, out: Publication) -> None:
         book = self.book

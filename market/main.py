@@ -9,9 +9,9 @@ from redis.asyncio import Redis
 
 from activities.instruments import read_instruments
 from clients import open_redis
+from market.checkpoints import Checkpointer, restore_markets
 from market.feed import EngineFeed
 from market.index_price import SimulatedIndex
-from market.instrument_market import InstrumentMarket
 from market.marks import MarkPrices, last_index_prices
 from market.publisher import publish_changes
 from settings import Settings
@@ -46,14 +46,15 @@ async def serve(pool: Pool, redis: Redis, settings: Settings, stop: asyncio.Even
 async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
     async with pool.acquire() as conn:
         instruments = await read_instruments(conn)
-    markets = {name: InstrumentMarket(instrument) for name, instrument in instruments.items()}
+    markets = await restore_markets(pool, instruments.values())
+    checkpointer = Checkpointer(pool, markets)
     changed = asyncio.Event()
     changed.set()
     feed = EngineFeed(pool, markets, changed)
     await feed.catch_up()
-    log.info("Rebuilt the market from %d engine events", sum(market.seq for market in markets.values()))
+    log.info("The market stands at %s", {name: market.seq for name, market in markets.items()})
     last_prices = await last_index_prices(pool, list(markets))
-    index = SimulatedIndex(list(instruments.values()), last_prices, settings.index_seed)
+    index = SimulatedIndex([market.instrument for market in markets.values()], last_prices, settings.index_seed)
     funding_interval = timedelta(seconds=settings.funding_interval_seconds)
     marks = MarkPrices(pool, redis, markets, index, funding_interval, changed)
 
@@ -74,8 +75,14 @@ async def _publish_market(pool: Pool, redis: Redis, settings: Settings) -> None:
         subscribed.add(channel)
 
     channels = [HELD_PRICE_CHANNEL, *(f"engine:{instrument_id}" for instrument_id in markets)]
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(Subscriber(redis, channels, receive, republish_on_reconnect).run())
-        tasks.create_task(feed.follow_log())
-        tasks.create_task(marks.run(settings.mark_price_interval_seconds))
-        tasks.create_task(publish_changes(redis, markets.values(), changed))
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(Subscriber(redis, channels, receive, republish_on_reconnect).run())
+            tasks.create_task(feed.follow_log())
+            tasks.create_task(marks.run(settings.mark_price_interval_seconds))
+            tasks.create_task(publish_changes(redis, markets.values(), changed))
+            tasks.create_task(checkpointer.run())
+    except asyncio.CancelledError:
+        # Told to stop, or no longer leading; after a defect the markets may be half way through an event.
+        await checkpointer.finish()
+        raise

@@ -210,8 +210,43 @@ orders = Table(
     postgresql_with={"fillfactor": 50},
 )
 
-# One row per intake of orders or cancellations, written with them: what is still to be run as a workflow. Intakes
-# that wait together share a workflow; those that were left behind are swept up.
+# Changes to open orders, with ids from the same source. `price` and `quantity` (of the whole order) are what was asked
+# for, NULL: as it is. The claim is what the amended order may need beyond what the order as it is does; whatever is
+# filled on the way, both together cover it.
+amendments = Table(
+    "amendments",
+    metadata,
+    Column("amendment_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("order_id", BigInteger, ForeignKey(orders.c.order_id), nullable=False),
+    _col("user_id", BigInteger()),
+    _col("instrument_id", Text()),
+    _col("side", Text()),
+    _col("reduce_only", Boolean()),
+    _col("price", AMOUNT, null=True),
+    _col("quantity", AMOUNT, null=True),
+    _col("open_quantity", AMOUNT),
+    _col("claimed_quantity", AMOUNT, default="0"),
+    _col("claimed_notional", AMOUNT, default="0"),
+    _col("open_loss", AMOUNT, default="0"),
+    _col("status", Text(), default="'PENDING'"),
+    _col("failure_reason", Text(), null=True),
+    _created(),
+    _updated(),
+    CheckConstraint("price IS NOT NULL OR quantity IS NOT NULL", name="change"),
+    CheckConstraint("status IN ('PENDING', 'ACCEPTED', 'AMENDED', 'REJECTED', 'FAILED')", name="status"),
+    # An order is amended once at a time, so that an amendment always knows what it changes.
+    Index(
+        "uq_amendments_open",
+        "order_id",
+        unique=True,
+        postgresql_where=text("status IN ('PENDING', 'ACCEPTED')"),
+    ),
+    schema="orders",
+    postgresql_with={"fillfactor": 50},
+)
+
+# One row per intake of orders, amendments or cancellations, written with them: what is still to be run as a workflow.
+# Intakes that wait together share a workflow; those that were left behind are swept up.
 sagas = Table(
     "sagas",
     metadata,
@@ -616,7 +651,33 @@ trade_tickers = Table(
     schema="matching",
 )
 
+# What was deleted of `events` and `trade_tickers`: everything up to `event_seq`, with the totals of those trades.
+pruned = Table(
+    "pruned",
+    metadata,
+    Column("instrument_id", Text, ForeignKey(instruments.c.instrument_id), primary_key=True),
+    _col("event_seq", BigInteger(), default="0"),
+    _col("trades", BigInteger(), default="0"),
+    _col("quantity", AMOUNT, default="0"),
+    _col("fees", AMOUNT, default="0"),
+    _updated(),
+    schema="matching",
+)
+
 # --- market ----------------------------------------------------------------------------------------------------
+# What the market process knew of an instrument after event `seq`, from which a restart goes on.
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    _col("version", Integer()),
+    _col("checksum", LargeBinary()),
+    _col("payload", LargeBinary()),
+    _created(),
+    schema="market",
+)
+
 mark_prices = Table(
     "mark_prices",
     metadata,

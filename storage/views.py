@@ -2,9 +2,15 @@
 
 VIEWS: dict[str, str] = {
     "users.v_users": "SELECT user_id, email, status, roles FROM users.users",
-    "orders.v_orders": (
-        "SELECT order_id, user_id, instrument_id, side, type, time_in_force, price, bound_price, open_loss, quantity,"
-        " filled_quantity, filled_notional, status, is_liquidation, reduce_only FROM orders.orders"
+    # What orders claim of their users' margin, and amendments beside their orders (they are no orders more).
+    "orders.v_claims": (
+        "SELECT order_id, user_id, instrument_id, side, status, reduce_only, open_loss, 1 AS orders,"
+        " quantity - filled_quantity AS open_quantity,"
+        " CASE WHEN reduce_only THEN 0 ELSE quantity - filled_quantity END AS quantity,"
+        " CASE WHEN reduce_only THEN 0 ELSE (quantity - filled_quantity) * bound_price END AS notional"
+        " FROM orders.orders"
+        " UNION ALL SELECT amendment_id, user_id, instrument_id, side, status, reduce_only, open_loss, 0,"
+        " open_quantity, claimed_quantity, claimed_notional FROM orders.amendments"
     ),
     "orders.v_open_sagas": "SELECT workflow_id, kind, order_ids FROM orders.sagas WHERE NOT done",
     "orders.v_cursors": "SELECT instrument_id, applied_seq FROM orders.cursors",
@@ -38,4 +44,8 @@ VIEWS: dict[str, str] = {
     "matching.v_events": "SELECT instrument_id, seq, command_seq, payload FROM matching.events",
     "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",
     "matching.v_trades": "SELECT * FROM matching.trade_tickers",
+    "matching.v_pruned": "SELECT instrument_id, event_seq, trades, quantity, fees FROM matching.pruned",
+    "market.v_checkpoints": (
+        "SELECT instrument_id, seq, sha256(payload) = checksum AS undamaged FROM market.checkpoints"
+    ),
 }

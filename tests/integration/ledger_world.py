@@ -18,13 +18,14 @@ from redis.asyncio import Redis
 from activities.engine_log import EngineLog
 from activities.ledger import LedgerActivities, transfer_external
 from activities.matching import MatchingActivities
-from activities.order_entry import take_in, take_in_cancels
-from activities.orders import OrderActivities
+from activities.order_entry import lock_for_amendment, take_in, take_in_amendment, take_in_cancels
+from activities.orders import IN_ENGINE_STATUSES, OrderActivities
 from activities.positions import PositionActivities
 from activities.risk import RiskActivities
 from domain.instruments import SHIPPED, Instrument
 from domain.matching import AnyEvent
-from domain.order_entry import NewOrder, OrderRequest
+from domain.order_entry import NewOrder, OrderRequest, Reference, amendment
+from domain.problems import Problem
 from domain.sagas import Acceptance, EventRange, OrderBatch, Refusal, StepRequest, Uncovered
 from engine import lease as leases
 from engine.log import Batch, read_commands, write_batch
@@ -102,6 +103,34 @@ class World:
     async def take_in_cancels(self, *order_ids: int) -> OrderBatch:
         async with self.pool.acquire() as conn, conn.transaction():
             return (await take_in_cancels(conn, list(order_ids), f"t{next(self.tokens)}")).batch
+
+    async def take_in_amendment(
+        self, user_id: int, order_id: int, price: object = None, quantity: object = None
+    ) -> OrderBatch:
+        """Write an amendment down, as the api does; the market is at the order's price."""
+        async with self.pool.acquire() as conn, conn.transaction():
+            found = await lock_for_amendment(conn, user_id, order_id)
+            if found is None or found[1] not in IN_ENGINE_STATUSES:
+                raise Problem("ORDER_NOT_AMENDABLE", f"Order {order_id}: {found}")
+            order = found[0]
+            instrument = next(i for i in SHIPPED if i.instrument_id == order.request.instrument_id)
+            changes = _decimal(price), _decimal(quantity)
+            checked = amendment(order, *changes, instrument, Reference(order.bound_price))
+            return (await take_in_amendment(conn, checked, datetime.now(UTC))).batch
+
+    async def amend(self, user_id: int, order_id: int, price: object = None, quantity: object = None) -> int:
+        """Amend an order in a saga of its own, up to the engine; the amendment's id."""
+        batch = await self.take_in_amendment(user_id, order_id, price, quantity)
+        await finish(self.placement(batch))
+        return batch.order_ids[0]
+
+    async def amendment(self, amendment_id: int) -> tuple[str, str | None]:
+        """Status and failure reason."""
+        row = await self.pool.fetchrow(
+            "SELECT status, failure_reason FROM orders.amendments WHERE amendment_id = $1", amendment_id
+        )
+        assert row is not None
+        return row["status"], row["failure_reason"]
 
     async def placement(self, batch: OrderBatch) -> AsyncIterator[str]:
         """The steps of a placement, as OrderPlacementWorkflow takes them."""
@@ -217,6 +246,10 @@ class World:
         return Decimal(
             await self.pool.fetchval("SELECT balance FROM ledger.system_balances WHERE account = $1", account)
         )
+
+
+def _decimal(figure: object) -> Decimal | None:
+    return None if figure is None else Decimal(str(figure))
 
 
 async def finish(steps: AsyncIterator[str]) -> None:

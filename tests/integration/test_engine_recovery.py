@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from domain.matching import AnyCommand
+from domain.matching import AnyCommand, encode
 from engine import lease as leases
 from engine import snapshots
 from engine.main import Engine
@@ -168,6 +168,86 @@ async def test_an_engine_that_cannot_reproduce_the_events_matches_nothing(
     assert await pool.fetchval("SELECT command_seq FROM matching.cursors WHERE instrument_id = $1", ID) == 400
 
 
+async def everything_was_applied(pool: Pool) -> None:
+    """All who read the log have read it up to the end, and a market could restart there."""
+    head = await pool.fetchval("SELECT event_seq FROM matching.cursors WHERE instrument_id = $1", ID)
+    for service in ("risk", "ledger", "orders", "positions"):
+        await pool.execute(f"UPDATE {service}.cursors SET applied_seq = $1", head)
+    await pool.execute("UPDATE positions.cursors SET confirmed_seq = $1", head)
+    await pool.execute("INSERT INTO matching.consumers VALUES ($1, 'settlement', $2)", ID, head)
+    for seq in (head - 1, head):
+        await pool.execute(
+            "INSERT INTO market.checkpoints VALUES ($1, $2, 1, $3, $4)", ID, seq, hashlib.sha256(b"").digest(), b""
+        )
+
+
+async def pruned_after_three_lives(pool: Pool, redis: Redis, database_url: str) -> int:
+    """An engine's log of 700 commands without what nobody needs; up to which event it was deleted."""
+    await run_in_parts(pool, redis, database_url, [300, 500, 700])
+    await everything_was_applied(pool)
+    async with pool.acquire() as conn:
+        await prune(conn, leases.Lease(ID, 0, 0, 0), events_kept=0)
+    first = await pool.fetchval("SELECT min(seq) FROM matching.events")
+    assert first == 1 + await pool.fetchval("SELECT min(event_seq) FROM matching.snapshots") > 100
+    assert await pool.fetchval("SELECT min(seq) FROM matching.commands") == 301
+    return int(first) - 1
+
+
+async def test_an_engine_goes_on_with_a_log_whose_beginning_is_gone(
+    pool: Pool, redis: Redis, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pruned_seq = await pruned_after_three_lives(pool, redis, database_url)
+    await pool.execute("UPDATE matching.snapshots SET version = 1000000 WHERE command_seq > 300")
+    caplog.set_level("INFO")
+    async with engine(pool, redis, database_url):
+        await append(pool, COMMANDS[700:])
+        await until_matched(pool, 1_000)
+    assert "rebuilt from the snapshot at command 300" in caplog.text
+    straight = Matcher(BTC)
+    expected = [encode(event).decode() for command in COMMANDS for event in straight.apply(command)]
+    rows = await pool.fetch("SELECT seq, payload FROM matching.events ORDER BY seq")
+    assert [tuple(row) for row in rows] == list(enumerate(expected[pruned_seq:], pruned_seq + 1))
+
+
+@pytest.mark.parametrize("damage", ["DELETE FROM matching.snapshots", "UPDATE matching.snapshots SET checksum = ''"])
+async def test_an_engine_without_snapshots_refuses_a_log_whose_beginning_is_gone(
+    pool: Pool, redis: Redis, database_url: str, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    pruned_seq = await pruned_after_three_lives(pool, redis, database_url)
+    await pool.execute(damage)
+    async with engine(pool, redis, database_url):
+        await append(pool, COMMANDS[700:])
+
+        async def refused() -> bool:
+            return "stopped by a defect" in caplog.text
+
+        await until(refused, 5, "the refusal")
+    assert f"was commands from 301 on and events deleted up to {pruned_seq}" in caplog.text
+    assert await pool.fetchval("SELECT command_seq FROM matching.cursors WHERE instrument_id = $1", ID) == 700
+
+
+async def test_each_snapshot_is_followed_by_pruning(pool: Pool, redis: Redis, database_url: str) -> None:
+    await run_in_parts(pool, redis, database_url, [300, 500, 700])
+    await everything_was_applied(pool)
+    settings = Settings(
+        database_url=database_url,
+        temporal_address="127.0.0.1:1",
+        engine_snapshot_commands=100,
+        event_retention_count=100,
+    )
+    running = Engine(pool, redis, settings, [BTC], "test")
+    task = asyncio.create_task(running.run())
+    await append(pool, COMMANDS[700:900])
+
+    async def pruned() -> bool:
+        return bool(await pool.fetchval("SELECT event_seq FROM matching.pruned WHERE instrument_id = $1", ID))
+
+    await until(pruned, 5, "the pruning")
+    running.stop()
+    await asyncio.wait_for(task, 10)
+    assert await pool.fetchval("SELECT min(seq) FROM matching.commands") == 501
+
+
 async def save_snapshots(pool: Pool, command_seqs: list[int]) -> leases.Lease:
     """Snapshots of whatever; COMMANDS are in the log."""
     await append(pool, COMMANDS)
@@ -186,7 +266,7 @@ async def seqs(pool: Pool, query: str) -> list[int]:
 async def test_the_newest_snapshots_and_the_commands_after_the_oldest_of_them_are_kept(pool: Pool) -> None:
     lease = await save_snapshots(pool, [100, 200, 300, 400])
     async with pool.acquire() as conn:
-        await prune(conn, lease)
+        await prune(conn, lease, 0)
     assert await seqs(pool, POSITIONS) == [200, 300, 400]
     assert len([200, 300, 400]) == SNAPSHOTS_KEPT
     assert await seqs(pool, "SELECT seq FROM matching.commands ORDER BY seq") == list(range(201, 1_001))
@@ -197,7 +277,7 @@ async def test_no_command_is_deleted_while_snapshots_are_few_or_damaged(pool: Po
     lease = await save_snapshots(pool, [200, 400, 700])
     await pool.execute(damage)
     async with pool.acquire() as conn:
-        await prune(conn, lease)
+        await prune(conn, lease, 0)
     assert await pool.fetchval("SELECT count(*) FROM matching.commands") == len(COMMANDS)
 
 

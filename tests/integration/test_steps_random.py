@@ -18,7 +18,7 @@ from domain.order_entry import NewOrder
 from domain.problems import Problem
 from domain.sagas import EventRange
 from storage.db import Pool
-from tests.integration.ledger_world import BTC, ETH, World, assert_conserved, finish, limit, market
+from tests.integration.ledger_world import BTC, ETH, World, assert_conserved, finish, limit, market, outbox_events
 
 USERS = range(1, 8)
 INSTRUMENTS = (BTC, ETH)
@@ -27,12 +27,12 @@ ACTIONS = 1_500
 
 
 @contextmanager
-def allowed(code: str) -> Iterator[None]:
-    """The exchange may refuse for this reason, and for no other."""
+def allowed(*codes: str) -> Iterator[None]:
+    """The exchange may refuse for these reasons, and for no other."""
     try:
         yield
     except Problem as problem:
-        if problem.code != code:
+        if problem.code not in codes:
             raise
 
 
@@ -50,8 +50,17 @@ class Trading:
 
     async def act(self) -> None:
         action = self.dice.choices(
-            [self.take_in, self.go_on_placing, self.match, self.go_on_settling, self.cancel, self.transfer, self.lever],
-            [8, 14, 5, 14, 2, 2, 2],
+            [
+                self.take_in,
+                self.go_on_placing,
+                self.match,
+                self.go_on_settling,
+                self.cancel,
+                self.amend,
+                self.transfer,
+                self.lever,
+            ],
+            [8, 14, 5, 14, 2, 4, 2, 2],
         )[0]
         await action()
 
@@ -59,6 +68,28 @@ class Trading:
         batch = await self.world.take_in(*(self.order() for _ in range(self.dice.randint(1, 4))))
         self.placements.append(self.world.placement(batch))
         self.order_ids += batch.order_ids
+
+    async def amend(self) -> None:
+        """Change one of the orders that rest: a little or a lot, dearer or cheaper, larger or smaller, or both."""
+        row = await self.world.pool.fetchrow(
+            "SELECT order_id, user_id, instrument_id, price, quantity FROM orders.orders WHERE price IS NOT NULL"
+            " AND status IN ('ACCEPTED', 'PLACED', 'PARTIALLY_FILLED') ORDER BY md5(order_id::text || $1) LIMIT 1",
+            str(self.dice.random()),
+        )
+        if row is None:
+            return
+        instrument = next(i for i in INSTRUMENTS if i.instrument_id == row["instrument_id"])
+        ticks = instrument.price_to_ticks(row["price"]) * self.dice.choice([980, 999, 1001, 1020]) // 1000
+        lots = max(1, instrument.quantity_to_lots(row["quantity"]) * self.dice.choice([1, 3, 5, 8]) // 4)
+        price, quantity = self.dice.choice([(ticks, None), (None, lots), (ticks, lots)])
+        with allowed("ORDER_NOT_AMENDABLE", "VALIDATION_FAILED", "MIN_NOTIONAL"):
+            batch = await self.world.take_in_amendment(
+                row["user_id"],
+                row["order_id"],
+                None if price is None else instrument.ticks_to_price(price),
+                None if quantity is None else instrument.lots_to_quantity(quantity),
+            )
+            self.placements.append(self.world.placement(batch))
 
     def order(self) -> NewOrder:
         """A plain order, or one with terms."""
@@ -191,5 +222,8 @@ async def test_the_books_balance_whatever_happens_in_whatever_order(
     await assert_conserved(world)
     assert await pool.fetchval("SELECT count(*) FROM orders.orders WHERE status IN ('PENDING', 'ACCEPTED')") == 0
     assert await pool.fetchval("SELECT count(*) FROM matching.trade_tickers") > 50
+    ends = {row["status"] for row in await pool.fetch("SELECT DISTINCT status FROM orders.amendments")}
+    assert {"AMENDED", "REJECTED"} <= ends <= {"AMENDED", "REJECTED", "FAILED"}
+    assert all(Decimal(event["amount"]) >= 0 for event in await outbox_events(pool, "FundsUnfrozen"))
     for terms in ("reduce_only", "post_only", "stop_price IS NOT NULL"):
         assert await pool.fetchval(f"SELECT count(*) FROM orders.orders WHERE {terms} AND filled_quantity > 0") > 0

@@ -41,6 +41,7 @@ SERVICE_OF = {
     "engine/signaller.py": "matching",
     "engine/snapshots.py": "matching",
     "engine/wakeups.py": "matching",
+    "market/checkpoints.py": "market",
     "market/marks.py": "market",
     "monitors/relay.py": "outbox",
 }
