@@ -8,15 +8,30 @@ import uvloop
 from temporalio.client import Client
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
-from activities.registry import operations_activities, order_activities, register_schedules, settlement_activities
-from clients import OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE, connect_temporal, open_redis
+from activities.registry import (
+    liquidation_activities,
+    operations_activities,
+    order_activities,
+    register_schedules,
+    settlement_activities,
+)
+from clients import (
+    LIQUIDATION_QUEUE,
+    OPERATIONS_QUEUE,
+    ORDERS_QUEUE,
+    SETTLEMENT_QUEUE,
+    connect_temporal,
+    open_redis,
+)
 from monitors.countdowns import run_countdowns
+from monitors.liquidations import run_liquidations
 from monitors.pruner import run_pruner
 from monitors.relay import run_relay
 from monitors.sweeper import run_sweeper
 from settings import Settings, get_settings
 from storage.db import Pool, open_pool
 from workflows.audit import LedgerAuditWorkflow
+from workflows.liquidation import LiquidationWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.registration import RegistrationResumerWorkflow, UserRegistrationWorkflow
 from workflows.settlement import SettlementWorkflow
@@ -45,6 +60,13 @@ def build_workers(client: Client, pool: Pool, settings: Settings) -> list[Worker
         ),
         Worker(
             client,
+            task_queue=LIQUIDATION_QUEUE,
+            workflows=[LiquidationWorkflow],
+            activities=liquidation_activities(pool, redis),
+            workflow_runner=runner,
+        ),
+        Worker(
+            client,
             task_queue=OPERATIONS_QUEUE,
             workflows=[UserRegistrationWorkflow, RegistrationResumerWorkflow, LedgerAuditWorkflow],
             activities=operations_activities(pool),
@@ -65,6 +87,9 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         tasks.create_task(run_sweeper(pool, client, stop))
         tasks.create_task(run_pruner(pool, stop))
         tasks.create_task(run_countdowns(pool, client, stop))
+        tasks.create_task(
+            run_liquidations(pool, open_redis(settings), client, settings.mark_price_interval_seconds, stop)
+        )
     await pool.close()
 
 

@@ -207,7 +207,7 @@ async def _freeze(conn: Connection, request: StepRequest) -> Outcome:
     failed = [m for m in margins if (m.user_id, m.instrument_id) in refused_keys]
     book.events += [FundsFrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in passed]
     book.events += [FundsFrozenFailed(m.order_id, str(m.user_id), m.asset, "INSUFFICIENT_FUNDS") for m in failed]
-    await _write(conn, book, holds)
+    await write_book(conn, book, holds)
     return Outcome([m.order_id for m in passed], [Refusal(m.order_id, "INSUFFICIENT_FUNDS") for m in failed])
 
 
@@ -241,7 +241,7 @@ async def _unfreeze(conn: Connection, request: StepRequest) -> None:
         for m in release.ended
         if m.order_id not in never_held
     ]
-    await _write(conn, book, holds)
+    await write_book(conn, book, holds)
 
 
 async def _settle(conn: Connection, events: EventRange) -> None:
@@ -279,7 +279,7 @@ async def _settle(conn: Connection, events: EventRange) -> None:
         _post_insurance(book, user_id, asset, instrument_id, settled[user_id])
         _move(book, (user_id, instrument_id), holds[user_id, instrument_id], settled[user_id].wallet)
     book.events += [FundsUnfrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in risk.ended if m.amount]
-    await _write(conn, book, holds)
+    await write_book(conn, book, holds)
 
 
 def _post_trades(book: Book, fills: Sequence[asyncpg.Record], asset: str, instrument_id: str) -> None:
@@ -375,7 +375,7 @@ async def _lock_holds(conn: Connection, keys: Sequence[tuple[int, str, str]]) ->
     return holds
 
 
-async def _write(conn: Connection, book: Book, holds: dict[tuple[int, str], Hold]) -> None:
+async def write_book(conn: Connection, book: Book, holds: dict[tuple[int, str], Hold]) -> None:
     """Write journals, entries, balances, holds and events of a finished book."""
     book.close_journal()
     used = {(entry[0], entry[1]) for entry in book.entries}
@@ -445,6 +445,6 @@ async def transfer_external(
     book.open_journal(reference_type, reference)
     book.post_user(user_id, asset, reference_type, amount)
     book.post_system(DEPOSITS, asset, reference_type, -amount)
-    await _write(conn, book, {})
+    await write_book(conn, book, {})
     await store_result(conn, "ledger", step_id, (user_id, asset, amount))
     return True

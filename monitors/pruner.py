@@ -1,4 +1,5 @@
-"""The pruner: deletes finished sagas and the results of their steps once nothing can ask for them any more.
+"""The pruner: deletes finished sagas and the results of their steps once nothing can ask for them any more, and risk
+snapshots after their time.
 
 Deposits and withdrawals keep theirs for ever: their references are the callers', who may repeat one at any time.
 """
@@ -7,6 +8,7 @@ import asyncio
 import logging
 from datetime import timedelta
 
+from activities.liquidation import forget_snapshots
 from activities.sagas import forget_done_sagas, time_before_open_sagas
 from storage.db import Connection, Pool
 from storage.leadership import PRUNER_LOCK, run_as_leader
@@ -41,6 +43,7 @@ async def prune(conn: Connection, kept: timedelta, limit: int = DELETED_MAX) -> 
         await forget_steps(conn, "risk", before, limit)
         + await forget_steps(conn, "ledger", before, limit)
         + await forget_done_sagas(conn, before, limit)
+        + await forget_snapshots(conn, limit)
     ):
         total += deleted
     return total

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import cast
+from typing import TypeGuard, cast
 
 import msgspec
 from redis.asyncio import Redis
 
 from storage.market_keys import mark_key, snapshot_key
+
+# A mark older than this says nothing about now: the market process, or what it follows, stands still.
+MARK_AGE_MAX = timedelta(seconds=10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,11 @@ class _TickerMessage(msgspec.Struct):
 
 _decode_mark = msgspec.json.Decoder(_Mark).decode
 _decode_ticker = msgspec.json.Decoder(_TickerMessage).decode
+
+
+def marks_are_live(price: ReferencePrice | None, now: datetime) -> TypeGuard[ReferencePrice]:
+    """Whether decisions that cost users money may be based on this mark."""
+    return price is not None and now - price.calculated_at <= MARK_AGE_MAX
 
 
 async def read_reference_prices(redis: Redis, instrument_ids: Sequence[str]) -> dict[str, ReferencePrice]:

@@ -82,6 +82,14 @@ CORRUPTIONS = [
         " delta_available) VALUES ('FUNDING', '1', 'FUNDING', 'user:1', 1, 'USDT', 1)",
     ),
     (
+        "claims_are_of_open_liquidations",
+        "INSERT INTO ledger.insurance_claims (liquidation_id, round, asset, amount) VALUES (1, 1, 'USDT', 5)",
+    ),
+    (
+        "liquidations_are_between_user_and_fund",
+        "UPDATE ledger.ledger_entries SET entry_type = 'LIQUIDATION_FEE' WHERE account = 'exchange:fees'",
+    ),
+    (
         "nobody_is_negative",
         "ALTER TABLE ledger.ledger_balances DROP CONSTRAINT ck_ledger_balances_available;"
         " UPDATE ledger.ledger_balances SET available = -1 WHERE user_id = 3",
