@@ -1,5 +1,6 @@
 """Settings of every process, read from the environment (prefix ``EXCHANGE_``)."""
 
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ class Settings(BaseSettings):
     internal_token: str | None = None
     index_source: Literal["simulated", "ccxt"] = "simulated"
     index_seed: int = 1
+    insurance_fund_seed: Decimal = Decimal(1_000_000)
     funding_interval_seconds: int = 8 * 3600
     mark_price_interval_seconds: float = 1.0
     jwt_private_key_file: Path | None = None

@@ -13,7 +13,7 @@ from domain.problems import Problem
 from storage.db import Connection, Pool
 from storage.once import first_result, store_result
 
-# Once per database: what the fund starts with.
+# Names the deposit that the fund starts with: once per database.
 SEED_REFERENCE = "seed"
 DEPOSIT = "INSURANCE_FUND_DEPOSIT"
 
@@ -101,6 +101,13 @@ async def deposit_to_fund(conn: Connection, reference: str, asset: str, amount: 
     return True
 
 
+async def seed_fund(conn: Connection, asset: str, amount: Decimal) -> None:
+    """What the fund starts with; later, and for an amount of 0, nothing happens."""
+    seeded = await first_result(conn, "ledger", f"{DEPOSIT}:{SEED_REFERENCE}", tuple[str, Decimal])
+    if amount and seeded is None:
+        await deposit_to_fund(conn, SEED_REFERENCE, asset, amount)
+
+
 @dataclass(frozen=True, slots=True)
 class FundState:
     """The fund in one asset: its balance, what of it is promised to liquidations, and how many these are."""
@@ -122,13 +129,11 @@ async def read_fund(conn: Connection | Pool) -> list[FundState]:
     return [FundState(*row) for row in rows]
 
 
-async def read_fund_entries(conn: Connection | Pool, cursor: int | None, limit: int) -> list[asyncpg.Record]:
-    """Movements of the fund, newest first, before entry `cursor`."""
+async def read_fund_entries(conn: Connection | Pool, limit: int) -> list[asyncpg.Record]:
+    """The last movements of the fund, newest first."""
     return await conn.fetch(
         "SELECT entry_id, entry_type, asset, instrument_id, delta_available, reference_type, reference_id, created_at"
-        " FROM ledger.ledger_entries WHERE account = 'exchange:insurance_fund'"
-        " AND ($1::bigint IS NULL OR entry_id < $1) ORDER BY entry_id DESC LIMIT $2",
-        cursor,
+        " FROM ledger.ledger_entries WHERE account = 'exchange:insurance_fund' ORDER BY entry_id DESC LIMIT $1",
         limit,
     )
 

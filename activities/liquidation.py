@@ -65,6 +65,8 @@ ABORT_PAUSE = timedelta(minutes=15)
 # Counterparties are chosen for so many times the quantity, should some of them be gone when the engine comes to it.
 COUNTERPARTIES_FACTOR = 2
 COUNTERPARTIES_MAX = 500
+# Positions of one side that a user's place in the queue is told by.
+SAMPLED_MAX = 2_000
 SNAPSHOTS_KEPT = timedelta(days=30)
 
 Marks = Mapping[str, Decimal]
@@ -145,12 +147,12 @@ _RECOVERED = """
     SELECT p.position_id FROM unnest($1::text[], $2::numeric[]) AS m (instrument_id, mark) CROSS JOIN LATERAL (
         (SELECT position_id FROM positions.v_positions
          WHERE instrument_id = m.instrument_id AND signed_quantity > 0 AND status = 'OPEN'
-           AND margin_mode = 'ISOLATED' AND warned AND warning_price < m.mark * (1 - $4)
+           AND margin_mode = 'ISOLATED' AND warned AND warning_price < m.mark * (1 - $4::numeric)
          ORDER BY warning_price LIMIT $3)
         UNION ALL
         (SELECT position_id FROM positions.v_positions
          WHERE instrument_id = m.instrument_id AND signed_quantity < 0 AND status = 'OPEN'
-           AND margin_mode = 'ISOLATED' AND warned AND warning_price > m.mark * (1 + $4)
+           AND margin_mode = 'ISOLATED' AND warned AND warning_price > m.mark * (1 + $4::numeric)
          ORDER BY warning_price DESC LIMIT $3)) p
 """
 # `unanswered`: the engine has not carried out the last command, or settlement has not finished with what came of it.
@@ -174,9 +176,14 @@ _SITUATION = """
     LEFT JOIN ledger.v_margin_holds h ON h.user_id = q.user_id AND h.instrument_id = q.instrument_id
     WHERE q.liquidation_id = $1
 """
-# Ranked as `domain.liquidation.deleverage_score` ranks; who would be bankrupt at mark ($2) or at the price ($3) is left
+# `domain.liquidation.deleverage_score` at a mark price, of positions with their unrealised `pnl`.
+_SCORE = (
+    "CASE WHEN pnl > 0 THEN pnl / entry_notional * (abs(signed_quantity) * {mark} / (margin + pnl))"
+    " ELSE pnl / entry_notional / (abs(signed_quantity) * {mark} / (margin + pnl)) END"
+)
+# Ranked by score; who would be bankrupt at mark ($2) or at the price ($3) is left
 # out. As many as hold COUNTERPARTIES_FACTOR times the quantity: the last of them begins below it.
-_COUNTERPARTIES = """
+_COUNTERPARTIES = f"""
     WITH held AS (
         SELECT user_id, signed_quantity, entry_notional, margin,
                signed_quantity * $2 - sign(signed_quantity) * entry_notional AS pnl,
@@ -184,14 +191,30 @@ _COUNTERPARTIES = """
         FROM positions.v_positions p
         WHERE instrument_id = $1 AND sign(signed_quantity) = $4 AND status = 'OPEN'),
     scored AS (
-        SELECT *, CASE WHEN pnl > 0 THEN pnl / entry_notional * (abs(signed_quantity) * $2 / (margin + pnl))
-                       ELSE pnl / entry_notional / (abs(signed_quantity) * $2 / (margin + pnl)) END AS score
+        SELECT *, {_SCORE.format(mark="$2")} AS score
         FROM held WHERE margin + pnl > 0 AND margin + pnl_there > 0 AND entry_notional > 0),
     ranked AS (
         SELECT *, sum(abs(signed_quantity)) OVER (ORDER BY score DESC, user_id) - abs(signed_quantity) AS before
         FROM scored)
     SELECT user_id, signed_quantity, entry_notional, margin FROM ranked WHERE before < $5
     ORDER BY score DESC, user_id LIMIT $6
+"""
+
+
+# How many positions on the same side rank before a user's, and how many there are: among some, if there are very many,
+# since it is a hint to the user and not the order in which anybody is deleveraged.
+_QUEUE_POSITION = f"""
+    WITH own AS (SELECT * FROM positions.v_positions WHERE user_id = $1 AND instrument_id = $2),
+    side AS (
+        SELECT *, signed_quantity * $3 - sign(signed_quantity) * entry_notional AS pnl
+        FROM (SELECT * FROM own UNION ALL
+              (SELECT p.* FROM positions.v_positions p JOIN own ON sign(p.signed_quantity) = sign(own.signed_quantity)
+               WHERE p.instrument_id = $2 AND p.user_id <> $1 AND p.status = 'OPEN' LIMIT {SAMPLED_MAX})) found),
+    scored AS (
+        SELECT user_id, {_SCORE.format(mark="$3")} AS score
+        FROM side WHERE margin + pnl > 0 AND entry_notional > 0)
+    SELECT count(*) FILTER (WHERE score > (SELECT score FROM scored WHERE user_id = $1)) AS ahead, count(*) AS total
+    FROM scored
 """
 
 
@@ -670,6 +693,34 @@ def _risk_update(position: asyncpg.Record, marks: Marks, rules: Rules, status: s
         figures["liquidationPrice"],
         status or position["status"],
     )
+
+
+async def read_liquidations(
+    conn: Connection | Pool, status: str | None, cursor: int | None, limit: int
+) -> list[asyncpg.Record]:
+    """Liquidations (of one status, if told) before `cursor`, newest first."""
+    return await conn.fetch(
+        "SELECT liquidation_id, position_id, user_id, instrument_id, margin_mode, reason, status, created_at,"
+        " updated_at FROM risk.liquidation_queue WHERE ($1::text IS NULL OR status = $1)"
+        " AND ($2::bigint IS NULL OR liquidation_id < $2) ORDER BY liquidation_id DESC LIMIT $3",
+        status,
+        cursor,
+        limit,
+    )
+
+
+async def deleverage_ranks(
+    conn: Connection | Pool, user_id: int, instrument_ids: Sequence[str], marks: Marks
+) -> dict[str, int]:
+    """Where a user's open positions stand in the queue of those who would be deleveraged, by instrument: from 5, the
+    first fifth, to 1, the last. None is given for instruments without a mark price."""
+    ranks = {}
+    for name in instrument_ids:
+        if name in marks:
+            row = await conn.fetchrow(_QUEUE_POSITION, user_id, name, marks[name])
+            assert row is not None, "Expected a row of two counts"
+            ranks[name] = 5 - min(4, 5 * row["ahead"] // max(row["total"], 1))
+    return ranks
 
 
 def liquidation_view(row: asyncpg.Record) -> dict[str, object]:

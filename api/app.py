@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
 
-from api import admin, auth, health, ledger, market, orders, positions, risk, sockets, users
+from api import admin, auth, health, insurance, ledger, market, orders, positions, risk, sockets, users
 from api.gateway import Gateway
 from api.problems import add_handlers
 from api.state import open_state
@@ -19,6 +19,7 @@ ROUTERS: list[APIRouter] = [
     ledger.router,
     positions.router,
     admin.router,
+    insurance.router,
     market.router,
     market.admin_router,
     sockets.router,

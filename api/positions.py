@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from activities.instruments import read_tiers
+from activities.liquidation import deleverage_ranks
 from activities.positions import position_view
 from activities.risk import set_leverage
 from api.gateway import ServedUserId, User
@@ -17,7 +18,10 @@ router = APIRouter(prefix="/api/positions", tags=["positions"])
 
 
 class PositionView(ApiModel):
-    """A position. What depends on the mark price is null while there is none."""
+    """A position. What depends on the mark price is null while there is none.
+
+    `adlRank` is its place in the queue for auto-deleveraging: 5 (would be among the first fifth) to 1; null when flat.
+    """
 
     instrument_id: str
     side: str | None
@@ -33,6 +37,7 @@ class PositionView(ApiModel):
     margin_ratio: str | None
     liquidation_price: str | None
     status: str
+    adl_rank: int | None
 
 
 class LeverageChange(ApiModel):
@@ -60,14 +65,13 @@ async def list_positions(state: State, user_id: ServedUserId) -> list[dict[str, 
         return []
     tiers = await read_tiers(state.pool)
     prices = await read_reference_prices(state.redis, [row["instrument_id"] for row in rows])
+    marks = {name: price.mark for name, price in prices.items()}
+    held = [row["instrument_id"] for row in rows if row["signed_quantity"]]
+    ranks = await deleverage_ranks(state.pool, user_id, held, marks)
     return [
-        position_view(
-            row["instrument_id"],
-            row,
-            prices[row["instrument_id"]].mark if row["instrument_id"] in prices else None,
-            tiers[row["instrument_id"]],
-        )
+        position_view(name, row, marks.get(name), tiers[name]) | {"adlRank": ranks.get(name)}
         for row in rows
+        for name in [row["instrument_id"]]
     ]
 
 

@@ -21,9 +21,14 @@ from temporalio.worker import Worker
 from activities.audit import run_audit
 from activities.ledger import transfer_external
 from activities.order_entry import take_in, take_in_cancels
-from activities.registry import operations_activities, order_activities, settlement_activities
+from activities.registry import (
+    liquidation_activities,
+    operations_activities,
+    order_activities,
+    settlement_activities,
+)
 from activities.sagas import Saga, start_saga
-from clients import OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
+from clients import LIQUIDATION_QUEUE, OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
 from domain.instruments import SHIPPED, Instrument
 from domain.matching import AnyEvent
 from domain.order_entry import NewOrder, OrderRequest
@@ -45,6 +50,7 @@ from engine.matcher import Matcher
 from storage.db import Pool
 from tests.waiting import until
 from workflows.audit import LedgerAuditWorkflow
+from workflows.liquidation import LiquidationWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
 
@@ -193,6 +199,7 @@ async def workers(
     queues: list[tuple[str, list[type], list[Activity]]] = [
         (ORDERS_QUEUE, [OrderPlacementWorkflow, OrderCancellationWorkflow], order_activities(pool, redis)),
         (SETTLEMENT_QUEUE, [SettlementWorkflow], settlement_activities(pool, redis)),
+        (LIQUIDATION_QUEUE, [LiquidationWorkflow], liquidation_activities(pool, redis)),
         (OPERATIONS_QUEUE, [LedgerAuditWorkflow], operations_activities(pool)),
     ]
     left = set(changed or {})
@@ -202,7 +209,7 @@ async def workers(
         left -= {_name(function) for function in activities}
         running.append(Worker(temporal, task_queue=queue, workflows=workflows, activities=used))
     assert not left, f"Expected activities named {left}"
-    async with running[0], running[1], running[2]:
+    async with running[0], running[1], running[2], running[3]:
         yield
 
 

@@ -1,10 +1,10 @@
 """Liquidations without Temporal: mark prices as a test sets them, and the steps of a liquidation one at a time."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -13,7 +13,7 @@ from activities.instruments import Rules, read_instruments, read_tiers
 from activities.insurance import InsuranceActivities, deposit_to_fund
 from activities.liquidation import LiquidationActivities, Opened, trigger
 from domain.clock import iso
-from domain.instruments import Instrument
+from domain.instruments import SHIPPED, Instrument
 from domain.liquidation_saga import Claim, Ending, Plan, PlanRequest, Submission, Takeover
 from storage.db import Pool
 from storage.market_keys import mark_key, snapshot_key
@@ -52,10 +52,34 @@ class LiquidationWorld(World):
 
     async def mark(self, price: object, instrument: Instrument = BTC) -> list[Opened]:
         """A new mark price comes in; what it liquidates."""
-        await publish_mark(self.redis, price, instrument)
-        pool: Any = self.faulty or self.pool
-        async with pool.acquire() as conn:
-            return await trigger(conn, {instrument.instrument_id: Decimal(str(price))}, await self.rules())
+        return await self.marks({instrument.instrument_id: Decimal(str(price))})
+
+    async def marks(self, marks: dict[str, Decimal]) -> list[Opened]:
+        """New mark prices come in; what they liquidate."""
+        for instrument in SHIPPED:
+            if instrument.instrument_id in marks:
+                await publish_mark(self.redis, marks[instrument.instrument_id], instrument)
+        async with self.pool.acquire() as conn:
+            return await trigger(conn, marks, await self.rules())
+
+    async def make_cross(self, user_id: int, instruments: Sequence[Instrument]) -> None:
+        """The user's positions in these instruments are cross from the first one on."""
+        for instrument in instruments:
+            name = instrument.instrument_id
+            await self.pool.execute(
+                "INSERT INTO risk.exposures (user_id, instrument_id, leverage, margin_mode)"
+                " VALUES ($1, $2, 10, 'CROSS')"
+                " ON CONFLICT (user_id, instrument_id) DO UPDATE SET margin_mode = 'CROSS'",
+                user_id,
+                name,
+            )
+            await self.pool.execute(
+                "INSERT INTO positions.positions (user_id, instrument_id, leverage, margin_mode, status)"
+                " VALUES ($1, $2, 10, 'CROSS', 'CLOSED')"
+                " ON CONFLICT (user_id, instrument_id) DO UPDATE SET margin_mode = 'CROSS'",
+                user_id,
+                name,
+            )
 
     async def liquidation(self, liquidation_id: int) -> AsyncIterator[str]:
         """The steps of one liquidation, as LiquidationWorkflow takes them; "waits" where it waits for settlement."""

@@ -7,6 +7,8 @@ from redis.asyncio import Redis
 
 from activities.audit import run_audit
 from activities.ledger import transfer_external
+from activities.liquidation import deleverage_ranks, warn
+from activities.positions import tell_moved
 from activities.risk import set_leverage
 from domain.liquidation_saga import Claim
 from storage.db import Pool
@@ -67,9 +69,9 @@ async def test_the_book_takes_what_it_can_and_the_rest_of_the_margin_goes_to_the
     await world.settle()
     [opened] = await world.mark(54_200)
     assert await world.liquidate(opened.liquidation_id) == ["begun", "claimed", "submitted", "released", "finished"]
-    assert await world.position(1) == (0, 0, "CLOSED")
+    assert await world.position(1) == (D(0), D(0), "CLOSED")
     # Margin 6 000 less the loss of 5 800 and a trading fee of 27.1: the fund's fee takes what is left of it.
-    assert await world.balance(1) == (D("93970"), 0)
+    assert await world.balance(1) == (D("93970"), D(0))
     assert await world.system(FUND) == D("1000172.9")
     assert await world.queue() == [(1, "PROCESSED")]
     [order] = await world.pool.fetch("SELECT * FROM orders.orders WHERE is_liquidation")
@@ -84,7 +86,7 @@ async def test_beyond_the_bankruptcy_price_the_fund_pays_and_no_other_money_of_t
     await world.settle()
     [opened] = await world.mark(53_500)
     await world.liquidate(opened.liquidation_id)
-    assert await world.balance(1) == (D("93970"), 0)
+    assert await world.balance(1) == (D("93970"), D(0))
     # The loss is 7 000 and a fee of 26.5; the margin was 6 000.
     assert await world.system(FUND) == D("998973.5")
     [needed] = await outbox_events(world.pool, "InsuranceFundRequired")
@@ -103,11 +105,11 @@ async def test_what_book_and_fund_cannot_take_is_deleveraged_at_the_bankruptcy_p
     [opened] = await world.mark(54_000)
     steps = await world.liquidate(opened.liquidation_id)
     assert steps == ["begun", "claimed", "submitted", "deleveraged", "released", "finished"]
-    assert await world.position(1) == (0, 0, "CLOSED")
-    assert await world.position(2) == (0, 0, "CLOSED")
+    assert await world.position(1) == (D(0), D(0), "CLOSED")
+    assert await world.position(2) == (D(0), D(0), "CLOSED")
     # The winner gets the price at which the loser's margin is used up: 6 000 of profit.
-    assert await world.balance(1) == (D("93970"), 0)
-    assert await world.balance(2) == (D("105988"), 0)
+    assert await world.balance(1) == (D("93970"), D(0))
+    assert await world.balance(2) == (D("105988"), D(0))
     [told] = await outbox_events(pool, "AutoDeleveraged")
     assert (told["userId"], told["quantity"], told["price"]) == ("2", "1", "54000")
     await assert_clean(world)
@@ -200,7 +202,7 @@ async def test_a_position_that_recovers_before_anything_is_sold_is_its_users_aga
     [opened] = await world.mark(54_200)
     await publish_mark(world.redis, 60_000)
     assert await world.liquidate(opened.liquidation_id) == ["begun", "released", "finished"]
-    assert await world.position(1) == (1, 6_000, "OPEN")
+    assert await world.position(1) == (D(1), D(6_000), "OPEN")
     assert await world.pool.fetchval("SELECT count(*) FROM orders.orders WHERE is_liquidation") == 0
     await assert_clean(world)
 
@@ -218,8 +220,7 @@ async def test_a_halted_instrument_and_an_old_mark_price_liquidate_nobody(world:
 
 
 async def test_a_cross_account_is_liquidated_by_its_equity(world: LiquidationWorld) -> None:
-    for table in ("positions.positions", "risk.exposures"):
-        await world.pool.execute(f"UPDATE {table} SET margin_mode = 'CROSS' WHERE user_id = 1")
+    await world.make_cross(1, [BTC])
     # 93 970 available and 6 000 held: far from trouble where the isolated margin would be gone.
     assert await world.mark(54_000) == []
     async with world.pool.acquire() as conn, conn.transaction():
@@ -231,9 +232,57 @@ async def test_a_cross_account_is_liquidated_by_its_equity(world: LiquidationWor
     await world.liquidate(opened.liquidation_id)
     assert (await world.position(1))[2] == "CLOSED"
     # 6 970 less the loss of 6 700 and the trading fee of 26.65; the liquidation fee takes the rest.
-    assert await world.balance(1) == (0, 0)
+    assert await world.balance(1) == (D(0), D(0))
     assert await world.system(FUND) == D("1000243.35")
     await assert_clean(world)
+
+
+async def test_a_user_sees_their_place_in_the_queue_for_deleveraging(pool: Pool, redis: Redis) -> None:
+    world = LiquidationWorld(pool, redis)
+    await world.deposit(100_000, *range(1, 12))
+    for seller in range(2, 12):
+        await world.trade(1, seller, "0.1", 60_000 + 10 * seller)
+    places = {}
+    for seller in range(2, 12):
+        places[seller] = (await deleverage_ranks(pool, seller, [BTC.instrument_id], {BTC.instrument_id: D(58_000)}))[
+            BTC.instrument_id
+        ]
+    # Whoever sold dearest has won most.
+    assert places == {11: 5, 10: 5, 9: 4, 8: 4, 7: 3, 6: 3, 5: 2, 4: 2, 3: 1, 2: 1}
+    assert await deleverage_ranks(pool, 2, [BTC.instrument_id], {}) == {}
+
+
+async def test_users_are_warned_once_before_they_are_liquidated(world: LiquidationWorld) -> None:
+    rules, name = await world.rules(), BTC.instrument_id
+    warning, liquidation = await world.pool.fetchrow(  # type: ignore[misc]  # a row of two
+        "SELECT warning_price, liquidation_price FROM positions.positions WHERE user_id = 1"
+    )
+    assert liquidation < warning < liquidation * D("1.01")
+    async with world.pool.acquire() as conn:
+        told = [
+            await warn(conn, {name: price}, rules)
+            for price in (warning + D("0.00000001"), warning, warning - 1, warning * D("1.001"), warning)
+        ]
+        assert told == [0, 1, 0, 0, 0]
+        # Far enough away again, it is a new crossing.
+        assert await warn(conn, {name: warning * D("1.02")}, rules) == 0
+        assert await warn(conn, {name: warning}, rules) == 1
+    updates = [event for event in await outbox_events(world.pool, "RiskUpdate") if event["status"] == "WARNING"]
+    assert [update["userId"] for update in updates] == ["1", "1"]
+    assert await world.pool.fetchval("SELECT count(*) FROM risk.risk_snapshots WHERE status = 'WARNING'") == 2
+
+
+async def test_users_hear_of_their_position_when_its_profit_has_moved_by_a_tenth_of_its_margin(
+    world: LiquidationWorld,
+) -> None:
+    rules, name = await world.rules(), BTC.instrument_id
+    # The margin of both is 6 000, so 600 of mark on 1 BTC.
+    async with world.pool.acquire() as conn:
+        for mark in (60_000, 60_599, 60_600, 60_601, 60_000):
+            await tell_moved(conn, name, D(mark), rules.tiers[name], 0, 10)
+    updates = (await outbox_events(world.pool, "PositionUpdated"))[2:]
+    marks = [update["markPrice"] for update in updates if update["userId"] == "1"]
+    assert marks == ["60000", "60600", "60000"]
 
 
 async def test_the_fund_promises_its_money_once(world: LiquidationWorld) -> None:

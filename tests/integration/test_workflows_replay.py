@@ -16,12 +16,19 @@ from domain.sagas import (
 )
 from tests.replay import HISTORIES, replay
 from workflows.audit import LedgerAuditWorkflow
+from workflows.liquidation import LiquidationWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
 from workflows.steps import run_step
 
-WORKFLOWS = [OrderPlacementWorkflow, OrderCancellationWorkflow, SettlementWorkflow, LedgerAuditWorkflow]
-KINDS = ("placement", "cancellation", "settlement", "ledger_audit")
+WORKFLOWS = [
+    OrderPlacementWorkflow,
+    OrderCancellationWorkflow,
+    SettlementWorkflow,
+    LiquidationWorkflow,
+    LedgerAuditWorkflow,
+]
+KINDS = ("placement", "cancellation", "settlement", "liquidation", "ledger_audit")
 SAVED = [path.stem for path in sorted(HISTORIES.glob("*.json")) if path.stem.startswith(KINDS)]
 
 
@@ -46,6 +53,12 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "settlement_overtaken",
         "settlement_uncovered",
         "settlement_continued",
+        "settlement_liquidating",
+        "liquidation",
+        "liquidation_late",
+        "liquidation_deleveraged",
+        "liquidation_aborted",
+        "liquidation_recovered",
         "ledger_audit",
     }
 
