@@ -380,7 +380,8 @@ async def _end_amendments(
         *columns([(id_, *end) for id_, end in ends.items()], 3),
         status,
     )
-    return [UserPush(row["user_id"], "amendment", amendment_view(row)) for row in rows]
+    in_order = sorted(rows, key=lambda row: row["amendment_id"])
+    return [UserPush(row["user_id"], "amendment", amendment_view(row)) for row in in_order]
 
 
 async def _lock(conn: Connection, order_ids: Sequence[int]) -> None:
@@ -437,4 +438,6 @@ async def _apply(conn: Connection, changes: dict[int, OrderChange]) -> None:
 
 
 def _order_pushes(rows: Iterable[asyncpg.Record]) -> list[UserPush]:
-    return [UserPush(row["user_id"], "order", order_view(row)) for row in rows]
+    # Postgres gives updated rows in any order.
+    in_order = sorted(rows, key=lambda row: row["order_id"])
+    return [UserPush(row["user_id"], "order", order_view(row)) for row in in_order]

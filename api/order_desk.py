@@ -56,7 +56,7 @@ SAGA_SECONDS_MAX = 10.0
 PLACED_SECONDS_MAX = 5.0
 INSTRUMENTS_SECONDS = 1.0
 REFERENCE_SECONDS = 0.1
-POLL_SECONDS = 0.02
+FIRST_PAUSE_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,17 +161,19 @@ class OrderDesk:
         One that comes while the order, or an amendment of it, is still on its way waits for that. Raises Problem
         ORDER_NOT_FOUND, ORDER_NOT_AMENDABLE and the problems of `domain.order_entry.amendment`.
         """
-        deadline = time.monotonic() + PLACED_SECONDS_MAX
-        while (saga := await self._take_in_amendment(user_id, order_id, price, quantity)) is None:
-            if time.monotonic() > deadline:
-                raise Problem("ORDER_NOT_AMENDABLE", f"Order {order_id} or an amendment of it is still on its way")
-            await asyncio.sleep(POLL_SECONDS)
+        saga = None
+        async for _ in _tries(PLACED_SECONDS_MAX):
+            saga = await self._take_in_amendment(user_id, order_id, price, quantity)
+            if saga is not None:
+                break
+        if saga is None:
+            raise Problem("ORDER_NOT_AMENDABLE", f"Order {order_id} or an amendment of it is still on its way")
         await self._placements[user_id % LANES].sagas.hand_over(saga, 1)
-        amendment_id = saga.batch.order_ids[0]
-        view = await self._amendment(amendment_id)
-        while awaited and view["amendmentStatus"] in ("PENDING", "ACCEPTED") and time.monotonic() < deadline:
-            await asyncio.sleep(POLL_SECONDS)
-            view = await self._amendment(amendment_id)
+        view: dict[str, Any] = {}
+        async for _ in _tries(PLACED_SECONDS_MAX if awaited else 0):
+            view = await self._amendment(saga.batch.order_ids[0])
+            if view["amendmentStatus"] not in ("PENDING", "ACCEPTED"):
+                break
         return view
 
     async def _take_in_amendment(
@@ -321,6 +323,16 @@ class OrderDesk:
                 await read()
             except Exception as error:  # any outage: what was read last stays good until the next look
                 log.warning("%s failed: %r", read.__name__, error)
+
+
+async def _tries(seconds: float) -> AsyncIterator[None]:
+    """Gives control at once, then after ever longer pauses, for `seconds` all told."""
+    deadline, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
+    yield
+    while time.monotonic() + pause < deadline:
+        await asyncio.sleep(pause)
+        yield
+        pause *= 1.5
 
 
 @asynccontextmanager

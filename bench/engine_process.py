@@ -40,7 +40,7 @@ WAIT_SECONDS = 600
 
 
 @contextmanager
-def _postgres() -> Iterator[str]:
+def own_postgres() -> Iterator[str]:
     """The URL of a new, migrated database with the stack's settings (commits reach the disk); gone in the end."""
     with tempfile.TemporaryDirectory(prefix="exchange-bench-") as folder:
         os.chmod(folder, 0o711)
@@ -226,7 +226,7 @@ async def _measure(database_url: str, commands: int, delays: int, orders: int) -
 
 def main(commands: int = 200_000, delays: int = 500, orders: int = 1_000_000) -> None:
     """Measure and print."""
-    with _postgres() as database_url:
+    with own_postgres() as database_url:
         asyncio.run(_measure(database_url, commands, delays, orders))
 
 

@@ -133,7 +133,11 @@ def amendment(
     old = order.request
     if not old.has_limit:
         raise Problem("ORDER_NOT_AMENDABLE", f"A {old.type} order cannot be amended")
-    new = replace(old, price=price or old.price, quantity=old.quantity if quantity is None else quantity)
+    new = replace(
+        old,
+        price=old.price if price is None else price,
+        quantity=old.quantity if quantity is None else quantity,
+    )
     if new == old:
         raise Problem("VALIDATION_FAILED", "Expected another price or another quantity than the order has")
     bound = bound_price(new, instrument, reference)

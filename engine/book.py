@@ -15,13 +15,14 @@ from domain.matching import New, Side
 CLUTTER_MIN = 64
 
 
-class Order(msgspec.Struct, gc=False):
+class Order(msgspec.Struct, array_like=True, gc=False):
     """A live order: its terms, its price, and the lots that remain. Out of the book `remaining` is 0 if it left a
     queue that has not been tidied up yet.
 
     `new.quantity` is what the whole order is over now: that less `remaining` has been filled.
 
     `gc=False`: it refers to its command only, so no cycle can go through it, and a million of them cost nothing.
+    `array_like`: a snapshot takes orders as they are.
     """
 
     new: New

@@ -52,7 +52,7 @@ RESTING = frozenset({"LIMIT", "STOP_LIMIT", "TAKE_PROFIT_LIMIT"})
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
-    """All that a matcher knows. Orders are (terms, price, remaining) in order of entry."""
+    """All that a matcher knows. Orders are in order of entry."""
 
     version: int
     event_seq: int
@@ -60,8 +60,8 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     mark_price: int
     last_price: int
     positions: list[tuple[int, int]]
-    resting: list[tuple[New, int, int]]
-    waiting: list[tuple[New, int, int]]
+    resting: list[Order]
+    waiting: list[Order]
 
 
 class Matcher:
@@ -112,8 +112,8 @@ class Matcher:
                 self.mark_price,
                 self.last_price,
                 sorted((user_id, lots) for user_id, lots in self.reductions.positions.items() if lots),
-                [(order.new, order.price, order.remaining) for order in self.book.orders.values()],
-                [(order.new, order.price, order.remaining) for order in self.stops.orders.values()],
+                list(self.book.orders.values()),
+                list(self.stops.orders.values()),
             )
         )
 
@@ -129,10 +129,10 @@ class Matcher:
         matcher.mark_price = snapshot.mark_price
         matcher.last_price = snapshot.last_price
         matcher.reductions.positions.update(snapshot.positions)
-        for new, price, remaining in snapshot.resting:
-            matcher._rest(Order(new, price, remaining))
-        for new, price, remaining in snapshot.waiting:
-            matcher.stops.add(Order(new, price, remaining))
+        for order in snapshot.resting:
+            matcher._rest(order)
+        for order in snapshot.waiting:
+            matcher.stops.add(order)
         return matcher
 
     def apply(self, command: AnyCommand) -> list[AnyEvent]:

@@ -20,7 +20,7 @@ from temporalio.worker import Worker
 
 from activities.audit import run_audit
 from activities.ledger import transfer_external
-from activities.order_entry import take_in, take_in_cancels
+from activities.order_entry import lock_for_amendment, take_in, take_in_amendment, take_in_cancels
 from activities.registry import (
     liquidation_activities,
     operations_activities,
@@ -31,7 +31,7 @@ from activities.sagas import Saga, start_saga
 from clients import LIQUIDATION_QUEUE, OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
 from domain.instruments import SHIPPED, Instrument
 from domain.matching import AnyEvent
-from domain.order_entry import NewOrder, OrderRequest
+from domain.order_entry import NewOrder, OrderRequest, Reference, amendment
 from domain.sagas import (
     ACKNOWLEDGE,
     APPLY_ORDER_EVENTS,
@@ -88,6 +88,23 @@ class Desk:
             saga = (await take_in(conn, orders, datetime.now(UTC))).saga
         assert saga is not None
         return saga
+
+    async def take_in_amendment(self, user_id: int, order_id: int, quantity: str) -> Saga:
+        """Write an amendment of an order down; its saga, not started."""
+        async with self.pool.acquire() as conn, conn.transaction():
+            found = await lock_for_amendment(conn, user_id, order_id)
+            assert found is not None
+            instrument = next(i for i in SHIPPED if i.instrument_id == found[0].request.instrument_id)
+            checked = amendment(found[0], None, Decimal(quantity), instrument, Reference(found[0].bound_price))
+            return await take_in_amendment(conn, checked, datetime.now(UTC))
+
+    async def amendment(self, saga: Saga) -> tuple[str, str | None]:
+        """Status and failure reason of the amendment of a saga."""
+        row = await self.pool.fetchrow(
+            "SELECT status, failure_reason FROM orders.amendments WHERE amendment_id = $1", saga.batch.order_ids[0]
+        )
+        assert row is not None
+        return row["status"], row["failure_reason"]
 
     async def start(self, saga: Saga) -> WorkflowHandle[Any, Any]:
         """Start a saga's workflow."""

@@ -1,7 +1,11 @@
 """A market that starts again: from its newest good checkpoint, without the events before it."""
 
+import asyncio
 import hashlib
 import json
+import os
+import signal
+import sys
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -28,6 +32,7 @@ from storage.db import Pool
 from tests.engine_commands import any_commands
 from tests.integration.market_app import BTC, ETH, SOL, EngineLog, eventually, placed, running_market, trade
 from tests.reference_book import ReferenceMatcher
+from tests.servers import ROOT
 
 INSTRUMENT = SHIPPED[0]
 SEQS = "SELECT seq FROM market.checkpoints WHERE instrument_id = $1 ORDER BY seq"
@@ -88,6 +93,56 @@ async def test_a_market_that_was_stopped_goes_on_without_the_events_it_had_seen(
     assert restarted == {name: json.loads(keys[f"market:{name}:{BTC}"])["data"] for name in restarted}
     newest = await pool.fetchval("SELECT payload FROM market.checkpoints ORDER BY seq DESC LIMIT 1")
     assert InstrumentMarket.load(INSTRUMENT, newest).book.orders == whole.book.orders
+
+
+async def test_a_process_that_was_killed_goes_on_from_the_checkpoint_of_the_one_before(
+    pool: Pool, redis: Redis, engine: EngineLog, database_url: str, redis_url: str, events: list[AnyEvent]
+) -> None:
+    third = len(events) // 3
+    ends = [third, 2 * third, len(events)]
+    for start, end, last_signal in zip(
+        [0, *ends], ends, [signal.SIGTERM, signal.SIGKILL, signal.SIGTERM], strict=False
+    ):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "market",
+            cwd=ROOT,
+            env=os.environ | {"EXCHANGE_DATABASE_URL": database_url, "EXCHANGE_REDIS_URL": redis_url},
+        )
+        try:
+            await published(redis, start)
+            await engine.append(BTC, events[start:end])
+            seen = await published(redis, end)
+        finally:
+            process.send_signal(last_signal)
+            await asyncio.wait_for(process.wait(), 10)
+        await redis.flushall()
+        await pool.execute("DELETE FROM matching.events WHERE seq <= $1", third)
+    saved = [row[0] for row in await pool.fetch(SEQS, BTC)]
+    assert (saved[0], saved[-1]) == (third, len(events))
+    whole = InstrumentMarket(INSTRUMENT)
+    whole.apply(1, events)
+    keys = whole.take_publication(0).keys
+    assert seen == {name: json.loads(keys[f"market:{name}:{BTC}"])["data"] for name in seen}
+
+
+async def test_an_instrument_that_cannot_be_rebuilt_holds_up_no_other(
+    pool: Pool, redis: Redis, engine: EngineLog, market_settings: Settings, events: list[AnyEvent]
+) -> None:
+    await engine.append(BTC, events)
+    await pool.execute("INSERT INTO matching.pruned (instrument_id, event_seq) VALUES ($1, 50)", BTC)
+    async with running_market(pool, redis, market_settings):
+        await engine.append(BTC, [placed(1, "BUY", 600_000, 5)])
+        await engine.append(ETH, [placed(1, "BUY", 300_000, 5)])
+
+        async def depth_of_eth() -> bool:
+            return b'["3000","0.005"]' in (await redis.get(f"market:depth:{ETH}") or b"")
+
+        await eventually(depth_of_eth)
+        assert await redis.get(f"market:depth:{BTC}") is None
+        assert await redis.get(f"market:mark:{BTC}") is None
+    assert await pool.fetch(SEQS, BTC) == []
 
 
 async def test_a_market_that_does_not_move_is_saved_once_and_recorded_each_time(

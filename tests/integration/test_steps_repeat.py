@@ -78,6 +78,26 @@ async def script(world: World) -> AsyncIterator[tuple[str, Activity]]:
     async for settling in settlement(world, BTC):
         yield settling
 
+    # One amendment is carried out, one goes beyond the limits, and one comes too late.
+    larger = await world.take_in_amendment(3, first.order_ids[2], 44_000, "0.7")
+    for step in placement(world, larger):
+        yield step
+    async for settling in settlement(world, BTC):
+        yield settling
+    huge = await world.take_in_amendment(3, first.order_ids[2], quantity="500")
+    for step in placement(world, huge):
+        yield step
+    late_order = (await world.place(limit(1, "BUY", "0.1", 40_000)))[0]
+    await world.match(BTC)
+    too_late = await world.take_in_amendment(1, late_order, quantity="0.2")
+    await world.cancel(late_order)
+    for step in placement(world, too_late):
+        yield step
+    async for settling in settlement(world, BTC):
+        yield settling
+    ends = [await world.amendment(batch.order_ids[0]) for batch in (larger, huge, too_late)]
+    assert ends == [("AMENDED", None), ("FAILED", "RISK_LIMIT_EXCEEDED"), ("REJECTED", "ORDER_NOT_FOUND")]
+
     # Both see the money of user 4, one gets it.
     early = await world.take_in(limit(4, "BUY", "0.04", 40_000))
     late = await world.take_in(limit(4, "BUY", "0.5", 3_000, ETH), limit(1, "BUY", "0.5", 3_000, ETH))

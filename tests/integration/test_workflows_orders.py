@@ -254,6 +254,65 @@ async def test_cancelling_in_the_second_round_gives_back_the_money_of_both_round
         await save_history(handle, "placement_cancelled_second_round")
 
 
+async def test_an_amendment_is_placed_like_an_order_and_settled_by_the_engine(
+    desk: Desk, pool: Pool, redis: Redis
+) -> None:
+    await desk.deposit(ALICE, "1000")
+    engine = StepwiseEngine(pool)
+    async with workers(desk.temporal, pool, redis):
+        (order_id,) = await desk.place(order(ALICE, "BUY", "0.01", "60000"))
+        settlement = await start_settlement(desk.temporal)
+        saga = await desk.take_in_amendment(ALICE, order_id, "0.02")
+        handle = await desk.start(saga)
+        assert await handle.result() == {"accepted": 1, "refused": []}
+        assert await desk.amendment(saga) == ("ACCEPTED", None)
+        seq = await engine.match()
+        await settlement.signal("advance", seq)
+        await until_settled(settlement, seq)
+    assert await desk.commands() == ["NEW", "AMEND"]
+    assert await desk.amendment(saga) == ("AMENDED", None)
+    # 1200 / 10 + 1200 * 0.0005
+    assert await desk.balance(ALICE) == (D("879.4"), D("120.6"))
+    await desk.assert_clean()
+    await save_history(handle, "placement_amendment")
+
+
+@pytest.mark.parametrize("step", [CHECK_ORDERS, FREEZE_FUNDS])
+async def test_cancelling_the_saga_of_an_amendment_leaves_the_order_and_its_money_as_they_were(
+    desk: Desk, pool: Pool, redis: Redis, step: str
+) -> None:
+    await desk.deposit(ALICE, "1000")
+    gate = Gate()
+    async with workers(desk.temporal, pool, redis):
+        (order_id,) = await desk.place(order(ALICE, "BUY", "0.01", "60000"))
+    saga = await desk.take_in_amendment(ALICE, order_id, "0.02")
+    async with workers(desk.temporal, pool, redis, {step: gate}):
+        handle = await desk.start(saga)
+        await gate.visible.wait()
+        await handle.cancel()
+        gate.is_open = True
+        await handle.result()
+    assert await desk.amendment(saga) == CANCELLED_BY_OPERATOR
+    assert await desk.states([order_id]) == [("ACCEPTED", None)]
+    assert await desk.balance(ALICE) == (D("939.7"), D("60.3"))
+    assert await desk.commands() == ["NEW"]
+    await desk.assert_clean()
+    if step == FREEZE_FUNDS:
+        await save_history(handle, "placement_amendment_cancelled")
+
+
+async def test_an_amendment_whose_start_was_lost_is_swept_up(desk: Desk, pool: Pool, redis: Redis) -> None:
+    await desk.deposit(ALICE, "1000")
+    async with workers(desk.temporal, pool, redis):
+        (order_id,) = await desk.place(order(ALICE, "BUY", "0.01", "60000"))
+        saga = await desk.take_in_amendment(ALICE, order_id, "0.005")
+        await age_sagas(pool)
+        assert await sweep(pool, desk.temporal) == 1
+        await desk.temporal.get_workflow_handle(saga.batch.saga_id).result()
+    assert await desk.amendment(saga) == ("ACCEPTED", None)
+    await desk.assert_clean()
+
+
 async def test_cancelling_while_the_orders_wait_for_another_saga_fails_them(
     desk: Desk, pool: Pool, redis: Redis
 ) -> None:

@@ -46,6 +46,8 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "placement_retried",
         "placement_cancelled",
         "placement_cancelled_second_round",
+        "placement_amendment",
+        "placement_amendment_cancelled",
         "cancellation",
         "settlement",
         "settlement_retried",

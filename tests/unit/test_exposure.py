@@ -6,7 +6,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from domain.exposure import Exposure, Side
-from domain.money import round_up
+from domain.money import ZERO, round_up
+from domain.order_entry import amendment_claim
 
 FEE = Decimal("0.0005")
 SIDES = st.sampled_from(["BUY", "SELL"])
@@ -65,6 +66,36 @@ def test_an_order_filled_in_parts_leaves_nothing_behind(
     before = with_orders(exposure(held), orders)
     after = before.with_order(side, first + second, price).with_fill(side, first, price).with_fill(side, second, price)
     assert after.with_order_closed() == before
+
+
+@given(HELD, ORDERS, SIDES, QUANTITIES, PRICES, QUANTITIES, PRICES, QUANTITIES)
+def test_an_order_and_the_claim_of_its_amendment_cover_the_amended_order_whatever_is_filled_before(
+    held: tuple[int, Decimal, Decimal],
+    orders: list[tuple[Side, Decimal, Decimal]],
+    side: Side,
+    old_quantity: Decimal,
+    old_price: Decimal,
+    new_quantity: Decimal,
+    new_price: Decimal,
+    filled: Decimal,
+) -> None:
+    filled = min(filled - Decimal("0.001"), old_quantity, new_quantity)
+    claimed, notional = amendment_claim(old_quantity, old_price, new_quantity, new_price)
+    others = with_orders(exposure(held), orders)
+    reserved = others.with_order(side, old_quantity - filled, old_price).with_claim(side, claimed, notional, 0)
+    amended = others.with_order(side, new_quantity - filled, new_price)
+    assert amended.order_margin(FEE) <= reserved.order_margin(FEE)
+    assert amended.open_orders == reserved.open_orders
+
+
+@given(QUANTITIES, PRICES, QUANTITIES, PRICES)
+def test_an_amendment_that_is_not_larger_and_not_dearer_claims_nothing(
+    old_quantity: Decimal, old_price: Decimal, new_quantity: Decimal, new_price: Decimal
+) -> None:
+    claim = amendment_claim(old_quantity, old_price, new_quantity, new_price)
+    assert min(claim) >= 0
+    if new_quantity <= old_quantity and new_quantity * new_price <= old_quantity * old_price:
+        assert claim == (ZERO, ZERO)
 
 
 @given(HELD, st.lists(st.tuples(QUANTITIES, PRICES), min_size=1, max_size=5))

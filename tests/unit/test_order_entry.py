@@ -13,8 +13,10 @@ from domain.order_entry import (
     MARKET_PROTECTION,
     PRICE_BAND,
     QUANTITY_MAX,
+    OpenOrder,
     OrderRequest,
     Reference,
+    amendment,
     bound_price,
     expected_open_loss,
 )
@@ -174,3 +176,45 @@ def test_what_only_reduces_may_be_smaller_than_the_minimum() -> None:
 def test_what_waits_or_only_reduces_loses_nothing_at_once() -> None:
     assert expected_open_loss(stop("STOP_LIMIT", "61000", "66000"), MARK) == 0
     assert expected_open_loss(limit(price="66000", reduce_only=True), MARK) == 0
+
+
+def resting(request: OrderRequest, filled: str = "0") -> OpenOrder:
+    return OpenOrder(7, 1, request, request.price or MARK.mark, Decimal(filled))
+
+
+@pytest.mark.parametrize(
+    ("order", "price", "quantity", "code"),
+    [
+        (resting(limit()), None, None, "VALIDATION_FAILED"),
+        (resting(limit()), "60000.0", "1.000", "VALIDATION_FAILED"),
+        (resting(limit()), None, "-1", "VALIDATION_FAILED"),
+        (resting(limit()), "0", None, "VALIDATION_FAILED"),
+        (resting(limit()), "60000.05", None, "PRICE_NOT_ON_TICK"),
+        (resting(limit()), None, "0.0005", "QUANTITY_NOT_ON_LOT"),
+        (resting(limit()), "90000.1", None, "PRICE_OUT_OF_BAND"),
+        (resting(replace(limit(price="30000"))), None, "0.001", ""),
+        (resting(limit(), "0.5"), None, "0.5", "ORDER_NOT_AMENDABLE"),
+        (resting(limit(), "0.5"), None, "0.1", "ORDER_NOT_AMENDABLE"),
+        (resting(limit(), "0.5"), None, "0.501", ""),
+        (resting(market("BUY")), None, "2", "ORDER_NOT_AMENDABLE"),
+        (resting(replace(market("BUY"), type="STOP_MARKET", stop_price=MARK.mark)), None, "2", "ORDER_NOT_AMENDABLE"),
+    ],
+)
+def test_an_amendment_obeys_the_rules_of_new_orders(
+    order: OpenOrder, price: str | None, quantity: str | None, code: str
+) -> None:
+    changes = None if price is None else Decimal(price), None if quantity is None else Decimal(quantity)
+    if not code:
+        assert amendment(order, *changes, BTC, MARK).open_quantity == Decimal(quantity or 0) - order.filled_quantity
+        return
+    with pytest.raises(Problem) as refused:
+        amendment(order, *changes, BTC, MARK)
+    assert refused.value.code == code
+
+
+def test_an_amendment_to_less_than_the_minimum_notional_is_refused_unless_it_only_reduces() -> None:
+    dear = replace(BTC, min_notional=Decimal(100))
+    with pytest.raises(Problem, match="MIN_NOTIONAL"):
+        amendment(resting(limit()), None, Decimal("0.001"), dear, MARK)
+    reducing = amendment(resting(limit(reduce_only=True)), None, Decimal("0.001"), dear, MARK)
+    assert not any((reducing.claimed_quantity, reducing.claimed_notional, reducing.open_loss))
