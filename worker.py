@@ -32,6 +32,7 @@ from settings import Settings, get_settings
 from storage.db import Pool, open_pool
 from workflows.audit import LedgerAuditWorkflow
 from workflows.liquidation import LiquidationWorkflow
+from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.registration import RegistrationResumerWorkflow, UserRegistrationWorkflow
 from workflows.settlement import SettlementWorkflow
@@ -68,8 +69,13 @@ def build_workers(client: Client, pool: Pool, settings: Settings) -> list[Worker
         Worker(
             client,
             task_queue=OPERATIONS_QUEUE,
-            workflows=[UserRegistrationWorkflow, RegistrationResumerWorkflow, LedgerAuditWorkflow],
-            activities=operations_activities(pool),
+            workflows=[
+                UserRegistrationWorkflow,
+                RegistrationResumerWorkflow,
+                LedgerAuditWorkflow,
+                MarginChangeWorkflow,
+            ],
+            activities=operations_activities(pool, redis),
             workflow_runner=runner,
         ),
     ]

@@ -23,10 +23,11 @@ from domain.events import (
     InsuranceFundRequired,
     LedgerEntryCreated,
 )
+from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
 from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest
-from domain.steps import CheckResult, MarginMoves, settle_step
+from domain.steps import CheckResult, MarginMoves, MarginPlan, settle_step
 from domain.wallet import BookedFill, Settled, Wallet, freeze, settle, settle_fills
 from storage import outbox
 from storage.db import Connection, Pool, columns
@@ -70,6 +71,8 @@ class Hold:
     order_margin: Decimal = ZERO
     position_margin: Decimal = ZERO
     order_short: Decimal = ZERO
+    # Counts the changes of `position_margin`: whoever copied it knows by this which one.
+    margin_version: int = 0
 
 
 @dataclass(slots=True)
@@ -168,6 +171,18 @@ class LedgerActivities:
                 await _unfreeze(conn, request)
                 await store_result(conn, "ledger", step_id, Outcome(request.order_ids))
 
+    @activity.defn(name=MOVE_MARGIN)
+    async def move_margin(self, change: MarginChange) -> MarginMoved:
+        """Carry out what risk planned for a change of margin or leverage; more margin than is available is refused."""
+        # Named as a freeze: later checks of the user wait for it as for one.
+        step_id = f"freeze:{change.change_id}"
+        async with self._pool.acquire() as conn, conn.transaction():
+            done = await first_result(conn, "ledger", step_id, MarginMoved)
+            if done is None:
+                done = await _move_margin(conn, change)
+                await store_result(conn, "ledger", step_id, done)
+        return done
+
     @activity.defn(name=SETTLE)
     async def settle(self, events: EventRange) -> list[int]:
         """Book the fills of a range of engine events and divide every touched wallet anew.
@@ -242,6 +257,24 @@ async def _unfreeze(conn: Connection, request: StepRequest) -> None:
         if m.order_id not in never_held
     ]
     await write_book(conn, book, holds)
+
+
+async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
+    plan = await _risk_step(conn, f"adjust:{change.change_id}", MarginPlan)
+    assert plan is not None, f"Expected the plan of {change}, was none"
+    key = (change.user_id, change.instrument_id)
+    book = await _open_book(conn, [(change.user_id, plan.asset)])
+    holds = await _lock_holds(conn, [(*key, plan.asset)])
+    wallet = _wallet(book.accounts[change.user_id, plan.asset], holds[key])
+    if change.kind == "MARGIN" and plan.position_delta > wallet.available:
+        return MarginMoved(["INSUFFICIENT_FUNDS"])
+    # A loss may have taken some of what was to be released.
+    margin = max(ZERO, wallet.position_margin + plan.position_delta)
+    moved = settle(wallet, ZERO, margin, plan.order_delta).wallet
+    book.open_journal("MARGIN_CHANGE", change.change_id)
+    _move(book, key, holds[key], moved)
+    await write_book(conn, book, holds)
+    return MarginMoved(is_uncovered=moved.order_short > 0)
 
 
 async def _settle(conn: Connection, events: EventRange) -> None:
@@ -330,6 +363,7 @@ def _move(book: Book, key: tuple[int, str], hold: Hold, wallet: Wallet, entry_ty
     change = wallet.reserved - hold.order_margin - hold.position_margin
     if change:
         book.post_user(key[0], hold.asset, entry_type, -change, change, key[1])
+    hold.margin_version += wallet.position_margin != hold.position_margin
     hold.order_margin, hold.position_margin = wallet.order_margin, wallet.position_margin
     hold.order_short = wallet.order_short
 
@@ -370,7 +404,7 @@ async def _lock_holds(conn: Connection, keys: Sequence[tuple[int, str, str]]) ->
     holds = {(user_id, instrument_id): Hold(asset) for user_id, instrument_id, asset in keys}
     for row in rows:
         holds[row["user_id"], row["instrument_id"]] = Hold(
-            row["asset"], row["order_margin"], row["position_margin"], row["order_short"]
+            row["asset"], row["order_margin"], row["position_margin"], row["order_short"], row["margin_version"]
         )
     return holds
 
@@ -396,11 +430,19 @@ async def write_book(conn: Connection, book: Book, holds: dict[tuple[int, str], 
         *columns([(*key, a.available, a.reserved) for key, a in book.accounts.items()], 4),
     )
     await conn.execute(
-        "INSERT INTO ledger.margin_holds (user_id, instrument_id, asset, order_margin, position_margin, order_short)"
-        " SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::numeric[], $5::numeric[], $6::numeric[])"
-        " ON CONFLICT (user_id, instrument_id) DO UPDATE SET order_margin = excluded.order_margin,"
-        " position_margin = excluded.position_margin, order_short = excluded.order_short",
-        *columns([(*k, h.asset, h.order_margin, h.position_margin, h.order_short) for k, h in holds.items()], 6),
+        "INSERT INTO ledger.margin_holds"
+        " (user_id, instrument_id, asset, order_margin, position_margin, order_short, margin_version)"
+        " SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::numeric[], $5::numeric[], $6::numeric[],"
+        " $7::bigint[]) ON CONFLICT (user_id, instrument_id) DO UPDATE SET order_margin = excluded.order_margin,"
+        " position_margin = excluded.position_margin, order_short = excluded.order_short,"
+        " margin_version = excluded.margin_version",
+        *columns(
+            [
+                (*k, h.asset, h.order_margin, h.position_margin, h.order_short, h.margin_version)
+                for k, h in holds.items()
+            ],
+            7,
+        ),
     )
     # Last, because everybody's fees end here: the row lock is held for as short as can be. Sorted against deadlocks.
     if book.system:
@@ -423,9 +465,17 @@ def balance_view(available: Decimal, reserved: Decimal) -> dict[str, str]:
 
 
 async def transfer_external(
-    conn: Connection, reference_type: str, reference: str, user_id: int, asset: str, amount: Decimal
+    conn: Connection,
+    reference_type: str,
+    reference: str,
+    user_id: int,
+    asset: str,
+    amount: Decimal,
+    budget: Decimal | None = None,
 ) -> bool:
     """Deposit (`amount` > 0) or withdraw (< 0) once per (reference_type, reference); False when it was done before.
+
+    `budget` is what may be withdrawn if that is less than what is available.
 
     Raises Problem INSUFFICIENT_FUNDS when a withdrawal exceeds available, VALIDATION_FAILED when `amount` is 0 or has
     more than 8 decimals, or the reference was used for something else.
@@ -440,7 +490,8 @@ async def transfer_external(
         if earlier != (user_id, asset, amount):
             raise Problem("VALIDATION_FAILED", f"Reference {reference} was used for another transfer")
         return False
-    if book.accounts[user_id, asset].available + amount < 0:
+    available = book.accounts[user_id, asset].available
+    if amount < 0 and -amount > (available if budget is None else min(available, budget)):
         raise Problem("INSUFFICIENT_FUNDS", f"Available {asset} does not cover {plain(-amount)}")
     book.open_journal(reference_type, reference)
     book.post_user(user_id, asset, reference_type, amount)

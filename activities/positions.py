@@ -20,6 +20,7 @@ from domain.clock import from_ms, iso
 from domain.events import AutoDeleveraged, BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
 from domain.liquidation import Holding, warning_price
 from domain.margin import Tier, liquidation_price, maintenance_margin, margin_ratio, unrealized_pnl
+from domain.margin_changes import ADOPT_MARGIN, MarginChange
 from domain.matching import Deleveraged, Side, Trade
 from domain.money import ZERO, plain
 from domain.positions import Position, apply_fill
@@ -70,6 +71,22 @@ class TradeSide:
     side: Side
     fee: Decimal
     cause: Cause
+
+
+@dataclass(frozen=True, slots=True)
+class HeldMargin:
+    """The margin (quote) that the ledger holds for a position, and which change of it that is."""
+
+    amount: Decimal = ZERO
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """At which leverage a user's new parts of a position are backed, and whether by the position's margin alone."""
+
+    leverage: int
+    margin_mode: str
 
 
 def sides_of(trade: Trade | Deleveraged) -> tuple[TradeSide, TradeSide]:
@@ -124,6 +141,23 @@ class PositionActivities:
             if await advance_cursor(conn, "positions", events, "confirmed_seq"):
                 await _confirm(conn, events, mark, (await self._rules.rules(conn)).tiers[events.instrument_id])
 
+    @activity.defn(name=ADOPT_MARGIN)
+    async def adopt_margin(self, change: MarginChange) -> None:
+        """After the ledger: take over a position's margin and the leverage in force."""
+        marks = await read_reference_prices(self._redis, [change.instrument_id])
+        mark = marks[change.instrument_id].mark if change.instrument_id in marks else None
+        async with self._pool.acquire() as conn, conn.transaction():
+            tiers = (await self._rules.rules(conn)).tiers[change.instrument_id]
+            rows = await conn.fetch(
+                "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, e.leverage, p.margin_mode,"
+                " p.status, p.realized_pnl FROM positions.positions p"
+                " JOIN risk.v_exposures e USING (user_id, instrument_id)"
+                " WHERE p.user_id = $1 AND p.instrument_id = $2 FOR UPDATE OF p",
+                change.user_id,
+                change.instrument_id,
+            )
+            await _adopt(conn, change.instrument_id, rows, mark, tiers)
+
 
 async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent], rules: Rules) -> None:
     instrument_id = events.instrument_id
@@ -132,7 +166,7 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
         return
     instrument = rules.instruments[instrument_id]
     users = sorted({half.user_id for _, _, halves in trades for half in halves})
-    leverages = await _read_leverages(conn, instrument_id, users)
+    terms = await _read_terms(conn, instrument_id, users)
     positions = await _lock(conn, instrument_id, users)
     records: list[tuple[Any, ...]] = []
     pushes: list[UserPush] = []
@@ -169,7 +203,7 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                     fill.realized_pnl,
                     fill.position.signed_quantity,
                     fill.position.entry_notional,
-                    leverages[half.user_id],
+                    terms[half.user_id].leverage,
                     half.cause,
                     executed_at,
                 )
@@ -182,7 +216,7 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                 )
             )
     await conn.copy_records_to_table("position_events", schema_name="positions", columns=EVENT_COLUMNS, records=records)
-    await _save(conn, instrument_id, positions, leverages)
+    await _save(conn, instrument_id, positions, terms)
     await outbox.emit(conn, deleveraged, pushes)
 
 
@@ -222,40 +256,53 @@ async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None, t
         events.after_seq,
         events.to_seq,
     )
+    await _adopt(conn, events.instrument_id, rows, mark, tiers)
+
+
+async def _adopt(
+    conn: Connection, instrument_id: str, rows: Sequence[asyncpg.Record], mark: Decimal | None, tiers: Sequence[Tier]
+) -> None:
+    """Write the ledger's margin and all that follows from it into positions that are locked, and tell their users."""
     # Read after the rows are locked: whoever copies the ledger's margin last copies the newest.
-    margins = await read_margins(conn, events.instrument_id, [row["user_id"] for row in rows])
+    margins = await read_margins(conn, instrument_id, [row["user_id"] for row in rows])
     changes = [
         (
             row["position_id"],
-            margins[row["user_id"]],
+            margins[row["user_id"]].amount,
+            margins[row["user_id"]].version,
             row["realized_pnl"],
-            liquidation_price(row["signed_quantity"], row["entry_notional"], margins[row["user_id"]], tiers),
+            row["leverage"],
+            liquidation_price(row["signed_quantity"], row["entry_notional"], margins[row["user_id"]].amount, tiers),
             _status(row),
-            warning_price(Holding(row["signed_quantity"], row["entry_notional"], margins[row["user_id"]]), tiers),
+            warning_price(
+                Holding(row["signed_quantity"], row["entry_notional"], margins[row["user_id"]].amount), tiers
+            ),
         )
         for row in rows
     ]
     await conn.execute(
-        "UPDATE positions.positions p SET margin = n.margin, realized_pnl = n.realized_pnl,"
-        " liquidation_price = n.liquidation_price, status = n.status, warning_price = n.warning_price,"
-        " warned = p.warned AND n.status <> 'CLOSED', told_price = coalesce($7, p.told_price), updated_at = now()"
-        " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::numeric[], $5::text[], $6::numeric[])"
-        " AS n (position_id, margin, realized_pnl, liquidation_price, status, warning_price)"
+        "UPDATE positions.positions p SET margin = n.margin, margin_version = n.version, realized_pnl = n.realized_pnl,"
+        " leverage = n.leverage, liquidation_price = n.liquidation_price, status = n.status,"
+        " warning_price = n.warning_price, warned = p.warned AND n.status <> 'CLOSED',"
+        " told_price = coalesce($9, p.told_price), updated_at = now()"
+        " FROM unnest($1::bigint[], $2::numeric[], $3::bigint[], $4::numeric[], $5::int[], $6::numeric[], $7::text[],"
+        " $8::numeric[]) AS n"
+        " (position_id, margin, version, realized_pnl, leverage, liquidation_price, status, warning_price)"
         " WHERE p.position_id = n.position_id",
-        *columns(changes, 6),
+        *columns(changes, 8),
         mark,
     )
     business: list[BusinessEvent] = []
     pushes: list[UserPush] = []
     for row, change in zip(rows, changes, strict=True):
         view = position_view(
-            events.instrument_id,
-            {**row, "margin": change[1], "liquidation_price": change[3], "status": change[4]},
+            instrument_id,
+            {**row, "margin": change[1], "liquidation_price": change[5], "status": change[6]},
             mark,
             tiers,
         )
         pushes.append(UserPush(row["user_id"], "position", view))
-        business += _events(row["user_id"], events.instrument_id, view)
+        business += _events(row["user_id"], instrument_id, view)
     await outbox.emit(conn, business, pushes)
 
 
@@ -394,23 +441,24 @@ def _has_moved(row: asyncpg.Record, mark: Decimal) -> bool:
     return told is None or abs(row["signed_quantity"] * (mark - told)) >= row["margin"] * TOLD_PNL_SHARE
 
 
-async def read_margins(conn: Connection, instrument_id: str, users: Sequence[int]) -> defaultdict[int, Decimal]:
+async def read_margins(conn: Connection, instrument_id: str, users: Sequence[int]) -> defaultdict[int, HeldMargin]:
     """The margin that the ledger holds for the positions of `users`."""
     rows = await conn.fetch(
-        "SELECT user_id, position_margin FROM ledger.v_margin_holds WHERE instrument_id = $1 AND user_id = ANY($2)",
+        "SELECT user_id, position_margin, margin_version FROM ledger.v_margin_holds"
+        " WHERE instrument_id = $1 AND user_id = ANY($2)",
         instrument_id,
         users,
     )
-    return defaultdict(lambda: ZERO, {row["user_id"]: row["position_margin"] for row in rows})
+    return defaultdict(HeldMargin, {row["user_id"]: HeldMargin(*row[1:]) for row in rows})
 
 
-async def _read_leverages(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, int]:
+async def _read_terms(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, Terms]:
     rows = await conn.fetch(
-        "SELECT user_id, leverage FROM risk.v_exposures WHERE instrument_id = $1 AND user_id = ANY($2)",
+        "SELECT user_id, leverage, margin_mode FROM risk.v_exposures WHERE instrument_id = $1 AND user_id = ANY($2)",
         instrument_id,
         users,
     )
-    return {row["user_id"]: row["leverage"] for row in rows}
+    return {row["user_id"]: Terms(row["leverage"], row["margin_mode"]) for row in rows}
 
 
 async def _lock(conn: Connection, instrument_id: str, users: Sequence[int]) -> dict[int, Position]:
@@ -423,17 +471,18 @@ async def _lock(conn: Connection, instrument_id: str, users: Sequence[int]) -> d
     return {row[0]: Position(row[1], row[2]) for row in rows}
 
 
-async def _save(
-    conn: Connection, instrument_id: str, positions: dict[int, Position], leverages: dict[int, int]
-) -> None:
+async def _save(conn: Connection, instrument_id: str, positions: dict[int, Position], terms: dict[int, Terms]) -> None:
     rows = [
-        (user_id, p.signed_quantity, p.entry_notional, leverages[user_id]) for user_id, p in sorted(positions.items())
+        (user_id, p.signed_quantity, p.entry_notional, terms[user_id].leverage, terms[user_id].margin_mode)
+        for user_id, p in sorted(positions.items())
     ]
     await conn.execute(
-        "INSERT INTO positions.positions (instrument_id, user_id, signed_quantity, entry_notional, leverage)"
-        " SELECT $1, n.* FROM unnest($2::bigint[], $3::numeric[], $4::numeric[], $5::int[]) AS n"
+        "INSERT INTO positions.positions"
+        " (instrument_id, user_id, signed_quantity, entry_notional, leverage, margin_mode)"
+        " SELECT $1, n.* FROM unnest($2::bigint[], $3::numeric[], $4::numeric[], $5::int[], $6::text[]) AS n"
         " ON CONFLICT (user_id, instrument_id) DO UPDATE SET signed_quantity = excluded.signed_quantity,"
-        " entry_notional = excluded.entry_notional, leverage = excluded.leverage, updated_at = now()",
+        " entry_notional = excluded.entry_notional, leverage = excluded.leverage,"
+        " margin_mode = excluded.margin_mode, updated_at = now()",
         instrument_id,
-        *columns(rows, 4),
+        *columns(rows, 5),
     )

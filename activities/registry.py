@@ -84,10 +84,14 @@ def liquidation_activities(pool: Pool, redis: Redis) -> Activities:
     ]
 
 
-def operations_activities(pool: Pool) -> Activities:
-    """Steps of registration, sweeps and audits."""
+def operations_activities(pool: Pool, redis: Redis) -> Activities:
+    """Steps of registration, margin changes, sweeps and audits."""
     users, auth, audit = UserActivities(pool), AuthActivities(pool), AuditActivities(pool)
     return [
+        RiskActivities(pool, EngineLog()).plan_margin_change,
+        LedgerActivities(pool).move_margin,
+        PositionActivities(pool, redis, EngineLog()).adopt_margin,
+        OrderActivities(pool, redis, EngineLog()).cancel_uncovered,
         users.complete_registration,
         users.fail_registration,
         users.stalled_registrations,

@@ -5,11 +5,13 @@ ledger exactly once: through `freeze_funds` for a check, through `settle` for en
 `unfreeze_funds` for a release.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from decimal import Decimal
 
 import asyncpg
+from msgspec.structs import replace
 from temporalio import activity
 
 from activities.engine_log import EngineLog, SequencedEvent
@@ -18,7 +20,8 @@ from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPas
 from domain.exposure import Exposure, Side
 from domain.instruments import Instrument
 from domain.liquidation_saga import liquidation_workflow_id
-from domain.margin import Tier, tier_of
+from domain.margin import Tier, margin_to_keep, releveraged_margin, tier_of
+from domain.margin_changes import PLAN_MARGIN_CHANGE, MarginChange, MarginVerdict
 from domain.matching import (
     Amended,
     AmendRejected,
@@ -43,13 +46,14 @@ from domain.sagas import (
     Refusal,
     StepRequest,
 )
-from domain.steps import CheckResult, MarginMove, MarginMoves, OrderMargin, settle_step
+from domain.steps import CheckResult, MarginMove, MarginMoves, MarginPlan, OrderMargin, settle_step
 from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import advance_cursor, first_result, store_result
 
 Key = tuple[int, str]
 WAITING_MAX = 200
+MARK_AGE_MAX = timedelta(minutes=1)
 OPPOSITE: dict[Side, Side] = {"BUY": "SELL", "SELL": "BUY"}
 
 
@@ -60,6 +64,7 @@ class Limits:
     max_order_quantity: Decimal
     max_position_notional: Decimal
     max_open_orders: int
+    max_leverage: int
 
 
 def refusal_reason(
@@ -117,6 +122,19 @@ class RiskActivities:
             if await first_result(conn, "risk", step_id, MarginMoves) is None:
                 await store_result(conn, "risk", step_id, await _release(conn, request, await self._rules.rules(conn)))
 
+    @activity.defn(name=PLAN_MARGIN_CHANGE)
+    async def plan_margin_change(self, change: MarginChange) -> MarginVerdict:
+        """Decide on a change of leverage or position margin; a new leverage holds for everything checked later."""
+        step_id = f"adjust:{change.change_id}"
+        async with self._pool.acquire() as conn, conn.transaction():
+            done = await first_result(conn, "risk", step_id, MarginPlan)
+            if done is None:
+                done = await _plan(conn, change, await self._rules.rules(conn))
+                if done is None:
+                    return MarginVerdict(is_busy=True)
+                await store_result(conn, "risk", step_id, done)
+        return MarginVerdict(done.refusal)
+
     @activity.defn(name=APPLY_RISK_EVENTS)
     async def apply_events(self, events: EventRange) -> list[str]:
         """Fold a range of engine events into the exposures; the margin moves are stored for the ledger.
@@ -144,7 +162,7 @@ async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | N
     added = after.order_margin(instrument.taker_fee_rate) - state.order_margin(instrument.taker_fee_rate)
     limits = (await _read_limits(conn, [key]))[key]
     tiers = (await read_tiers(conn))[request.instrument_id]
-    budget = (await _read_available(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
+    budget = (await read_budgets(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
     reduces = request.side if request.reduce_only else None
     return added, refusal_reason(after, reduces, request.quantity, added, budget - order.open_loss, limits, tiers)
 
@@ -188,31 +206,117 @@ async def positions_in_liquidation(conn: Connection, keys: Sequence[Key]) -> set
     return {(row["user_id"], row["instrument_id"]) for row in rows}
 
 
-async def set_leverage(conn: Connection, user_id: int, instrument: Instrument, leverage: int) -> None:
-    """Leverage of a user's future positions, in the caller's transaction.
+async def set_margin_mode(conn: Connection, user_id: int, instrument: Instrument, mode: str) -> None:
+    """ISOLATED or CROSS for a user's future positions, in the caller's transaction.
 
-    Raises Problem VALIDATION_FAILED above the instrument's or the user's maximum, LEVERAGE_NOT_CHANGEABLE while
-    there is a position or an open order.
+    Raises Problem MARGIN_MODE_NOT_CHANGEABLE while there is a position or an open order.
     """
-    allowed = await conn.fetchval(
-        "SELECT max_leverage FROM risk.risk_limits WHERE instrument_id = $1 AND (user_id IS NULL OR user_id = $2)"
-        " ORDER BY user_id NULLS LAST LIMIT 1",
-        instrument.instrument_id,
-        user_id,
-    )
-    if leverage > min(allowed, instrument.max_leverage):
-        raise Problem("VALIDATION_FAILED", f"Expected a leverage of at most {min(allowed, instrument.max_leverage)}")
     await _create_missing(conn, [(user_id, instrument.instrument_id)], {instrument.instrument_id: instrument})
     changed = await conn.fetchval(
-        "UPDATE risk.exposures SET leverage = $3, updated_at = now() WHERE user_id = $1 AND instrument_id = $2"
-        " AND (leverage = $3 OR (signed_quantity = 0 AND open_orders = 0 AND bid_quantity = 0 AND ask_quantity = 0"
+        "UPDATE risk.exposures SET margin_mode = $3, updated_at = now() WHERE user_id = $1 AND instrument_id = $2"
+        " AND (margin_mode = $3 OR (signed_quantity = 0 AND open_orders = 0 AND bid_quantity = 0 AND ask_quantity = 0"
         "   AND bid_notional = 0 AND ask_notional = 0)) RETURNING TRUE",
         user_id,
         instrument.instrument_id,
-        leverage,
+        mode,
     )
     if not changed:
-        raise Problem("LEVERAGE_NOT_CHANGEABLE", "Close the position and cancel the open orders first")
+        raise Problem("MARGIN_MODE_NOT_CHANGEABLE", "Close the position and cancel the open orders first")
+
+
+async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginPlan | None:
+    """What `change` does to the margins; a new leverage is in force for risk from here on. None: busy."""
+    key = (change.user_id, change.instrument_id)
+    instrument = rules.instruments[change.instrument_id]
+    await _create_missing(conn, [key], rules.instruments)
+    exposures = await _lock(conn, [key])
+    if await positions_in_liquidation(conn, [key]):
+        return MarginPlan(refusal="POSITION_IN_LIQUIDATION")
+    if await _unfrozen(conn, exposures):
+        return None
+    row, state = exposures[key], _exposure(exposures[key])
+    held = await _position_margin(conn, *key)
+    mark = await _fresh_mark(conn, change.instrument_id)
+    if mark is None and state.signed_quantity:
+        return MarginPlan(refusal="MARK_PRICE_UNAVAILABLE")
+    if change.kind == "MARGIN":
+        if row["margin_mode"] == "CROSS":
+            return MarginPlan(refusal="POSITION_IS_CROSS")
+        return _plan_margin(state, held, Decimal(change.value), mark, instrument)
+    plan = await _plan_leverage(conn, key, row, held, int(change.value), mark, rules)
+    if plan.refusal is None:
+        # Until the ledger has moved the margin, no other order is netted against it (see `_unfrozen`).
+        await conn.execute(
+            "UPDATE risk.exposures SET pending_step = $3 WHERE user_id = $1 AND instrument_id = $2",
+            *key,
+            change.change_id,
+        )
+    return plan
+
+
+def _plan_margin(
+    state: Exposure, held: Decimal, amount: Decimal, mark: Decimal | None, instrument: Instrument
+) -> MarginPlan:
+    if mark is None or not state.signed_quantity:
+        return MarginPlan(refusal="POSITION_NOT_FOUND")
+    kept = margin_to_keep(state.signed_quantity, state.entry_notional, mark, state.leverage)
+    if amount < 0 and held + amount < kept:
+        return MarginPlan(refusal="INSUFFICIENT_MARGIN")
+    return MarginPlan(amount, ZERO, instrument.quote_asset)
+
+
+async def _plan_leverage(
+    conn: Connection,
+    key: Key,
+    row: asyncpg.Record,
+    held: Decimal,
+    leverage: int,
+    mark: Decimal | None,
+    rules: Rules,
+) -> MarginPlan:
+    before, instrument = _exposure(row), rules.instruments[key[1]]
+    after = replace(before, leverage=leverage)
+    allowed = min((await _read_limits(conn, [key]))[key].max_leverage, instrument.max_leverage)
+    if leverage > min(allowed, tier_of(after.worst_notional, rules.tiers[key[1]]).max_leverage):
+        return MarginPlan(refusal="RISK_LIMIT_EXCEEDED")
+    margin = held
+    if mark is not None and before.signed_quantity:
+        margin = releveraged_margin(
+            before.signed_quantity, before.entry_notional, held, mark, before.leverage, leverage
+        )
+    order_margin = after.order_margin(instrument.taker_fee_rate)
+    plan = MarginPlan(margin - held, order_margin - row["order_margin"], instrument.quote_asset)
+    budget = (await read_budgets(conn, {key[0]})).get((key[0], instrument.quote_asset), ZERO)
+    if plan.position_delta + plan.order_delta > max(budget, ZERO):
+        return MarginPlan(refusal="INSUFFICIENT_MARGIN")
+    await conn.execute(
+        "UPDATE risk.exposures SET leverage = $3, order_margin = $4, updated_at = now()"
+        " WHERE user_id = $1 AND instrument_id = $2",
+        *key,
+        leverage,
+        order_margin,
+    )
+    return plan
+
+
+async def _fresh_mark(conn: Connection, instrument_id: str) -> Decimal | None:
+    """The mark price, None when there was none for a while: nobody may be sure of a margin then."""
+    found: Decimal | None = await conn.fetchval(
+        "SELECT mark_price FROM market.v_mark_prices WHERE instrument_id = $1 AND calculated_at > now() - $2::interval"
+        " ORDER BY calculated_at DESC LIMIT 1",
+        instrument_id,
+        MARK_AGE_MAX,
+    )
+    return found
+
+
+async def _position_margin(conn: Connection, user_id: int, instrument_id: str) -> Decimal:
+    held: Decimal | None = await conn.fetchval(
+        "SELECT position_margin FROM ledger.v_margin_holds WHERE user_id = $1 AND instrument_id = $2",
+        user_id,
+        instrument_id,
+    )
+    return held or ZERO
 
 
 async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckResult:
@@ -226,7 +330,7 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
     waiting = await _unfrozen(conn, exposures)
     limits = await _read_limits(conn, keys)
     tiers = rules.tiers
-    budgets = await _read_available(conn, {key[0] for key in keys})
+    budgets = await read_budgets(conn, {key[0] for key in keys})
 
     states = {key: _exposure(row) for key, row in exposures.items()}
     margins = {key: row["order_margin"] for key, row in exposures.items()}
@@ -300,7 +404,7 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
     fills = {
         (row["seq"], row["role"]): row
         for row in await conn.fetch(
-            "SELECT seq, role, signed_quantity_after, entry_notional_after FROM positions.v_fills"
+            "SELECT seq, role, user_id, signed_quantity_after, entry_notional_after FROM positions.v_fills"
             " WHERE instrument_id = $1 AND seq > $2 AND seq <= $3",
             instrument_id,
             events.after_seq,
@@ -316,10 +420,10 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
     for seq, event in log:
         match event:
             case Trade() | Deleveraged():
-                for role, user_id, filled in _sides(event, instrument):
-                    key, fill = (user_id, instrument_id), fills[seq, role]
-                    if filled is not None:
-                        states[key] = states[key].with_fill(*filled)
+                if isinstance(event, Trade):
+                    states.update(_with_fills(states, event, instrument))
+                for fill in (fills[seq, "MAKER"], fills[seq, "TAKER"]):
+                    key = (fill["user_id"], instrument_id)
                     states[key] = states[key].with_position(fill["signed_quantity_after"], fill["entry_notional_after"])
             case Filled():
                 key = (event.user_id, instrument_id)
@@ -348,6 +452,19 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
     return MarginMoves(_moves(exposures, margins, instruments), ended)
 
 
+def _with_fills(states: dict[Key, Exposure], trade: Trade, instrument: Instrument) -> dict[Key, Exposure]:
+    """The exposures of maker and taker when less of their orders is open; reduce-only orders count for nothing."""
+    quantity, changed = instrument.lots_to_quantity(trade.quantity), {}
+    for user_id, side, bound, reduces in (
+        (trade.maker_user_id, OPPOSITE[trade.taker_side], trade.price, trade.maker_reduce_only),
+        (trade.taker_user_id, trade.taker_side, trade.taker_price, trade.taker_reduce_only),
+    ):
+        if not reduces:
+            key = (user_id, instrument.instrument_id)
+            changed[key] = states[key].with_fill(side, quantity, instrument.ticks_to_price(bound))
+    return changed
+
+
 def _without_claim(state: Exposure, claim: asyncpg.Record) -> Exposure:
     return state.with_claim(claim["side"], -claim["quantity"], -claim["notional"], -claim["orders"])
 
@@ -364,22 +481,6 @@ def _without(state: Exposure, event: Ended, instrument: Instrument) -> Exposure:
         instrument.lots_to_quantity(event.quantity),
         instrument.ticks_to_price(event.price),
         reduce_only=event.reduce_only,
-    )
-
-
-def _sides(
-    event: Trade | Deleveraged, instrument: Instrument
-) -> tuple[tuple[str, int, tuple[Side, Decimal, Decimal] | None], ...]:
-    """Role and user of both sides, and side, quantity and bound price of what is no longer open of an order; None
-    where there is no order, or one that can only reduce, which is not counted."""
-    if isinstance(event, Deleveraged):
-        return ("TAKER", event.user_id, None), ("MAKER", event.counterparty_user_id, None)
-    quantity = instrument.lots_to_quantity(event.quantity)
-    made = OPPOSITE[event.taker_side], quantity, instrument.ticks_to_price(event.price)
-    taken = event.taker_side, quantity, instrument.ticks_to_price(event.taker_price)
-    return (
-        ("MAKER", event.maker_user_id, None if event.maker_reduce_only else made),
-        ("TAKER", event.taker_user_id, None if event.taker_reduce_only else taken),
     )
 
 
@@ -453,7 +554,7 @@ async def _unfrozen(conn: Connection, exposures: dict[Key, asyncpg.Record]) -> s
 
 async def _read_limits(conn: Connection, keys: Sequence[Key]) -> dict[Key, Limits]:
     rows = await conn.fetch(
-        "SELECT user_id, instrument_id, max_order_quantity, max_position_notional, max_open_orders"
+        "SELECT user_id, instrument_id, max_order_quantity, max_position_notional, max_open_orders, max_leverage"
         " FROM risk.risk_limits WHERE instrument_id = ANY($1) AND (user_id IS NULL OR user_id = ANY($2))",
         list({key[1] for key in keys}),
         list({key[0] for key in keys}),
@@ -462,11 +563,23 @@ async def _read_limits(conn: Connection, keys: Sequence[Key]) -> dict[Key, Limit
     return {key: found.get(key) or found[None, key[1]] for key in keys}
 
 
-async def _read_available(conn: Connection, user_ids: set[int]) -> dict[tuple[int, str], Decimal]:
+async def read_budgets(conn: Connection, user_ids: Collection[int]) -> dict[tuple[int, str], Decimal]:
+    """What users may still use, by (user, asset): what is available, less what their cross positions have lost at mark.
+
+    All of a user's money stands behind cross positions, so what those have lost cannot be spent twice.
+    """
     rows = await conn.fetch(
-        "SELECT user_id, asset, available FROM ledger.v_balances WHERE user_id = ANY($1)", list(user_ids)
+        "SELECT b.user_id, b.asset, b.available - greatest(coalesce(c.lost, 0), 0) FROM ledger.v_balances b"
+        " LEFT JOIN (SELECT e.user_id, i.quote_asset AS asset, sum(CASE WHEN e.signed_quantity < 0"
+        "     THEN -e.entry_notional ELSE e.entry_notional END - e.signed_quantity * m.mark_price) AS lost"
+        "   FROM risk.exposures e JOIN matching.v_instruments i USING (instrument_id)"
+        "   JOIN LATERAL (SELECT mark_price FROM market.v_mark_prices p WHERE p.instrument_id = e.instrument_id"
+        "     ORDER BY calculated_at DESC LIMIT 1) m ON TRUE"
+        "   WHERE e.user_id = ANY($1) AND e.margin_mode = 'CROSS' AND e.signed_quantity <> 0 GROUP BY 1, 2) c"
+        " USING (user_id, asset) WHERE b.user_id = ANY($1)",
+        list(user_ids),
     )
-    return {(row["user_id"], row["asset"]): row["available"] for row in rows}
+    return {(row[0], row[1]): row[2] for row in rows}
 
 
 def _exposure(row: asyncpg.Record) -> Exposure:

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query
 from pydantic import Field
 
 from activities.ledger import balance_view, transfer_external
+from activities.risk import read_budgets
 from api.gateway import Admin, ServedUserId, User
 from api.models import ApiModel, Page, SafeText, Timestamp, UserId
 from api.orders import Cursor, Limit
@@ -128,8 +129,16 @@ async def _transfer(state: AppState, kind: str, transfer: Transfer, amount: Deci
             "SELECT EXISTS (SELECT FROM matching.v_instruments WHERE quote_asset = $1)", transfer.asset
         ):
             raise Problem("VALIDATION_FAILED", f"{transfer.asset} is not an asset of this exchange")
+        # What open cross positions have lost is not the user's to take out.
+        budgets = await read_budgets(conn, [transfer.user_id]) if amount < 0 else {}
         await transfer_external(
-            conn, kind, transfer.reference, transfer.user_id, transfer.asset, amount.quantize(AMOUNT_STEP)
+            conn,
+            kind,
+            transfer.reference,
+            transfer.user_id,
+            transfer.asset,
+            amount.quantize(AMOUNT_STEP),
+            budgets.get((transfer.user_id, transfer.asset)),
         )
         row = await conn.fetchrow(
             "SELECT available, reserved FROM ledger.ledger_balances WHERE user_id = $1 AND asset = $2",

@@ -9,7 +9,10 @@ from domain.problems import Problem
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
-    """A linear perpetual. Prices are multiples of `tick_size` (quote per base), quantities of `lot_size` (base)."""
+    """A linear perpetual. Prices are multiples of `tick_size` (quote per base), quantities of `lot_size` (base).
+
+    Orders have to lie within `price_band`, a fraction, of the mark price.
+    """
 
     instrument_id: str
     number: int
@@ -23,6 +26,7 @@ class Instrument:
     max_leverage: int
     default_leverage: int
     state: str = "TRADING"
+    price_band: Decimal = Decimal("0.5")
 
     def price_to_ticks(self, price: Decimal) -> int:
         """`price` in ticks. Raises Problem PRICE_NOT_ON_TICK."""

@@ -107,6 +107,26 @@ def liquidation_price(
     return None
 
 
+def margin_to_keep(signed_quantity: Decimal, entry_notional: Decimal, mark_price: Decimal, leverage: int) -> Decimal:
+    """What has to stay with a position when its user takes margin out: what opening it would take, at entry or at
+    mark, whichever is more, and what it has lost so far (quote, rounded up).
+
+    Source: Binance Futures, how much margin can be removed from an isolated position.
+    """
+    lost = max(ZERO, -unrealized_pnl(signed_quantity, entry_notional, mark_price))
+    return initial_margin(max(entry_notional, abs(signed_quantity) * mark_price), leverage) + round_up(lost)
+
+
+def releveraged_margin(
+    signed_quantity: Decimal, entry_notional: Decimal, margin: Decimal, mark_price: Decimal, before: int, after: int
+) -> Decimal:
+    """The margin of a position whose leverage changes: lower leverage fills it up to what the position would have
+    taken, higher leverage releases all that need not stay."""
+    if after < before:
+        return max(margin, initial_margin(entry_notional, after))
+    return min(margin, margin_to_keep(signed_quantity, entry_notional, mark_price, after))
+
+
 def bankruptcy_price(signed_quantity: Decimal, entry_notional: Decimal, margin: Decimal) -> Decimal | None:
     """Price at which isolated equity is zero, fees not included: entry -/+ margin / q. None when flat or <= 0."""
     quantity = abs(signed_quantity)

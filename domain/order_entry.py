@@ -11,7 +11,6 @@ from domain.problems import Problem
 
 LIMIT_TYPES = ("LIMIT", "STOP_LIMIT", "TAKE_PROFIT_LIMIT")
 MARKET_PROTECTION = Decimal("0.05")
-PRICE_BAND = Decimal("0.5")
 QUANTITY_MAX = Decimal("1e9")
 
 
@@ -96,8 +95,8 @@ class Reference:
 def bound_price(request: OrderRequest, instrument: Instrument, reference: Reference) -> Decimal:
     """The worst price the order may trade at: its limit, or without one the protection price; a whole tick.
 
-    A limit has to lie within PRICE_BAND of mark. Protection is MARKET_PROTECTION beyond the best opposite quote
-    (mark if there is none; the stop price of a stop order), rounded inwards, and never beyond the band.
+    A limit has to lie within the instrument's band around mark. Protection is MARKET_PROTECTION beyond the best
+    opposite quote (mark if there is none; the stop price of a stop order), rounded inwards, and never beyond the band.
     An order that only reduces may be smaller than the minimum notional.
     Raises Problem INSTRUMENT_NOT_TRADING, VALIDATION_FAILED, PRICE_NOT_ON_TICK, QUANTITY_NOT_ON_LOT, MIN_NOTIONAL
     or PRICE_OUT_OF_BAND.
@@ -107,7 +106,7 @@ def bound_price(request: OrderRequest, instrument: Instrument, reference: Refere
     if not 0 < request.quantity <= QUANTITY_MAX:
         raise Problem("VALIDATION_FAILED", f"Expected 0 < quantity <= {QUANTITY_MAX:f}, was {request.quantity}")
     instrument.quantity_to_lots(request.quantity)
-    low, high = reference.mark * (1 - PRICE_BAND), reference.mark * (1 + PRICE_BAND)
+    low, high = reference.mark * (1 - instrument.price_band), reference.mark * (1 + instrument.price_band)
     _check_terms(request, instrument, low, high)
     if request.has_limit:
         bound = _limit_price(request, instrument, low, high)

@@ -4,6 +4,7 @@ from decimal import Decimal
 
 import msgspec
 
+from domain.money import ZERO
 from domain.sagas import EventRange, Refusal
 
 
@@ -39,6 +40,16 @@ class MarginMoves(msgspec.Struct, frozen=True):
 
     moves: list[MarginMove]
     ended: list[OrderMargin]
+
+
+class MarginPlan(msgspec.Struct, frozen=True):
+    """Of `risk.plan_margin_change`, under `adjust:{change}`: by how much the margins of a position and of its user's
+    open orders change (quote, in `asset`), or why they do not."""
+
+    position_delta: Decimal = ZERO
+    order_delta: Decimal = ZERO
+    asset: str = ""
+    refusal: str | None = None
 
 
 def settle_step(events: EventRange) -> str:

@@ -15,7 +15,7 @@ from storage.db import Connection
 T = TypeVar("T")
 
 # Kinds of steps that only their own saga, settlement or liquidation repeats.
-PASSING_STEPS = ["check", "freeze", "release", "unfreeze", "settle", "liquidate"]
+PASSING_STEPS = ["adjust", "check", "freeze", "release", "unfreeze", "settle", "liquidate"]
 
 
 class CursorGapError(ApplicationError):

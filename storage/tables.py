@@ -444,6 +444,8 @@ margin_holds = Table(
     # Required order margin that is not held: > 0 when a loss left it uncovered (those orders are being cancelled),
     # < 0 when it was freed before its freeze came.
     _col("order_short", AMOUNT, default="0"),
+    # Counts the changes of position_margin; the copy in positions.positions says which one it is of.
+    _col("margin_version", BigInteger(), default="0"),
     CheckConstraint("order_margin >= 0 AND position_margin >= 0", name="positive"),
     schema="ledger",
     postgresql_with={"fillfactor": 70},
@@ -514,6 +516,7 @@ positions = Table(
     _col("signed_quantity", AMOUNT, default="0"),
     _col("entry_notional", AMOUNT, default="0"),
     _col("margin", AMOUNT, default="0"),
+    _col("margin_version", BigInteger(), default="0"),
     _col("realized_pnl", AMOUNT, default="0"),
     _col("leverage", Integer()),
     _col("margin_mode", Text(), default="'ISOLATED'"),

@@ -18,6 +18,7 @@ VIEWS: dict[str, str] = {
         "SELECT user_id, instrument_id, leverage, margin_mode, signed_quantity, entry_notional, bid_quantity,"
         " bid_notional, ask_quantity, ask_notional, order_margin, open_orders, pending_step FROM risk.exposures"
     ),
+    "risk.v_price_bands": "SELECT instrument_id, price_band FROM risk.risk_limits WHERE user_id IS NULL",
     "risk.v_steps": "SELECT step_id, result FROM risk.steps",
     "risk.v_cursors": "SELECT instrument_id, applied_seq FROM risk.cursors",
     "risk.v_leverage_tiers": (
@@ -30,13 +31,15 @@ VIEWS: dict[str, str] = {
     ),
     "ledger.v_balances": "SELECT user_id, asset, available, reserved FROM ledger.ledger_balances",
     "ledger.v_margin_holds": (
-        "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short FROM ledger.margin_holds"
+        "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short, margin_version"
+        " FROM ledger.margin_holds"
     ),
     "ledger.v_steps": "SELECT step_id, result FROM ledger.steps",
     "ledger.v_cursors": "SELECT instrument_id, applied_seq FROM ledger.cursors",
     "positions.v_positions": (
-        "SELECT position_id, user_id, instrument_id, signed_quantity, entry_notional, margin, realized_pnl, leverage,"
-        " margin_mode, liquidation_price, warning_price, warned, told_price, status FROM positions.positions"
+        "SELECT position_id, user_id, instrument_id, signed_quantity, entry_notional, margin, margin_version,"
+        " realized_pnl, leverage, margin_mode, liquidation_price, warning_price, warned, told_price, status"
+        " FROM positions.positions"
     ),
     "positions.v_fills": (
         "SELECT event_id, user_id, instrument_id, seq, role, trade_id, order_id, side, price, quantity, fee,"
@@ -44,6 +47,7 @@ VIEWS: dict[str, str] = {
         " FROM positions.position_events WHERE trade_id IS NOT NULL"
     ),
     "positions.v_cursors": "SELECT instrument_id, applied_seq, confirmed_seq FROM positions.cursors",
+    "market.v_mark_prices": "SELECT instrument_id, calculated_at, mark_price FROM market.mark_prices",
     "matching.v_instruments": "SELECT * FROM matching.instruments",
     "matching.v_events": "SELECT instrument_id, seq, command_seq, payload FROM matching.events",
     "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",

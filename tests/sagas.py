@@ -51,6 +51,7 @@ from storage.db import Pool
 from tests.waiting import until
 from workflows.audit import LedgerAuditWorkflow
 from workflows.liquidation import LiquidationWorkflow
+from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
 
@@ -217,7 +218,7 @@ async def workers(
         (ORDERS_QUEUE, [OrderPlacementWorkflow, OrderCancellationWorkflow], order_activities(pool, redis)),
         (SETTLEMENT_QUEUE, [SettlementWorkflow], settlement_activities(pool, redis)),
         (LIQUIDATION_QUEUE, [LiquidationWorkflow], liquidation_activities(pool, redis)),
-        (OPERATIONS_QUEUE, [LedgerAuditWorkflow], operations_activities(pool)),
+        (OPERATIONS_QUEUE, [LedgerAuditWorkflow, MarginChangeWorkflow], operations_activities(pool, redis)),
     ]
     left = set(changed or {})
     running: list[Worker] = []

@@ -496,15 +496,17 @@ async def test_a_service_asks_the_pre_check_for_anybody_and_a_user_for_themselve
     assert (refused.status_code, refused.json()["code"]) == (403, "FORBIDDEN")
 
 
-async def test_leverage_decides_the_margin_and_changes_only_without_exposure(exchange: Exchange, admin: Trader) -> None:
+async def test_leverage_decides_the_margin_of_what_is_open_and_of_what_comes(exchange: Exchange, admin: Trader) -> None:
     trader = await exchange.trader(admin, "1000")
     url = f"/api/positions/{BTC}/leverage"
     assert (await trader.client.put(url, json={"leverage": 20})).json() == {"instrumentId": BTC, "leverage": 20}
     order = await trader.place("BUY", "0.1", "60000")
     # 6000 / 20 + 3
     assert await trader.balance() == (D("697"), D("303"))
-    locked = await trader.client.put(url, json={"leverage": 5})
-    assert (locked.status_code, locked.json()["code"]) == (400, "LEVERAGE_NOT_CHANGEABLE")
+    assert (await trader.client.put(url, json={"leverage": 10})).status_code == 200
+    assert await trader.balance() == (D("397"), D("603"))
+    refused = await trader.client.put(url, json={"leverage": 5})
+    assert (refused.status_code, refused.json()["code"]) == (400, "INSUFFICIENT_MARGIN")
     await trader.client.delete(f"/api/orders/{order['orderId']}")
     await exchange.until_settled()
     assert (await trader.client.put(url, json={"leverage": 5})).status_code == 200

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 
+from activities.audit import run_audit
 from activities.engine_log import EngineLog
 from activities.ledger import LedgerActivities, transfer_external
 from activities.matching import MatchingActivities
@@ -23,6 +24,7 @@ from activities.orders import IN_ENGINE_STATUSES, OrderActivities
 from activities.positions import PositionActivities
 from activities.risk import RiskActivities
 from domain.instruments import SHIPPED, Instrument
+from domain.margin_changes import MarginChange
 from domain.matching import AnyEvent
 from domain.order_entry import NewOrder, OrderRequest, Reference, amendment
 from domain.problems import Problem
@@ -169,6 +171,43 @@ class World:
         await finish(self.placement(batch))
         return batch.order_ids
 
+    def margin_change(self, user_id: int, kind: Any, value: object, instrument: Instrument = BTC) -> MarginChange:
+        name = f"margin-{next(self.tokens)}"
+        return MarginChange(name, user_id, instrument.instrument_id, kind, str(value))
+
+    async def change_margin(self, change: MarginChange) -> AsyncIterator[str]:
+        """The steps of a margin change, as MarginChangeWorkflow takes them; the last is a refusal, if there is one."""
+        while (plan := await self.risk.plan_margin_change(change)).is_busy:
+            yield "busy"
+        yield plan.refusal or "planned"
+        if plan.refusal is None:
+            moved = await self.ledger.move_margin(change)
+            yield moved.refused[0] if moved.refused else "moved"
+            if not moved.refused:
+                await self.positions.adopt_margin(change)
+                yield "adopted"
+            if moved.is_uncovered:
+                await self.orders.cancel_uncovered(Uncovered(change.instrument_id, [change.user_id]))
+                yield "uncovered"
+
+    async def lever(self, user_id: int, leverage: int, instrument: Instrument = BTC) -> str | None:
+        """Change a leverage; the refusal, if there is one."""
+        return await self.change(self.margin_change(user_id, "LEVERAGE", leverage, instrument))
+
+    async def change(self, change: MarginChange) -> str | None:
+        """Carry out a margin change from beginning to end; the refusal, if there is one."""
+        last = [step async for step in self.change_margin(change)][-1]
+        return last if last.isupper() else None
+
+    async def mark(self, price: object, instrument: Instrument = BTC) -> None:
+        """The market process says what the mark price is."""
+        await self.pool.execute(
+            "INSERT INTO market.mark_prices (instrument_id, calculated_at, index_price, mark_price, fair_price,"
+            " premium_index, funding_basis, source) VALUES ($1, clock_timestamp(), $2, $2, $2, 0, 0, 'simulated')",
+            instrument.instrument_id,
+            Decimal(str(price)),
+        )
+
     async def cancel(self, *order_ids: int) -> None:
         await self.orders.request_cancels(await self.take_in_cancels(*order_ids))
 
@@ -277,6 +316,13 @@ async def dump(pool: Pool, *, without: Sequence[str] = ()) -> dict[str, list[str
     for row in await pool.fetch(" UNION ALL ".join(selects), VOLATILE):
         rows[row["name"]].append(TIMES.sub("TIME", row["row"]))
     return {name: sorted(found) for name, found in rows.items() if found}
+
+
+async def assert_audit_is_clean(world: World) -> None:
+    """Every invariant holds, and nothing is between two steps."""
+    report = await run_audit(world.pool)
+    assert report.ok, [check for check in report.checks if not check.ok]
+    assert [check.name for check in report.checks if check.detail] == []
 
 
 async def assert_conserved(world: World) -> None:

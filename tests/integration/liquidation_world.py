@@ -50,7 +50,7 @@ class LiquidationWorld(World):
         """Instruments and tiers as they stand."""
         return Rules(await read_instruments(self.pool), await read_tiers(self.pool))
 
-    async def mark(self, price: object, instrument: Instrument = BTC) -> list[Opened]:
+    async def marked(self, price: object, instrument: Instrument = BTC) -> list[Opened]:
         """A new mark price comes in; what it liquidates."""
         return await self.marks({instrument.instrument_id: Decimal(str(price))})
 

@@ -84,7 +84,7 @@ async def test_liquidations_and_the_users_own_view_of_them(exchange: Exchange, p
     own = bearer((await exchange.login())["accessToken"])
     await world.place(limit(2, "BUY", "2", 54_200))
     await world.settle()
-    [opened] = await world.mark(54_200)
+    [opened] = await world.marked(54_200)
     [position] = await get(exchange, "/api/positions", own)
     assert (position["status"], position["adlRank"]) == ("LIQUIDATION_PENDING", 5)
     page = await get(exchange, "/api/admin/liquidations", headers)

@@ -7,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.audit import run_audit
-from activities.risk import set_leverage
+from activities.risk import set_margin_mode
 from domain.problems import Problem
 from domain.sagas import Acceptance, Refusal, StepRequest
 from storage.db import Pool
@@ -283,7 +283,7 @@ async def test_an_amendment_that_is_released_leaves_its_order_as_it_was(world: W
     await assert_audit_is_clean(world)
 
 
-async def test_leverage_stays_while_an_amendment_of_a_filled_order_holds_money(world: World, pool: Pool) -> None:
+async def test_the_margin_mode_stays_while_an_amendment_of_a_filled_order_holds_money(world: World, pool: Pool) -> None:
     await world.deposit(100_000, 1, 2)
     (order,) = await world.place(limit(1, "SELL", "1", 60_000))
     await world.settle()
@@ -296,10 +296,10 @@ async def test_leverage_stays_while_an_amendment_of_a_filled_order_holds_money(w
     await world.place(limit(1, "BUY", "1", 60_000))
     await world.settle()
     async with pool.acquire() as conn, conn.transaction():
-        with pytest.raises(Problem, match="LEVERAGE_NOT_CHANGEABLE"):
-            await set_leverage(conn, 1, BTC, 20)
+        with pytest.raises(Problem, match="MARGIN_MODE_NOT_CHANGEABLE"):
+            await set_margin_mode(conn, 1, BTC, "CROSS")
     await finish(amending)
     await world.settle()
     async with pool.acquire() as conn, conn.transaction():
-        await set_leverage(conn, 1, BTC, 20)
+        await set_margin_mode(conn, 1, BTC, "CROSS")
     await assert_audit_is_clean(world)

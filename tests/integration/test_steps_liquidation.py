@@ -9,7 +9,6 @@ from activities.audit import run_audit
 from activities.ledger import transfer_external
 from activities.liquidation import deleverage_ranks, warn
 from activities.positions import tell_moved
-from activities.risk import set_leverage
 from domain.liquidation_saga import Claim
 from storage.db import Pool
 from tests.integration.ledger_world import BTC, World, finish, limit, outbox_events
@@ -46,12 +45,12 @@ async def test_a_position_is_liquidated_when_mark_reaches_its_liquidation_price_
     world: LiquidationWorld,
 ) -> None:
     price = await liquidation_price(world, 1)
-    assert await world.mark(price + D("0.00000001")) == []
-    [opened] = await world.mark(price - D("0.00000001"))
+    assert await world.marked(price + D("0.00000001")) == []
+    [opened] = await world.marked(price - D("0.00000001"))
     assert (await world.position(1))[2] == "LIQUIDATION_PENDING"
     assert await world.queue() == [(1, "PENDING")]
     # Once only, however often the price comes.
-    assert await world.mark(price - 1) == []
+    assert await world.marked(price - 1) == []
     [triggered] = await outbox_events(world.pool, "LiquidationTriggered")
     assert (triggered["userId"], triggered["positionId"]) == ("1", str(opened.position_id))
     assert (await outbox_events(world.pool, "RiskUpdate"))[-1]["status"] == "LIQUIDATION_PENDING"
@@ -59,15 +58,15 @@ async def test_a_position_is_liquidated_when_mark_reaches_its_liquidation_price_
 
 async def test_a_short_is_liquidated_when_mark_rises_to_its_liquidation_price(world: LiquidationWorld) -> None:
     price = await liquidation_price(world, 2)
-    assert await world.mark(price - D("0.00000001")) == []
-    [opened] = await world.mark(price + D("0.00000001"))
+    assert await world.marked(price - D("0.00000001")) == []
+    [opened] = await world.marked(price + D("0.00000001"))
     assert opened.user_id == 2
 
 
 async def test_the_book_takes_what_it_can_and_the_rest_of_the_margin_goes_to_the_fund(world: LiquidationWorld) -> None:
     await world.place(limit(3, "BUY", "2", 54_200))
     await world.settle()
-    [opened] = await world.mark(54_200)
+    [opened] = await world.marked(54_200)
     assert await world.liquidate(opened.liquidation_id) == ["begun", "claimed", "submitted", "released", "finished"]
     assert await world.position(1) == (D(0), D(0), "CLOSED")
     # Margin 6 000 less the loss of 5 800 and a trading fee of 27.1: the fund's fee takes what is left of it.
@@ -84,7 +83,7 @@ async def test_beyond_the_bankruptcy_price_the_fund_pays_and_no_other_money_of_t
 ) -> None:
     await world.place(limit(3, "BUY", "2", 53_000))
     await world.settle()
-    [opened] = await world.mark(53_500)
+    [opened] = await world.marked(53_500)
     await world.liquidate(opened.liquidation_id)
     assert await world.balance(1) == (D("93970"), D(0))
     # The loss is 7 000 and a fee of 26.5; the margin was 6 000.
@@ -102,7 +101,7 @@ async def test_what_book_and_fund_cannot_take_is_deleveraged_at_the_bankruptcy_p
     # Without a fund, a bid below the bankruptcy price is of no use.
     await world.place(limit(3, "BUY", "2", 53_500))
     await world.settle()
-    [opened] = await world.mark(54_000)
+    [opened] = await world.marked(54_000)
     steps = await world.liquidate(opened.liquidation_id)
     assert steps == ["begun", "claimed", "submitted", "deleveraged", "released", "finished"]
     assert await world.position(1) == (D(0), D(0), "CLOSED")
@@ -120,9 +119,7 @@ async def test_the_most_profitable_and_leveraged_are_deleveraged_first_and_nobod
 ) -> None:
     world = LiquidationWorld(pool, redis)
     await world.deposit(100_000, 1, 2, 3, 4, 9)
-    rules = await world.rules()
-    async with pool.acquire() as conn, conn.transaction():
-        await set_leverage(conn, 4, rules.instruments[BTC.instrument_id], 50)
+    assert await world.lever(4, 50) is None
     # Same entry price: the leverage of 50 comes first; then whoever sold dearer.
     await world.trade(9, 2, "0.5", 60_000)
     await world.trade(9, 3, "0.5", 60_500)
@@ -130,7 +127,7 @@ async def test_the_most_profitable_and_leveraged_are_deleveraged_first_and_nobod
     # 9 has sold its longs to 1 and is out.
     await world.trade(1, 9, "1.3", 60_100)
     assert await pool.fetchval("SELECT signed_quantity FROM positions.positions WHERE user_id = 9") == 0
-    [opened] = await world.mark(54_000)
+    [opened] = await world.marked(54_000)
     steps = await world.liquidate(opened.liquidation_id)
     assert steps[-3:] == ["deleveraged", "released", "finished"]
     told = await outbox_events(pool, "AutoDeleveraged")
@@ -152,7 +149,7 @@ async def test_a_large_position_is_reduced_tier_by_tier_until_it_is_sound_again(
     price = (await liquidation_price(world, 1)).quantize(D("0.1"))
     await world.place(limit(3, "BUY", str(quantity), price))
     await world.settle()
-    [opened] = await world.mark(price)
+    [opened] = await world.marked(price)
     await world.liquidate(opened.liquidation_id)
     left, margin, status = await world.position(1)
     assert left * price < tier["notional_from"]
@@ -170,10 +167,12 @@ async def test_orders_are_cancelled_first_and_new_ones_are_refused(world: Liquid
     # One is between its check and its freeze when the position is taken over, one comes later.
     early = world.placement(await world.take_in(limit(1, "BUY", "0.1", 50_000)))
     await anext(early)
-    [opened] = await world.mark(54_200)
+    [opened] = await world.marked(54_200)
     [late] = await world.place(limit(1, "BUY", "0.1", 50_000))
     assert await world.status(late) == ("FAILED", "POSITION_IN_LIQUIDATION")
     steps = world.liquidation(opened.liquidation_id)
+    # Nor does its user change the margin or the leverage any more.
+    assert await world.lever(1, 5) == "POSITION_IN_LIQUIDATION"
     seen = [await anext(steps) for _ in range(3)]
     assert seen == ["begun", "cancelled", "waits"]
     await finish(early)
@@ -199,7 +198,7 @@ async def test_orders_are_cancelled_first_and_new_ones_are_refused(world: Liquid
 
 
 async def test_a_position_that_recovers_before_anything_is_sold_is_its_users_again(world: LiquidationWorld) -> None:
-    [opened] = await world.mark(54_200)
+    [opened] = await world.marked(54_200)
     await publish_mark(world.redis, 60_000)
     assert await world.liquidate(opened.liquidation_id) == ["begun", "released", "finished"]
     assert await world.position(1) == (D(1), D(6_000), "OPEN")
@@ -208,7 +207,7 @@ async def test_a_position_that_recovers_before_anything_is_sold_is_its_users_aga
 
 
 async def test_a_halted_instrument_and_an_old_mark_price_liquidate_nobody(world: LiquidationWorld) -> None:
-    [opened] = await world.mark(54_200)
+    [opened] = await world.marked(54_200)
     await world.pool.execute("UPDATE matching.instruments SET state = 'HALTED'")
     steps = world.liquidation(opened.liquidation_id)
     assert [await anext(steps) for _ in range(5)] == ["begun", "cancelled", "waits", "cancelled", "waits"]
@@ -222,13 +221,13 @@ async def test_a_halted_instrument_and_an_old_mark_price_liquidate_nobody(world:
 async def test_a_cross_account_is_liquidated_by_its_equity(world: LiquidationWorld) -> None:
     await world.make_cross(1, [BTC])
     # 93 970 available and 6 000 held: far from trouble where the isolated margin would be gone.
-    assert await world.mark(54_000) == []
+    assert await world.marked(54_000) == []
     async with world.pool.acquire() as conn, conn.transaction():
         await transfer_external(conn, "WITHDRAWAL", "w", 1, "USDT", D(-93_000))
-    assert await world.mark(54_000) == []
+    assert await world.marked(54_000) == []
     await world.place(limit(3, "BUY", "2", 53_300))
     await world.settle()
-    [opened] = await world.mark(53_230)
+    [opened] = await world.marked(53_230)
     await world.liquidate(opened.liquidation_id)
     assert (await world.position(1))[2] == "CLOSED"
     # 6 970 less the loss of 6 700 and the trading fee of 26.65; the liquidation fee takes the rest.

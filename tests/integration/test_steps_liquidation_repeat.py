@@ -25,7 +25,7 @@ async def script(world: LiquidationWorld) -> AsyncIterator[tuple[str, Activity]]
     await world.trade(1, 2, "1", 60_000)
     await world.place(limit(3, "BUY", "0.4", 53_900), limit(1, "BUY", "0.1", 50_000))
     await world.settle()
-    await world.mark(53_950)
+    await world.marked(53_950)
     takeover = Takeover(1, is_open=False)
 
     async def begin() -> Takeover:

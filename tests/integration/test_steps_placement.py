@@ -10,8 +10,8 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.audit import run_audit
-from activities.risk import pre_check, set_leverage
-from domain.problems import Problem
+from activities.instruments import read_instruments
+from activities.risk import pre_check
 from domain.sagas import Acceptance, StepRequest
 from storage.db import Pool
 from tests.integration.ledger_world import (
@@ -91,8 +91,7 @@ async def test_an_order_that_would_lose_at_once_needs_money_for_that_too(world: 
 
 async def test_leverage_above_that_of_the_tier_is_refused(world: World) -> None:
     await world.deposit(1_000_000, 1)
-    async with world.pool.acquire() as conn, conn.transaction():
-        await set_leverage(conn, 1, BTC, 100)
+    assert await world.lever(1, 100) is None
     orders = await world.place(limit(1, "BUY", "4", 60_000), limit(1, "BUY", "1", 60_000))
     assert [await world.status(order) for order in orders] == [("ACCEPTED", None), ("FAILED", "RISK_LIMIT_EXCEEDED")]
 
@@ -113,23 +112,7 @@ async def test_a_limit_of_the_user_goes_before_that_of_all(world: World, pool: P
     await world.deposit(1_000_000, 1, 2)
     orders = await world.place(limit(1, "BUY", "2", 60_000), limit(2, "BUY", "2", 60_000))
     assert [await world.status(order) for order in orders] == [("FAILED", "RISK_LIMIT_EXCEEDED"), ("ACCEPTED", None)]
-    async with pool.acquire() as conn, conn.transaction():
-        with pytest.raises(Problem, match="at most 10"):
-            await set_leverage(conn, 1, BTC, 11)
-
-
-async def test_leverage_stays_while_anything_is_open(world: World, pool: Pool) -> None:
-    await world.deposit(10_000, 1)
-    (order,) = await world.place(limit(1, "BUY", "0.1", 60_000))
-    async with pool.acquire() as conn, conn.transaction():
-        with pytest.raises(Problem, match="LEVERAGE_NOT_CHANGEABLE"):
-            await set_leverage(conn, 1, BTC, 20)
-        await set_leverage(conn, 1, BTC, 10)
-        await set_leverage(conn, 1, ETH, 20)
-    await world.cancel(order)
-    await world.settle()
-    async with pool.acquire() as conn, conn.transaction():
-        await set_leverage(conn, 1, BTC, 20)
+    assert await world.lever(1, 11) == "RISK_LIMIT_EXCEEDED"
 
 
 async def test_the_pre_check_says_what_placement_does(world: World, pool: Pool) -> None:
@@ -379,3 +362,13 @@ async def test_steps_out_of_order_are_refused_and_leave_no_trace(world: World, p
     assert await dump(pool) == before
     await finish(world.placement(batch))
     assert await world.status(batch.order_ids[0]) == ("ACCEPTED", None)
+
+
+async def test_the_price_band_is_that_of_the_limits_of_the_instrument(world: World, pool: Pool) -> None:
+    await pool.execute("UPDATE risk.risk_limits SET price_band = 0.1 WHERE instrument_id = $1", BTC.instrument_id)
+    instruments = await read_instruments(pool)
+    assert {name: instrument.price_band for name, instrument in instruments.items()} == {
+        BTC.instrument_id: Decimal("0.1"),
+        ETH.instrument_id: Decimal("0.5"),
+        SOL.instrument_id: Decimal("0.5"),
+    }

@@ -12,7 +12,6 @@ from redis.asyncio import Redis
 
 from activities import audit
 from activities.ledger import transfer_external
-from activities.risk import set_leverage
 from domain.instruments import Instrument
 from domain.order_entry import NewOrder
 from domain.problems import Problem
@@ -58,7 +57,7 @@ class Trading:
                 self.cancel,
                 self.amend,
                 self.transfer,
-                self.lever,
+                self.change_margin,
             ],
             [8, 14, 5, 14, 2, 4, 2, 2],
         )[0]
@@ -172,12 +171,14 @@ class Trading:
                     user = self.dice.choice(USERS)
                     await transfer_external(conn, kind, f"r{self.references}", user, "USDT", amount)
 
-    async def lever(self) -> None:
-        async with self.world.pool.acquire() as conn:
-            with allowed("LEVERAGE_NOT_CHANGEABLE"):
-                async with conn.transaction():
-                    user, leverage = self.dice.choice(USERS), self.dice.choice([3, 50, 100, 100])
-                    await set_leverage(conn, user, self.dice.choice(INSTRUMENTS), leverage)
+    async def change_margin(self) -> None:
+        """Begin to change a leverage, or what backs a position; the steps are taken later."""
+        instrument = self.dice.choice(INSTRUMENTS)
+        await self.world.mark(instrument.ticks_to_price(self.ticks[instrument.instrument_id]), instrument)
+        kind: Any = self.dice.choice(["LEVERAGE", "LEVERAGE", "MARGIN"])
+        value = self.dice.choice([3, 50, 100, 100] if kind == "LEVERAGE" else [5, 200, -5, -50])
+        change = self.world.margin_change(self.dice.choice(USERS), kind, value, instrument)
+        self.placements.append(self.world.change_margin(change))
 
     async def come_to_rest(self) -> None:
         """Bring everything that is under way to its end."""

@@ -17,6 +17,7 @@ from domain.sagas import (
 from tests.replay import HISTORIES, replay
 from workflows.audit import LedgerAuditWorkflow
 from workflows.liquidation import LiquidationWorkflow
+from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
 from workflows.steps import run_step
@@ -27,8 +28,9 @@ WORKFLOWS = [
     SettlementWorkflow,
     LiquidationWorkflow,
     LedgerAuditWorkflow,
+    MarginChangeWorkflow,
 ]
-KINDS = ("placement", "cancellation", "settlement", "liquidation", "ledger_audit")
+KINDS = ("placement", "cancellation", "settlement", "liquidation", "ledger_audit", "margin")
 SAVED = [path.stem for path in sorted(HISTORIES.glob("*.json")) if path.stem.startswith(KINDS)]
 
 
@@ -62,6 +64,12 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "liquidation_aborted",
         "liquidation_recovered",
         "ledger_audit",
+        "margin_added",
+        "margin_refused",
+        "margin_refused_by_ledger",
+        "margin_busy",
+        "margin_retried",
+        "margin_uncovered",
     }
 
 

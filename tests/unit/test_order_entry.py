@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from domain.instruments import SHIPPED, Instrument
 from domain.order_entry import (
     MARKET_PROTECTION,
-    PRICE_BAND,
     QUANTITY_MAX,
     OpenOrder,
     OrderRequest,
@@ -80,6 +79,14 @@ def test_a_limit_up_to_the_edge_of_the_band_is_its_own_bound(price: str) -> None
     assert bound_price(limit(price=price), BTC, MARK) == Decimal(price)
 
 
+@pytest.mark.parametrize(("price", "side"), [("66000.1", "BUY"), ("53999.9", "SELL")])
+def test_an_instrument_may_have_a_narrower_band(price: str, side: str) -> None:
+    narrow = replace(BTC, price_band=Decimal("0.1"))
+    with pytest.raises(Problem, match="PRICE_OUT_OF_BAND"):
+        bound_price(limit(price=price, side=side), narrow, MARK)
+    assert bound_price(limit(price="66000"), narrow, MARK) == 66_000
+
+
 def test_a_notional_of_exactly_the_minimum_is_enough() -> None:
     assert bound_price(limit(price="5000", quantity="0.001"), BTC, Reference(Decimal(5000))) == 5000
 
@@ -124,10 +131,10 @@ def test_protection_is_on_tick_and_never_worse_than_allowed(
     bound = bound_price(market(side, "1000", instrument), instrument, reference)
     instrument.price_to_ticks(bound)
     if side == "BUY":
-        assert bound <= reference.mark * (1 + PRICE_BAND)
+        assert bound <= reference.mark * (1 + instrument.price_band)
         assert bound <= (reference.best_ask or reference.mark) * (1 + MARKET_PROTECTION)
     else:
-        assert bound >= reference.mark * (1 - PRICE_BAND)
+        assert bound >= reference.mark * (1 - instrument.price_band)
         assert bound >= (reference.best_bid or reference.mark) * (1 - MARKET_PROTECTION)
 
 

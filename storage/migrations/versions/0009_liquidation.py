@@ -25,3 +25,6 @@ def upgrade() -> None:
         "cause IN ('TRADE', 'LIQUIDATION', 'DELEVERAGE')",
         schema="positions",
     )
+    for schema, table in (("ledger", "margin_holds"), ("positions", "positions")):
+        column = sa.Column("margin_version", sa.BigInteger(), server_default=sa.text("0"), nullable=False)
+        op.add_column(table, column, schema=schema)

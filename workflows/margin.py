@@ -1,0 +1,50 @@
+"""Margin changes by a user: leverage, and money put behind a position or taken away from it."""
+
+import asyncio
+
+from temporalio import workflow
+
+with workflow.unsafe.imports_passed_through():
+    from domain.margin_changes import (
+        ADOPT_MARGIN,
+        MARGIN_CHANGE,
+        MOVE_MARGIN,
+        PLAN_MARGIN_CHANGE,
+        MarginChange,
+        MarginMoved,
+        MarginVerdict,
+    )
+    from domain.sagas import CANCEL_UNCOVERED, Uncovered
+    from workflows.steps import run_step
+
+BUSY_PAUSE_SECONDS_MAX = 5.0
+
+
+@workflow.defn(name=MARGIN_CHANGE)
+class MarginChangeWorkflow:
+    """risk.plan_margin_change -> ledger.move_margin -> positions.adopt_margin (-> orders.cancel_uncovered)."""
+
+    @workflow.run
+    async def run(self, change: MarginChange) -> str | None:
+        """Answers why it was refused, None when it is done."""
+        plan = await self._plan(change)
+        if plan.refusal is not None:
+            return plan.refusal
+        moved = await run_step(MOVE_MARGIN, change, MarginMoved)
+        if moved.refused:
+            return moved.refused[0]
+        await run_step(ADOPT_MARGIN, change, type(None))
+        if moved.is_uncovered:
+            # The money went elsewhere while the leverage was being lowered; the position came first.
+            await run_step(CANCEL_UNCOVERED, Uncovered(change.instrument_id, [change.user_id]), type(None))
+        return None
+
+    async def _plan(self, change: MarginChange) -> MarginVerdict:
+        waits = 0
+        while True:
+            plan = await run_step(PLAN_MARGIN_CHANGE, change, MarginVerdict, f"{change.kind} {change.value}")
+            if not plan.is_busy:
+                return plan
+            waits += 1
+            workflow.set_current_details("Waits for another saga of the user")
+            await asyncio.sleep(min(0.05 * 2**waits, BUSY_PAUSE_SECONDS_MAX))
