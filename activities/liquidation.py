@@ -517,7 +517,7 @@ async def _plan(conn: Connection, request: PlanRequest, marks: Marks, rules: Rul
     if row["margin_mode"] == "CROSS":
         account = (await _accounts(conn, marks, row["user_id"]))[row["user_id"], row["quote_asset"]]
         if not account.is_priced:
-            return Plan("WAIT", "there is no live mark price for another position of the account")
+            return Plan("PAUSE", "there is no live mark price for another position of the account")
         holding, is_due = account.holding(name), account.is_due
     else:
         holding = _holding(row, row["margin"])
@@ -550,8 +550,8 @@ def _why_not_now(row: asyncpg.Record, marks: Marks) -> Plan | None:
         (row["has_orders"], "WAIT", "open orders of the user have not ended yet"),
         (row["status"] != "PROCESSING" or row["stopping"], "DONE", "stopped"),
         (not row["signed_quantity"], "DONE", "the position is closed"),
-        (state != "TRADING", "WAIT", f"{name} is {state}"),
-        (name not in marks, "WAIT", "there is no live mark price"),
+        (state != "TRADING", "PAUSE", f"{name} is {state}"),
+        (name not in marks, "PAUSE", "there is no live mark price"),
     ]
     return next((Plan(action, why) for applies, action, why in reasons if applies), None)
 

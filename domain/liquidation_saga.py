@@ -52,7 +52,8 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is next: WAIT, ORDER, DELEVERAGE, or DONE. `why` is for people.
+    """What is next: WAIT for an answer, PAUSE (nothing may be liquidated now; afterwards the book is tried anew),
+    ORDER, DELEVERAGE, or DONE. `why` is for people.
 
     For an order or a deleveraging: the position (signed, base), its entry notional and what backs it (quote), the mark
     price, how much to close (base), what the insurance fund could have to add (quote, `asset`), and what is meant to

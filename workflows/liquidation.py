@@ -85,6 +85,9 @@ class LiquidationWorkflow:
                 return
             if plan.action == "WAIT":
                 await self._wait(LOOK_INTERVAL)
+            elif plan.action == "PAUSE":
+                self._state = LiquidationInput(state.liquidation_id, state.round)
+                await self._wait(LOOK_INTERVAL)
             elif plan.fell_short and plan.action == "ORDER":
                 # Nobody was left to deleverage against: the book is tried again, some time later.
                 self._state = LiquidationInput(state.liquidation_id, state.round)

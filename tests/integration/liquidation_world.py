@@ -82,7 +82,8 @@ class LiquidationWorld(World):
             )
 
     async def liquidation(self, liquidation_id: int) -> AsyncIterator[str]:
-        """The steps of one liquidation, as LiquidationWorkflow takes them; "waits" where it waits for settlement."""
+        """The steps of one liquidation, as LiquidationWorkflow takes them; "waits" where it waits for settlement,
+        "pauses" where nothing may be liquidated."""
         takeover: Takeover = await self.liquidations.begin(liquidation_id)
         yield "begun"
         after, target, number = "", "0", 0
@@ -94,6 +95,9 @@ class LiquidationWorld(World):
                 break
             if plan.action == "WAIT":
                 yield "waits"
+            elif plan.action == "PAUSE":
+                after, target = "", "0"
+                yield "pauses"
             elif plan.fell_short and plan.action == "ORDER":
                 after, target = "", "0"
                 yield "nobody"
@@ -121,7 +125,7 @@ class LiquidationWorld(World):
         """A liquidation from beginning to end, settlement included; its steps without the waiting."""
         steps = []
         async for step in self.liquidation(liquidation_id):
-            if step in ("waits", "nobody"):
+            if step in ("waits", "pauses", "nobody"):
                 await self.settle(instrument)
             if step not in ("waits", "cancelled"):
                 steps.append(step)

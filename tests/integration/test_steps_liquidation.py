@@ -1,17 +1,22 @@
 """Liquidation, step by step: who is liquidated when, what it costs whom, and who is deleveraged."""
 
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import cast
 
 import pytest
 from redis.asyncio import Redis
+from temporalio.client import Client
 
 from activities.audit import run_audit
 from activities.ledger import transfer_external
-from activities.liquidation import deleverage_ranks, warn
+from activities.liquidation import ABORT_PAUSE, deleverage_ranks, warn
 from activities.positions import tell_moved
-from domain.liquidation_saga import Claim
+from domain.liquidation_saga import Claim, Ending
+from monitors.liquidations import LiquidationMonitor
 from storage.db import Pool
-from tests.integration.ledger_world import BTC, World, finish, limit, outbox_events
+from storage.reference_prices import MARK_AGE_MAX
+from tests.integration.ledger_world import BTC, World, advance, finish, limit, outbox_events
 from tests.integration.liquidation_world import LiquidationWorld, publish_mark
 
 D = Decimal
@@ -210,12 +215,70 @@ async def test_a_halted_instrument_and_an_old_mark_price_liquidate_nobody(world:
     [opened] = await world.marked(54_200)
     await world.pool.execute("UPDATE matching.instruments SET state = 'HALTED'")
     steps = world.liquidation(opened.liquidation_id)
-    assert [await anext(steps) for _ in range(5)] == ["begun", "cancelled", "waits", "cancelled", "waits"]
+    assert [await anext(steps) for _ in range(5)] == ["begun", "cancelled", "pauses", "cancelled", "pauses"]
     await world.pool.execute("UPDATE matching.instruments SET state = 'TRADING'")
     await world.redis.flushall()
-    assert [await anext(steps) for _ in range(2)] == ["cancelled", "waits"]
+    assert [await anext(steps) for _ in range(2)] == ["cancelled", "pauses"]
+    await publish_mark(world.redis, 54_200, age=MARK_AGE_MAX + timedelta(seconds=1))
+    assert [await anext(steps) for _ in range(2)] == ["cancelled", "pauses"]
     await publish_mark(world.redis, 54_200)
     assert [await anext(steps) for _ in range(3)] == ["cancelled", "claimed", "submitted"]
+
+
+async def test_an_order_that_a_halt_refused_is_tried_again_before_anybody_is_deleveraged(
+    world: LiquidationWorld,
+) -> None:
+    await world.place(limit(3, "BUY", "2", 54_200))
+    await world.settle()
+    [opened] = await world.marked(54_200)
+    steps = world.liquidation(opened.liquidation_id)
+    await advance(steps, "submitted")
+    # The engine sees the halt first.
+    await world.pool.execute("UPDATE matching.instruments SET state = 'HALTED'")
+    world.matchers[BTC.instrument_id].state = "HALTED"
+    await world.settle()
+    assert [await anext(steps) for _ in range(2)] == ["cancelled", "pauses"]
+    await world.pool.execute("UPDATE matching.instruments SET state = 'TRADING'")
+    world.matchers[BTC.instrument_id].state = "TRADING"
+    assert [await anext(steps) for _ in range(3)] == ["cancelled", "claimed", "submitted"]
+    await world.settle()
+    await finish(steps)
+    rows = await world.pool.fetch("SELECT status FROM orders.orders WHERE is_liquidation ORDER BY order_id")
+    assert [row["status"] for row in rows] == ["REJECTED", "FILLED"]
+    assert await world.pool.fetchval("SELECT count(*) FROM matching.deleveragings") == 0
+    await assert_clean(world)
+
+
+async def test_the_monitor_liquidates_nobody_by_an_old_price_or_in_a_halted_instrument(
+    world: LiquidationWorld,
+) -> None:
+    now = datetime.now(UTC)
+    # It starts no workflows here.
+    monitor = LiquidationMonitor(world.redis, cast(Client, None))
+    async with world.pool.acquire() as conn:
+        await publish_mark(world.redis, 54_200, age=MARK_AGE_MAX + timedelta(seconds=1))
+        assert await monitor.look(conn, now) == []
+        await publish_mark(world.redis, 54_200)
+        await conn.execute("UPDATE matching.instruments SET state = 'HALTED'")
+        assert await monitor.look(conn, now) == []
+        await conn.execute("UPDATE matching.instruments SET state = 'TRADING'")
+        [opened] = await monitor.look(conn, now)
+        # The same price is not looked at twice; a new one is.
+        await conn.execute("UPDATE positions.positions SET status = 'OPEN' WHERE user_id = 1")
+        assert await monitor.look(conn, now) == []
+    assert opened.user_id == 1
+
+
+async def test_a_liquidation_an_operator_has_aborted_is_not_triggered_again_for_a_while(
+    world: LiquidationWorld,
+) -> None:
+    [opened] = await world.marked(54_200)
+    await world.liquidations.begin(opened.liquidation_id)
+    await world.liquidations.finish(Ending(opened.liquidation_id, "ABORTED"))
+    assert await world.marked(54_100) == []
+    await world.pool.execute("UPDATE risk.liquidation_queue SET updated_at = now() - $1::interval", ABORT_PAUSE)
+    [again] = await world.marked(54_000)
+    assert again.position_id == opened.position_id
 
 
 async def test_a_cross_account_is_liquidated_by_its_equity(world: LiquidationWorld) -> None:
