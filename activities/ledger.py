@@ -268,6 +268,8 @@ async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
     wallet = _wallet(book.accounts[change.user_id, plan.asset], holds[key])
     if change.kind == "MARGIN" and plan.position_delta > wallet.available:
         return MarginMoved(["INSUFFICIENT_FUNDS"])
+    if change.kind == "MARGIN" and await _in_liquidation(conn, key):
+        return MarginMoved(["POSITION_IN_LIQUIDATION"])
     # A loss may have taken some of what was to be released.
     margin = max(ZERO, wallet.position_margin + plan.position_delta)
     moved = settle(wallet, ZERO, margin, plan.order_delta).wallet
@@ -275,6 +277,17 @@ async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
     _move(book, key, holds[key], moved)
     await write_book(conn, book, holds)
     return MarginMoved(is_uncovered=moved.order_short > 0)
+
+
+async def _in_liquidation(conn: Connection, key: tuple[int, str]) -> bool:
+    """Whether a liquidation has taken the position over since the change was planned."""
+    return bool(
+        await conn.fetchval(
+            "SELECT EXISTS (SELECT FROM risk.v_liquidations WHERE user_id = $1 AND instrument_id = $2"
+            " AND status IN ('PENDING', 'PROCESSING'))",
+            *key,
+        )
+    )
 
 
 async def _settle(conn: Connection, events: EventRange) -> None:

@@ -202,6 +202,18 @@ async def test_orders_are_cancelled_first_and_new_ones_are_refused(world: Liquid
     await assert_clean(world)
 
 
+async def test_a_margin_change_that_was_planned_before_the_takeover_takes_nothing_out(world: LiquidationWorld) -> None:
+    await world.mark(60_000)
+    change = world.change_margin(world.margin_change(1, "MARGIN", 500))
+    assert await anext(change) == "planned"
+    await world.marked(54_200)
+    before = await world.balance(1)
+    async for _ in change:
+        pass
+    assert await world.balance(1) == before
+    assert (await world.position(1))[1] == 6_000
+
+
 async def test_a_position_that_recovers_before_anything_is_sold_is_its_users_again(world: LiquidationWorld) -> None:
     [opened] = await world.marked(54_200)
     await publish_mark(world.redis, 60_000)
