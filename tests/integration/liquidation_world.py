@@ -22,10 +22,17 @@ from tests.integration.ledger_world import BTC, World, finish
 ROUNDS_MAX = 50
 
 
-async def publish_mark(redis: Redis, price: object, instrument: Instrument = BTC, age: timedelta = timedelta()) -> None:
+async def publish_mark(
+    redis: Redis,
+    price: object,
+    instrument: Instrument = BTC,
+    age: timedelta = timedelta(),
+    *,
+    is_frozen: bool = False,
+) -> None:
     """What the market process says of an instrument: a mark price calculated `age` ago, and an empty book."""
     name = instrument.instrument_id
-    mark = {"markPrice": str(price), "calculatedAt": iso(datetime.now(UTC) - age)}
+    mark = {"markPrice": str(price), "calculatedAt": iso(datetime.now(UTC) - age), "isFrozen": is_frozen}
     await redis.set(mark_key(name), msgspec.json.encode(mark))
     ticker = {"data": {"bestBid": None, "bestAsk": None}}
     await redis.set(snapshot_key("tickers", name), msgspec.json.encode(ticker))

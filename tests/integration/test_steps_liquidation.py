@@ -261,7 +261,7 @@ async def test_an_order_that_a_halt_refused_is_tried_again_before_anybody_is_del
     await assert_clean(world)
 
 
-async def test_the_monitor_liquidates_nobody_by_an_old_price_or_in_a_halted_instrument(
+async def test_the_monitor_liquidates_nobody_by_an_old_or_frozen_price_or_in_a_halted_instrument(
     world: LiquidationWorld,
 ) -> None:
     now = datetime.now(UTC)
@@ -269,6 +269,8 @@ async def test_the_monitor_liquidates_nobody_by_an_old_price_or_in_a_halted_inst
     monitor = LiquidationMonitor(world.redis, cast(Client, None))
     async with world.pool.acquire() as conn:
         await publish_mark(world.redis, 54_200, age=MARK_AGE_MAX + timedelta(seconds=1))
+        assert await monitor.look(conn, now) == []
+        await publish_mark(world.redis, 54_200, is_frozen=True)
         assert await monitor.look(conn, now) == []
         await publish_mark(world.redis, 54_200)
         await conn.execute("UPDATE matching.instruments SET state = 'HALTED'")
