@@ -1,5 +1,6 @@
 """Settings of every process, read from the environment (prefix ``EXCHANGE_``)."""
 
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ class Settings(BaseSettings):
     internal_token: str | None = None
     index_source: Literal["simulated", "ccxt"] = "simulated"
     index_seed: int = 1
+    insurance_fund_seed: Decimal = Decimal(1_000_000)
     index_replay_file: Path | None = None
     index_exchanges: str = "binance:1,coinbase:1,kraken:1"
     index_urls: str = ""

@@ -11,14 +11,23 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from activities.instruments import read_instruments
 from activities.registry import (
+    liquidation_activities,
     operations_activities,
     order_activities,
     register_schedules,
     schedules,
     settlement_activities,
 )
-from clients import OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE, connect_temporal, open_redis
+from clients import (
+    LIQUIDATION_QUEUE,
+    OPERATIONS_QUEUE,
+    ORDERS_QUEUE,
+    SETTLEMENT_QUEUE,
+    connect_temporal,
+    open_redis,
+)
 from monitors.countdowns import run_countdowns
+from monitors.liquidations import run_liquidations
 from monitors.pruner import run_pruner
 from monitors.relay import run_relay
 from monitors.sweeper import run_sweeper
@@ -26,6 +35,7 @@ from settings import Settings, get_settings
 from storage.db import Pool, open_pool
 from workflows.audit import LedgerAuditWorkflow
 from workflows.funding import FundingSettlementWorkflow
+from workflows.liquidation import LiquidationWorkflow
 from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.registration import RegistrationResumerWorkflow, UserRegistrationWorkflow
@@ -51,6 +61,13 @@ def build_workers(client: Client, pool: Pool, settings: Settings) -> list[Worker
             task_queue=SETTLEMENT_QUEUE,
             workflows=[SettlementWorkflow, FundingSettlementWorkflow],
             activities=settlement_activities(pool, redis),
+            workflow_runner=runner,
+        ),
+        Worker(
+            client,
+            task_queue=LIQUIDATION_QUEUE,
+            workflows=[LiquidationWorkflow],
+            activities=liquidation_activities(pool, redis),
             workflow_runner=runner,
         ),
         Worker(
@@ -81,6 +98,9 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         tasks.create_task(run_sweeper(pool, client, stop))
         tasks.create_task(run_pruner(pool, stop))
         tasks.create_task(run_countdowns(pool, client, stop))
+        tasks.create_task(
+            run_liquidations(pool, open_redis(settings), client, settings.mark_price_interval_seconds, stop)
+        )
     await pool.close()
 
 

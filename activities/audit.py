@@ -74,14 +74,17 @@ STRICT_CHECKS = {
         LEFT JOIN ledger.system_balances s ON s.account = 'exchange:clearing' AND s.asset = i.quote_asset
         GROUP BY i.quote_asset HAVING coalesce(max(s.balance), 0) + sum(x.amount) <> 0""",
     # Of what the engine has deleted the fills are left, which have to pair up, and the totals of the tape.
+    # Who is deleveraged trades, too, beside the tape.
     "trades_have_two_sides": """
+        WITH t AS (SELECT instrument_id, seq, trade_id, quantity FROM matching.v_trades
+                   UNION ALL SELECT instrument_id, seq, trade_id, quantity FROM matching.v_deleveragings)
         SELECT t.instrument_id || ' trade ' || t.trade_id, count(f.trade_id)
-        FROM matching.v_trades t JOIN positions.v_cursors c ON c.instrument_id = t.instrument_id
+        FROM t JOIN positions.v_cursors c ON c.instrument_id = t.instrument_id
         LEFT JOIN positions.v_fills f ON f.instrument_id = t.instrument_id AND f.seq = t.seq
         WHERE t.seq <= c.applied_seq GROUP BY t.instrument_id, t.trade_id HAVING count(f.trade_id) <> 2
         UNION ALL
         SELECT f.instrument_id || ' fill without trade ' || f.trade_id, count(*)
-        FROM positions.v_fills f LEFT JOIN matching.v_trades t ON t.trade_id = f.trade_id
+        FROM positions.v_fills f LEFT JOIN t ON t.trade_id = f.trade_id
         LEFT JOIN matching.v_pruned p ON p.instrument_id = f.instrument_id
         WHERE t.trade_id IS NULL AND f.seq > coalesce(p.event_seq, 0) GROUP BY f.instrument_id, f.trade_id
         UNION ALL
@@ -93,6 +96,7 @@ STRICT_CHECKS = {
         SELECT p.instrument_id || ' deleted trades', p.quantity - coalesce(sum(f.quantity), 0)
         FROM matching.v_pruned p LEFT JOIN positions.v_fills f
             ON f.instrument_id = p.instrument_id AND f.seq <= p.event_seq AND f.role = 'TAKER'
+            AND f.order_id IS NOT NULL
         GROUP BY p.instrument_id, p.trades, p.quantity
         HAVING (p.trades, p.quantity) <> (count(f.trade_id), coalesce(sum(f.quantity), 0))""",
     "trades_are_booked_once": """
@@ -131,6 +135,18 @@ STRICT_CHECKS = {
         USING (instrument_id, funding_time)
         WHERE r.status = 'DONE'
           AND (r.positions, r.received - r.paid) <> (coalesce(p.positions, 0), coalesce(p.payments, 0))""",
+    # What the insurance fund has promised is claimed by liquidations that are under way, each once.
+    "claims_are_of_open_liquidations": """
+        SELECT 'liquidation ' || k.liquidation_id, sum(k.amount) FROM ledger.insurance_claims k
+        LEFT JOIN risk.v_liquidations q ON q.liquidation_id = k.liquidation_id AND q.status = 'PROCESSING'
+        WHERE k.is_open GROUP BY k.liquidation_id HAVING count(*) > 1 OR count(q.liquidation_id) = 0""",
+    # What users get from the insurance fund and pay to it.
+    "liquidations_are_between_user_and_fund": """
+        SELECT reference_type || ' ' || reference_id || ' ' || entry_type, sum(delta_available)
+        FROM ledger.ledger_entries
+        WHERE entry_type IN ('INSURANCE_FUND', 'LIQUIDATION_FEE', 'LIQUIDATION_SURPLUS')
+        GROUP BY reference_type, reference_id, entry_type
+        HAVING sum(delta_available) <> 0 OR bool_or(user_id IS NULL AND account <> 'exchange:insurance_fund')""",
     "nobody_is_negative": """
         SELECT 'user:' || user_id || ' ' || asset, least(available, reserved) FROM ledger.ledger_balances
         WHERE available < 0 OR reserved < 0""",

@@ -256,7 +256,7 @@ async def _freeze(conn: Connection, request: StepRequest) -> Outcome:
     failed = [m for m in margins if (m.user_id, m.instrument_id) in refused_keys]
     book.events += [FundsFrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in passed]
     book.events += [FundsFrozenFailed(m.order_id, str(m.user_id), m.asset, "INSUFFICIENT_FUNDS") for m in failed]
-    await _write(conn, book, holds)
+    await write_book(conn, book, holds)
     return Outcome([m.order_id for m in passed], [Refusal(m.order_id, "INSUFFICIENT_FUNDS") for m in failed])
 
 
@@ -290,7 +290,7 @@ async def _unfreeze(conn: Connection, request: StepRequest) -> None:
         for m in release.ended
         if m.order_id not in never_held
     ]
-    await _write(conn, book, holds)
+    await write_book(conn, book, holds)
 
 
 async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
@@ -302,13 +302,26 @@ async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
     wallet = _wallet(book.accounts[change.user_id, plan.asset], holds[key])
     if change.kind == "MARGIN" and plan.position_delta > wallet.available:
         return MarginMoved(["INSUFFICIENT_FUNDS"])
+    if change.kind == "MARGIN" and await _in_liquidation(conn, key):
+        return MarginMoved(["POSITION_IN_LIQUIDATION"])
     # A loss may have taken some of what was to be released.
     margin = max(ZERO, wallet.position_margin + plan.position_delta)
     moved = settle(wallet, ZERO, margin, plan.order_delta).wallet
     book.open_journal("MARGIN_CHANGE", change.change_id)
     _move(book, key, holds[key], moved)
-    await _write(conn, book, holds)
+    await write_book(conn, book, holds)
     return MarginMoved(is_uncovered=moved.order_short > 0)
+
+
+async def _in_liquidation(conn: Connection, key: tuple[int, str]) -> bool:
+    """Whether a liquidation has taken the position over since the change was planned."""
+    return bool(
+        await conn.fetchval(
+            "SELECT EXISTS (SELECT FROM risk.v_liquidations WHERE user_id = $1 AND instrument_id = $2"
+            " AND status IN ('PENDING', 'PROCESSING'))",
+            *key,
+        )
+    )
 
 
 async def _settle(conn: Connection, events: EventRange) -> None:
@@ -346,7 +359,7 @@ async def _settle(conn: Connection, events: EventRange) -> None:
         _post_insurance(book, user_id, asset, instrument_id, settled[user_id])
         _move(book, (user_id, instrument_id), holds[user_id, instrument_id], settled[user_id].wallet)
     book.events += [FundsUnfrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in risk.ended if m.amount]
-    await _write(conn, book, holds)
+    await write_book(conn, book, holds)
 
 
 async def _open_funding(conn: Connection, run: FundingRun) -> bool:
@@ -434,7 +447,7 @@ async def _book_funding(
         received,
         insurance,
     )
-    await _write(conn, book, touched)
+    await write(conn, book, touched)
 
 
 async def _close_funding(conn: Connection, run: FundingRun) -> FundingTotals:
@@ -452,7 +465,7 @@ async def _close_funding(conn: Connection, run: FundingRun) -> FundingTotals:
             book.open_journal(FUNDING_FEE, f"{run.reference}:rounding")
             book.post_system(FUNDING, row["asset"], "ROUNDING", -dust)
             book.post_system(ROUNDING, row["asset"], "ROUNDING", dust)
-            await _write(conn, book, {})
+            await write(conn, book, {})
         await conn.execute(
             "UPDATE ledger.funding_runs r SET status = 'DONE', updated_at = now(), positions = (SELECT count(*)"
             "  FROM positions.v_funding_positions p WHERE (p.instrument_id, p.funding_time) = ($1, $2))"
@@ -564,7 +577,7 @@ async def _lock_holds(conn: Connection, keys: Sequence[tuple[int, str, str]]) ->
     return holds
 
 
-async def _write(conn: Connection, book: Book, holds: dict[tuple[int, str], Hold]) -> None:
+async def write_book(conn: Connection, book: Book, holds: dict[tuple[int, str], Hold]) -> None:
     """Write journals, entries, balances, holds and events of a finished book."""
     book.close_journal()
     used = {(entry[0], entry[1]) for entry in book.entries}
@@ -651,6 +664,6 @@ async def transfer_external(
     book.open_journal(reference_type, reference)
     book.post_user(user_id, asset, reference_type, amount)
     book.post_system(DEPOSITS, asset, reference_type, -amount)
-    await _write(conn, book, {})
+    await write_book(conn, book, {})
     await store_result(conn, "ledger", step_id, (user_id, asset, amount))
     return True

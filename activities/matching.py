@@ -14,11 +14,13 @@ COMMANDS_CHANNEL = "matching_commands"
 SETTLEMENT_CONSUMER = "settlement"
 
 
-async def append_commands(conn: Connection, commands: Mapping[str, Sequence[AnyCommand]]) -> None:
+async def append_commands(conn: Connection, commands: Mapping[str, Sequence[AnyCommand]]) -> dict[str, int]:
     """Append commands to each instrument's log, gapless and in the given order, in the caller's transaction.
 
-    Instruments are locked in order of their ids, so that two callers cannot wait for each other.
+    Answers the seq of the last command of each. Instruments are locked in order of their ids, so that two callers
+    cannot wait for each other.
     """
+    last_seqs: dict[str, int] = {}
     for instrument_id in sorted(commands):
         batch = commands[instrument_id]
         last_seq = await conn.fetchval(
@@ -28,6 +30,7 @@ async def append_commands(conn: Connection, commands: Mapping[str, Sequence[AnyC
             len(batch),
             COMMANDS_CHANNEL,
         )
+        last_seqs[instrument_id] = last_seq
         first_seq = last_seq - len(batch) + 1
         await conn.copy_records_to_table(
             "commands",
@@ -35,6 +38,7 @@ async def append_commands(conn: Connection, commands: Mapping[str, Sequence[AnyC
             columns=["instrument_id", "seq", "payload"],
             records=[(instrument_id, first_seq + i, encode(command).decode()) for i, command in enumerate(batch)],
         )
+    return last_seqs
 
 
 async def change_state(conn: Connection, instrument_id: str, state: TradingState, at_ms: int) -> bool:

@@ -19,6 +19,7 @@ from activities.matching import append_commands
 from domain.clock import iso, to_ms
 from domain.events import BusinessEvent, OrderAmendRequested, OrderCancelRequested, OrderCreated
 from domain.instruments import Instrument
+from domain.liquidation_saga import CANCEL_ORDERS, Takeover
 from domain.matching import (
     Amend,
     Amended,
@@ -31,6 +32,7 @@ from domain.matching import (
     New,
     Placed,
     Rejected,
+    Side,
     StopPlaced,
     Trade,
 )
@@ -229,6 +231,46 @@ class OrderActivities:
             )
             await _request_cancels(conn, [row["order_id"] for row in rows], "INSUFFICIENT_MARGIN")
 
+    @activity.defn(name=CANCEL_ORDERS)
+    async def cancel_for_liquidation(self, takeover: Takeover) -> int:
+        """Request the cancellation of all open orders of a user whose position is liquidated; how many it was now."""
+        async with self._pool.acquire() as conn, conn.transaction():
+            rows = await conn.fetch(
+                "SELECT order_id FROM orders.orders WHERE user_id = $1 AND instrument_id = ANY($2) AND status = ANY($3)"
+                " AND NOT is_liquidation ORDER BY order_id",
+                takeover.user_id,
+                takeover.instrument_ids,
+                IN_ENGINE_STATUSES,
+            )
+            return len(await _request_cancels(conn, [row["order_id"] for row in rows], "LIQUIDATION"))
+
+
+async def submit_liquidation_order(
+    conn: Connection, user_id: int, instrument: Instrument, side: Side, quantity: Decimal, bound_price: Decimal
+) -> int:
+    """Insert a liquidation order, accepted, and append it to the engine's log in the caller's transaction.
+
+    MARKET, reduce-only, at `bound_price` or better. Answers the seq of its command. No other order of the user is in
+    its way: one that still is ends.
+    """
+    order_id = await conn.fetchval("SELECT nextval('orders.order_id_seq')")
+    row = await conn.fetchrow(
+        "INSERT INTO orders.orders (order_id, user_id, instrument_id, side, type, time_in_force, bound_price, quantity,"
+        " stp_mode, reduce_only, is_liquidation, status)"
+        " VALUES ($1, $2, $3, $4, 'MARKET', 'IOC', $5, $6, 'EXPIRE_MAKER', TRUE, TRUE, 'ACCEPTED')"
+        f" RETURNING {ORDER_COLUMNS}, bound_price",
+        order_id,
+        user_id,
+        instrument.instrument_id,
+        side,
+        bound_price,
+        quantity,
+    )
+    assert row is not None
+    await outbox.emit(conn, [_created_event(row)], _order_pushes([row]))
+    seqs = await append_commands(conn, {instrument.instrument_id: [_new(row, instrument)]})
+    return seqs[instrument.instrument_id]
+
 
 async def _accept(conn: Connection, order_ids: Sequence[int], instruments: Mapping[str, Instrument]) -> None:
     rows = await conn.fetch(
@@ -242,18 +284,7 @@ async def _accept(conn: Connection, order_ids: Sequence[int], instruments: Mappi
     events: list[BusinessEvent] = []
     for row in sorted(rows, key=lambda row: row["order_id"]):
         commands[row["instrument_id"]].append(_new(row, instruments[row["instrument_id"]]))
-        events.append(
-            OrderCreated(
-                row["order_id"],
-                str(row["user_id"]),
-                row["instrument_id"],
-                row["side"],
-                row["type"],
-                None if row["price"] is None else plain(row["price"]),
-                plain(row["quantity"]),
-                row["is_liquidation"],
-            )
-        )
+        events.append(_created_event(row))
     for row in await _accept_amendments(conn, _others(order_ids, rows)):
         amendment = amendment_view(row)
         commands[row["instrument_id"]].append(_amend(row, instruments[row["instrument_id"]]))
@@ -262,6 +293,19 @@ async def _accept(conn: Connection, order_ids: Sequence[int], instruments: Mappi
         )
     await outbox.emit(conn, events)
     await append_commands(conn, commands)
+
+
+def _created_event(row: asyncpg.Record) -> OrderCreated:
+    return OrderCreated(
+        row["order_id"],
+        str(row["user_id"]),
+        row["instrument_id"],
+        row["side"],
+        row["type"],
+        None if row["price"] is None else plain(row["price"]),
+        plain(row["quantity"]),
+        row["is_liquidation"],
+    )
 
 
 def _others(ids: Iterable[int], orders: Iterable[asyncpg.Record]) -> list[int]:

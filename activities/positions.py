@@ -18,7 +18,7 @@ from activities.engine_log import EngineLog, SequencedEvent
 from activities.instruments import RuleBook, Rules
 from activities.risk import OPPOSITE
 from domain.clock import from_ms, iso
-from domain.events import BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
+from domain.events import AutoDeleveraged, BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
 from domain.funding import (
     CONFIRM_FUNDING,
     FIX_FUNDING_POSITIONS,
@@ -26,6 +26,7 @@ from domain.funding import (
     FundingPage,
     FundingSnapshot,
 )
+from domain.liquidation import Holding, warning_price
 from domain.margin import Tier, liquidation_price, maintenance_margin, margin_ratio, unrealized_pnl
 from domain.margin_changes import ADOPT_MARGIN, MarginChange
 from domain.matching import Deleveraged, Side, Trade
@@ -40,6 +41,12 @@ from storage.reference_prices import read_reference_prices
 
 Cause = Literal["TRADE", "LIQUIDATION", "DELEVERAGE"]
 FEE_STEP = Decimal("1e-8")
+# A position is told of again when its unrealised profit has moved by this fraction of its margin.
+TOLD_PNL_SHARE = Decimal("0.1")
+POSITION_COLUMNS = (
+    "position_id, user_id, instrument_id, signed_quantity, entry_notional, margin, realized_pnl, leverage,"
+    " margin_mode, liquidation_price, status"
+)
 EVENT_COLUMNS = [
     "user_id",
     "instrument_id",
@@ -188,10 +195,15 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
     positions = await _lock(conn, instrument_id, users)
     records: list[tuple[Any, ...]] = []
     pushes: list[UserPush] = []
+    deleveraged: list[BusinessEvent] = []
     for seq, trade, halves in trades:
         price = instrument.ticks_to_price(trade.price)
         quantity = instrument.lots_to_quantity(trade.quantity)
         executed_at = from_ms(trade.at)
+        if isinstance(trade, Deleveraged):
+            event, push = _deleveraging(trade.counterparty_user_id, instrument_id, quantity, price)
+            deleveraged.append(event)
+            pushes.append(push)
         for half in halves:
             fill = apply_fill(
                 positions.get(half.user_id, Position()),
@@ -230,7 +242,16 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
             )
     await conn.copy_records_to_table("position_events", schema_name="positions", columns=EVENT_COLUMNS, records=records)
     await _save(conn, instrument_id, positions, terms)
-    await outbox.emit(conn, pushes=pushes)
+    await outbox.emit(conn, deleveraged, pushes)
+
+
+def _deleveraging(
+    user_id: int, instrument_id: str, quantity: Decimal, price: Decimal
+) -> tuple[AutoDeleveraged, UserPush]:
+    """The event and the notice to somebody whose position was reduced for that of a bankrupt."""
+    event = AutoDeleveraged(str(user_id), instrument_id, plain(quantity), plain(price))
+    notice = {"instrumentId": instrument_id, "status": "DELEVERAGED", "quantity": event.quantity, "price": event.price}
+    return event, UserPush(user_id, "liquidation", notice)
 
 
 def fill_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, object]:
@@ -278,16 +299,23 @@ async def _adopt(
             row["leverage"],
             liquidation_price(row["signed_quantity"], row["entry_notional"], margins[row["user_id"]].amount, tiers),
             _status(row),
+            warning_price(
+                Holding(row["signed_quantity"], row["entry_notional"], margins[row["user_id"]].amount), tiers
+            ),
         )
         for row in rows
     ]
     await conn.execute(
         "UPDATE positions.positions p SET margin = n.margin, margin_version = n.version, realized_pnl = n.realized_pnl,"
-        " leverage = n.leverage, liquidation_price = n.liquidation_price, status = n.status, updated_at = now()"
-        " FROM unnest($1::bigint[], $2::numeric[], $3::bigint[], $4::numeric[], $5::int[], $6::numeric[], $7::text[])"
-        " AS n (position_id, margin, version, realized_pnl, leverage, liquidation_price, status)"
+        " leverage = n.leverage, liquidation_price = n.liquidation_price, status = n.status,"
+        " warning_price = n.warning_price, warned = p.warned AND n.status <> 'CLOSED',"
+        " told_price = coalesce($9, p.told_price), updated_at = now()"
+        " FROM unnest($1::bigint[], $2::numeric[], $3::bigint[], $4::numeric[], $5::int[], $6::numeric[], $7::text[],"
+        " $8::numeric[]) AS n"
+        " (position_id, margin, version, realized_pnl, leverage, liquidation_price, status, warning_price)"
         " WHERE p.position_id = n.position_id",
-        *columns(changes, 7),
+        *columns(changes, 8),
+        mark,
     )
     business: list[BusinessEvent] = []
     pushes: list[UserPush] = []
@@ -404,18 +432,22 @@ def _status(row: asyncpg.Record) -> str:
     return "OPEN" if row["status"] == "CLOSED" else str(row["status"])
 
 
+def _updated(user_id: int, instrument_id: str, view: Mapping[str, Any]) -> PositionUpdated:
+    return PositionUpdated(
+        str(user_id),
+        instrument_id,
+        view["side"],
+        view["quantity"] or "0",
+        view["entryPrice"],
+        view["markPrice"],
+        view["unrealizedPnl"],
+        view["liquidationPrice"],
+    )
+
+
 def _events(user_id: int, instrument_id: str, view: Mapping[str, Any]) -> list[BusinessEvent]:
     found: list[BusinessEvent] = [
-        PositionUpdated(
-            str(user_id),
-            instrument_id,
-            view["side"],
-            view["quantity"] or "0",
-            view["entryPrice"],
-            view["markPrice"],
-            view["unrealizedPnl"],
-            view["liquidationPrice"],
-        ),
+        _updated(user_id, instrument_id, view),
         RiskUpdate(str(user_id), instrument_id, view["marginRatio"], view["liquidationPrice"], str(view["status"])),
     ]
     if view["status"] == "CLOSED":
@@ -455,6 +487,78 @@ def position_view(
 
 def _price(value: Decimal | None) -> str | None:
     return None if value is None else plain(value.quantize(FEE_STEP))
+
+
+async def change_status(conn: Connection, position_ids: Sequence[int], before: str, after: str) -> list[asyncpg.Record]:
+    """Bring positions from one status into another (CLOSED, if flat) in the caller's transaction; those that were in
+    `before`, with POSITION_COLUMNS, by user."""
+    rows = await conn.fetch(
+        "WITH locked AS (SELECT position_id FROM positions.positions WHERE position_id = ANY($1) AND status = $2"
+        "  ORDER BY user_id, instrument_id FOR UPDATE)"
+        " UPDATE positions.positions p SET status = CASE WHEN p.signed_quantity = 0 THEN 'CLOSED' ELSE $3 END,"
+        f" updated_at = now() FROM locked WHERE p.position_id = locked.position_id RETURNING {_of_p(POSITION_COLUMNS)}",
+        position_ids,
+        before,
+        after,
+    )
+    return sorted(rows, key=lambda row: (row["user_id"], row["instrument_id"]))
+
+
+async def mark_warned(conn: Connection, position_ids: Sequence[int], *, warned: bool) -> list[asyncpg.Record]:
+    """Remember that the users of these positions were warned, or that it is over; those it is news for."""
+    if not position_ids:
+        return []
+    return await conn.fetch(
+        "WITH locked AS (SELECT position_id FROM positions.positions WHERE position_id = ANY($1) AND warned <> $2"
+        "  ORDER BY user_id, instrument_id FOR UPDATE)"
+        " UPDATE positions.positions p SET warned = $2 FROM locked WHERE p.position_id = locked.position_id"
+        f" RETURNING {_of_p(POSITION_COLUMNS)}",
+        position_ids,
+        warned,
+    )
+
+
+def _of_p(names: str) -> str:
+    return ", ".join(f"p.{name}" for name in names.split(", "))
+
+
+async def tell_moved(
+    conn: Connection, instrument_id: str, mark: Decimal, tiers: Sequence[Tier], after_user_id: int, limit: int
+) -> int | None:
+    """Publish PositionUpdated for positions of the next `limit` users whose profit has moved enough since last told.
+
+    Answers after whom to go on, None at the end. A move counts from TOLD_PNL_SHARE of the position's margin.
+    """
+    async with conn.transaction():
+        rows = await conn.fetch(
+            f"SELECT {POSITION_COLUMNS}, told_price FROM positions.positions WHERE instrument_id = $1 AND user_id > $2"
+            " ORDER BY user_id LIMIT $3",
+            instrument_id,
+            after_user_id,
+            limit,
+        )
+        moved = [row for row in rows if row["signed_quantity"] and _has_moved(row, mark)]
+        if moved:
+            await conn.execute(
+                "WITH locked AS (SELECT position_id FROM positions.positions WHERE position_id = ANY($1)"
+                "  ORDER BY user_id FOR UPDATE)"
+                " UPDATE positions.positions p SET told_price = $2 FROM locked"
+                " WHERE p.position_id = locked.position_id",
+                [row["position_id"] for row in moved],
+                mark,
+            )
+            views = [(row["user_id"], position_view(instrument_id, row, mark, tiers)) for row in moved]
+            await outbox.emit(
+                conn,
+                [_updated(user_id, instrument_id, view) for user_id, view in views],
+                [UserPush(user_id, "position", view) for user_id, view in views],
+            )
+    return rows[-1]["user_id"] if len(rows) == limit else None
+
+
+def _has_moved(row: asyncpg.Record, mark: Decimal) -> bool:
+    told = row["told_price"]
+    return told is None or abs(row["signed_quantity"] * (mark - told)) >= row["margin"] * TOLD_PNL_SHARE
 
 
 async def read_margins(conn: Connection, instrument_id: str, users: Sequence[int]) -> defaultdict[int, HeldMargin]:

@@ -22,7 +22,9 @@ from temporalio.common import SearchAttributePair, TypedSearchAttributes
 from activities.audit import AuditActivities
 from activities.auth import AuthActivities
 from activities.engine_log import EngineLog
+from activities.insurance import InsuranceActivities
 from activities.ledger import LedgerActivities
+from activities.liquidation import LiquidationActivities
 from activities.matching import MatchingActivities
 from activities.orders import OrderActivities
 from activities.positions import PositionActivities
@@ -75,6 +77,22 @@ def settlement_activities(pool: Pool, redis: Redis) -> Activities:
         orders.apply_events,
         orders.cancel_uncovered,
         matching.acknowledge,
+    ]
+
+
+def liquidation_activities(pool: Pool, redis: Redis) -> Activities:
+    """Steps of liquidation."""
+    liquidation, insurance = LiquidationActivities(pool, redis), InsuranceActivities(pool)
+    return [
+        liquidation.begin,
+        OrderActivities(pool, redis, EngineLog()).cancel_for_liquidation,
+        liquidation.plan,
+        insurance.claim,
+        liquidation.submit,
+        liquidation.deleverage,
+        liquidation.stop,
+        insurance.release,
+        liquidation.finish,
     ]
 
 

@@ -19,6 +19,7 @@ from activities.instruments import RuleBook, Rules, read_instruments, read_tiers
 from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPassed
 from domain.exposure import Exposure, Side
 from domain.instruments import Instrument
+from domain.liquidation_saga import liquidation_workflow_id
 from domain.margin import Tier, margin_to_keep, releveraged_margin, tier_of
 from domain.margin_changes import PLAN_MARGIN_CHANGE, MarginChange, MarginVerdict
 from domain.matching import (
@@ -51,6 +52,7 @@ from storage.db import Connection, Pool, columns
 from storage.once import advance_cursor, first_result, store_result
 
 Key = tuple[int, str]
+WAITING_MAX = 200
 MARK_AGE_MAX = timedelta(minutes=1)
 OPPOSITE: dict[Side, Side] = {"BUY": "SELL", "SELL": "BUY"}
 
@@ -134,12 +136,19 @@ class RiskActivities:
         return MarginVerdict(done.refusal)
 
     @activity.defn(name=APPLY_RISK_EVENTS)
-    async def apply_events(self, events: EventRange) -> None:
-        """Fold a range of engine events into the exposures; the margin moves are stored for the ledger."""
+    async def apply_events(self, events: EventRange) -> list[str]:
+        """Fold a range of engine events into the exposures; the margin moves are stored for the ledger.
+
+        Answers the workflow ids of liquidations that these events are of interest to (a repeat: of any), WAITING_MAX at
+        most; the others look for themselves.
+        """
         async with self._pool.acquire() as conn, conn.transaction():
-            if await advance_cursor(conn, "risk", events):
-                moves = await _apply(conn, events, await self._log.read(conn, events), await self._rules.rules(conn))
-                await store_result(conn, "risk", settle_step(events), moves)
+            if not await advance_cursor(conn, "risk", events):
+                return await _waiting_liquidations(conn, None)
+            log = await self._log.read(conn, events)
+            moves = await _apply(conn, events, log, await self._rules.rules(conn))
+            await store_result(conn, "risk", settle_step(events), moves)
+            return await _waiting_liquidations(conn, users_of(log))
 
 
 async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | None]:
@@ -156,6 +165,45 @@ async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | N
     budget = (await read_budgets(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
     reduces = request.side if request.reduce_only else None
     return added, refusal_reason(after, reduces, request.quantity, added, budget - order.open_loss, limits, tiers)
+
+
+async def lock_exposures(conn: Connection, keys: Sequence[Key]) -> None:
+    """Wait for every check of these (user, instrument) and keep new ones out until the caller's transaction ends."""
+    await _lock(conn, keys)
+
+
+async def take_in_liquidation_order(
+    conn: Connection, user_id: int, instrument_id: str, side: Side, quantity: Decimal, bound_price: Decimal
+) -> None:
+    """Count a liquidation order among the open ones, in the caller's transaction; it needs no margin and no leave."""
+    key = (user_id, instrument_id)
+    row = (await _lock(conn, [key]))[key]
+    after = _exposure(row).with_order(side, quantity, bound_price, reduce_only=True)
+    await _save(conn, {key: (after, row["order_margin"])})
+
+
+async def _waiting_liquidations(conn: Connection, users: set[int] | None) -> list[str]:
+    rows = await conn.fetch(
+        "SELECT position_id, liquidation_id FROM risk.liquidation_queue"
+        " WHERE status IN ('PENDING', 'PROCESSING') AND ($1::bigint[] IS NULL OR user_id = ANY($1))"
+        " ORDER BY liquidation_id LIMIT $2",
+        None if users is None else list(users),
+        WAITING_MAX,
+    )
+    return [liquidation_workflow_id(*row) for row in rows]
+
+
+async def positions_in_liquidation(conn: Connection, keys: Sequence[Key]) -> set[Key]:
+    """Those of `keys` (user, instrument) that are the liquidation's: of a cross account, all that is cross."""
+    rows = await conn.fetch(
+        "SELECT k.user_id, k.instrument_id FROM unnest($1::bigint[], $2::text[]) AS k (user_id, instrument_id)"
+        " WHERE EXISTS (SELECT FROM risk.liquidation_queue q WHERE q.user_id = k.user_id"
+        "  AND q.status IN ('PENDING', 'PROCESSING') AND (q.instrument_id = k.instrument_id"
+        "   OR q.margin_mode = 'CROSS' AND EXISTS (SELECT FROM risk.exposures e WHERE e.user_id = k.user_id"
+        "      AND e.instrument_id = k.instrument_id AND e.margin_mode = 'CROSS')))",
+        *columns(keys, 2),
+    )
+    return {(row["user_id"], row["instrument_id"]) for row in rows}
 
 
 async def set_margin_mode(conn: Connection, user_id: int, instrument: Instrument, mode: str) -> None:
@@ -182,6 +230,8 @@ async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginP
     instrument = rules.instruments[change.instrument_id]
     await _create_missing(conn, [key], rules.instruments)
     exposures = await _lock(conn, [key])
+    if await positions_in_liquidation(conn, [key]):
+        return MarginPlan(refusal="POSITION_IN_LIQUIDATION")
     if await _unfrozen(conn, exposures):
         return None
     row, state = exposures[key], _exposure(exposures[key])
@@ -275,6 +325,8 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
     keys = sorted({(row["user_id"], row["instrument_id"]) for row in orders})
     await _create_missing(conn, keys, instruments)
     exposures = await _lock(conn, keys)
+    # After the locks: a liquidation that came first is seen, one that comes later sees these orders.
+    taken_over = await positions_in_liquidation(conn, keys)
     waiting = await _unfrozen(conn, exposures)
     limits = await _read_limits(conn, keys)
     tiers = rules.tiers
@@ -287,6 +339,9 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
     busy: list[int] = []
     for order in orders:
         key = (order["user_id"], order["instrument_id"])
+        if key in taken_over:
+            refused.append(Refusal(order["order_id"], "POSITION_IN_LIQUIDATION"))
+            continue
         if key in waiting:
             busy.append(order["order_id"])
             continue

@@ -5,7 +5,21 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
 
-from api import admin, auth, funding, health, ledger, market, market_history, orders, positions, risk, sockets, users
+from api import (
+    admin,
+    auth,
+    funding,
+    health,
+    insurance,
+    ledger,
+    market,
+    market_history,
+    orders,
+    positions,
+    risk,
+    sockets,
+    users,
+)
 from api.gateway import Gateway
 from api.problems import add_handlers
 from api.state import open_state
@@ -20,6 +34,7 @@ ROUTERS: list[APIRouter] = [
     positions.router,
     funding.router,
     admin.router,
+    insurance.router,
     market.router,
     market_history.router,
     market.admin_router,

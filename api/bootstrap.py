@@ -1,4 +1,5 @@
-"""`python -m api.bootstrap`: makes the operators' account what EXCHANGE_ADMIN_EMAIL and …_PASSWORD say."""
+"""`python -m api.bootstrap`: makes the operators' account what EXCHANGE_ADMIN_EMAIL and …_PASSWORD say, and gives the
+insurance fund what it starts with (EXCHANGE_INSURANCE_FUND_SEED, in SEED_ASSET)."""
 
 import asyncio
 import logging
@@ -7,6 +8,7 @@ from datetime import UTC, datetime
 from redis.asyncio import Redis
 
 from activities.auth import find_password, set_password
+from activities.insurance import seed_fund
 from activities.sessions import revoke
 from activities.users import upsert_admin
 from api.passwords import Passwords
@@ -17,13 +19,18 @@ from storage.db import Pool, open_pool
 
 log = logging.getLogger(__name__)
 
+SEED_ASSET = "USDT"
+
 
 async def bootstrap(settings: Settings, pool: Pool, redis: Redis) -> int:
     """Create the admin, or give it the password of the settings and end the sessions of the old one; its user id.
 
-    Nothing happens when all is so already. Raises RuntimeError when email or password will not do.
+    The insurance fund is seeded, once per database. Nothing happens when all is so already. Raises RuntimeError when
+    email or password will not do.
     """
     email, password = _account(settings)
+    async with pool.acquire() as conn, conn.transaction():
+        await seed_fund(conn, SEED_ASSET, settings.insurance_fund_seed)
     passwords = Passwords()
     try:
         credential = await find_password(pool, email)

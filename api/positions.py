@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from temporalio.service import RPCError
 
 from activities.instruments import read_tiers
+from activities.liquidation import deleverage_ranks
 from activities.positions import position_view
 from activities.risk import set_margin_mode
 from api.gateway import ServedUserId, User
@@ -36,7 +37,10 @@ REFUSALS = {
 
 
 class PositionView(ApiModel):
-    """A position. What depends on the mark price is null while there is none."""
+    """A position. What depends on the mark price is null while there is none.
+
+    `adlRank` is its place in the queue for auto-deleveraging: 5 (would be among the first fifth) to 1; null when flat.
+    """
 
     instrument_id: str
     side: str | None
@@ -52,6 +56,7 @@ class PositionView(ApiModel):
     margin_ratio: str | None
     liquidation_price: str | None
     status: str
+    adl_rank: int | None
 
 
 class LeverageChange(ApiModel):
@@ -111,14 +116,13 @@ async def _positions(state: AppState, user_id: int, instrument_id: str | None = 
         return []
     tiers = await read_tiers(state.pool)
     prices = await read_reference_prices(state.redis, [row["instrument_id"] for row in rows])
+    marks = {name: price.mark for name, price in prices.items()}
+    held = [row["instrument_id"] for row in rows if row["signed_quantity"]]
+    ranks = await deleverage_ranks(state.pool, user_id, held, marks)
     return [
-        position_view(
-            row["instrument_id"],
-            row,
-            prices[row["instrument_id"]].mark if row["instrument_id"] in prices else None,
-            tiers[row["instrument_id"]],
-        )
+        position_view(name, row, marks.get(name), tiers[name]) | {"adlRank": ranks.get(name)}
         for row in rows
+        for name in [row["instrument_id"]]
     ]
 
 

@@ -4,10 +4,10 @@ Money is in quote, quantities in base, prices in quote per base. Positions are s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
-from domain.margin import Tier, bankruptcy_price, maintenance_margin, tier_of, unrealized_pnl
+from domain.margin import Tier, bankruptcy_price, liquidation_price, maintenance_margin, tier_of, unrealized_pnl
 from domain.matching import Side
 from domain.money import ZERO
 
@@ -49,6 +49,22 @@ def risk_status(holding: Holding, mark: Decimal, tiers: Sequence[Tier]) -> str:
     if notional and equity <= maintenance:
         return "LIQUIDATION_PENDING"
     return "WARNING" if notional and equity <= maintenance * WARNING_FACTOR else "OPEN"
+
+
+def warning_price(holding: Holding, tiers: Sequence[Tier]) -> Decimal | None:
+    """Mark price at which equity is WARNING_FACTOR times the maintenance margin; None if no price does it. Unrounded.
+
+    It is the liquidation price under a maintenance margin that is so much higher.
+    """
+    stricter = [
+        replace(
+            tier,
+            maintenance_margin_rate=tier.maintenance_margin_rate * WARNING_FACTOR,
+            cumulative=tier.cumulative * WARNING_FACTOR,
+        )
+        for tier in tiers
+    ]
+    return liquidation_price(holding.signed_quantity, holding.entry_notional, holding.margin, stricter)
 
 
 def quantity_to_close(holding: Holding, mark: Decimal, tiers: Sequence[Tier], lot_size: Decimal) -> Decimal:

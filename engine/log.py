@@ -6,10 +6,10 @@ from functools import cached_property
 import asyncpg
 
 from domain.instruments import Instrument
-from domain.matching import AnyCommand, AnyEvent, Trade, decode_command, encode
+from domain.matching import AnyCommand, AnyEvent, Deleveraged, Trade, decode_command, encode
 from engine import lease as leases
 from engine.lease import Lease
-from engine.outgoing import TradeRow, business_events, trade_row
+from engine.outgoing import DeleveragingRow, TradeRow, business_events, deleveraging_row, trade_row
 from storage.db import Connection
 from storage.outbox import emit
 
@@ -75,6 +75,7 @@ async def write_batch(conn: Connection, lease: Lease, instrument: Instrument, ba
         if batch.events:
             await _copy_events(conn, instrument.instrument_id, batch)
             await _copy_trades(conn, instrument, batch)
+            await _copy_deleveragings(conn, instrument, batch)
             await emit(conn, business_events(instrument, batch.events))
 
 
@@ -96,4 +97,13 @@ async def _copy_trades(conn: Connection, instrument: Instrument, batch: Batch) -
     if rows:
         await conn.copy_records_to_table(
             "trade_tickers", schema_name="matching", columns=TradeRow._fields, records=rows
+        )
+
+
+async def _copy_deleveragings(conn: Connection, instrument: Instrument, batch: Batch) -> None:
+    sequenced = enumerate(batch.events, batch.first_seq)
+    rows = [deleveraging_row(instrument, seq, event) for seq, event in sequenced if isinstance(event, Deleveraged)]
+    if rows:
+        await conn.copy_records_to_table(
+            "deleveragings", schema_name="matching", columns=DeleveragingRow._fields, records=rows
         )

@@ -25,6 +25,7 @@ from domain.matching import (
     AmendRejected,
     AnyEvent,
     Cancelled,
+    Deleveraged,
     Expired,
     Filled,
     Placed,
@@ -75,6 +76,35 @@ def trade_row(instrument: Instrument, seq: int, trade: Trade) -> TradeRow:
         maker_fee=_fee(trade.maker_fee),
         taker_fee=_fee(trade.taker_fee),
         executed_at=from_ms(trade.at),
+    )
+
+
+class DeleveragingRow(NamedTuple):
+    """A row of `matching.deleveragings`."""
+
+    trade_id: int
+    instrument_id: str
+    seq: int
+    price: Decimal
+    quantity: Decimal
+    side: str
+    user_id: int
+    counterparty_user_id: int
+    executed_at: datetime
+
+
+def deleveraging_row(instrument: Instrument, seq: int, event: Deleveraged) -> DeleveragingRow:
+    """What auto-deleveraging did, as it is kept."""
+    return DeleveragingRow(
+        trade_id=event.trade_id,
+        instrument_id=instrument.instrument_id,
+        seq=seq,
+        price=instrument.ticks_to_price(event.price),
+        quantity=instrument.lots_to_quantity(event.quantity),
+        side=event.side,
+        user_id=event.user_id,
+        counterparty_user_id=event.counterparty_user_id,
+        executed_at=from_ms(event.at),
     )
 
 

@@ -1,5 +1,5 @@
-"""The pruner: deletes old prices, finished sagas, the results of their steps, and the positions that finished funding
-settlements went by, once nothing can ask for them.
+"""The pruner: deletes old prices and risk snapshots, finished sagas, the results of their steps, and the positions that
+finished funding settlements went by, once nothing can ask for them.
 
 Deposits and withdrawals keep theirs for ever: their references are the callers', who may repeat one at any time.
 """
@@ -8,6 +8,7 @@ import asyncio
 import logging
 from datetime import timedelta
 
+from activities.liquidation import forget_snapshots
 from activities.market import forget_prices
 from activities.positions import forget_funding_positions
 from activities.sagas import forget_done_sagas, time_before_open_sagas
@@ -45,6 +46,7 @@ async def prune(conn: Connection, kept: timedelta, limit: int = DELETED_MAX) -> 
         await forget_steps(conn, "risk", before, limit)
         + await forget_steps(conn, "ledger", before, limit)
         + await forget_done_sagas(conn, before, limit)
+        + await forget_snapshots(conn, limit)
         + await forget_prices(conn, PRICES_KEPT, limit)
         + await forget_funding_positions(conn, before, limit)
     ):

@@ -14,8 +14,8 @@ from storage.db import Connection
 
 T = TypeVar("T")
 
-# Kinds of steps that only their own saga or settlement repeats.
-PASSING_STEPS = ["adjust", "check", "freeze", "release", "unfreeze", "settle"]
+# Kinds of steps that only their own saga, settlement or liquidation repeats.
+PASSING_STEPS = ["adjust", "check", "freeze", "release", "unfreeze", "settle", "liquidate"]
 
 
 class CursorGapError(ApplicationError):

@@ -372,6 +372,7 @@ risk_snapshots = Table(
     _col("status", Text()),
     _created(),
     Index("ix_risk_snapshots_user", "user_id", "instrument_id", "created_at"),
+    Index("ix_risk_snapshots_created_at", "created_at"),
     schema="risk",
 )
 
@@ -383,10 +384,16 @@ liquidation_queue = Table(
     _col("user_id", BigInteger()),
     _col("instrument_id", Text()),
     _col("reason", Text()),
+    _col("margin_mode", Text(), default="'ISOLATED'"),
     _col("status", Text(), default="'PENDING'"),
+    # An operator aborts it: nothing more is submitted. The seq of the last command that was.
+    _col("stopping", Boolean(), default="false"),
+    _col("command_seq", BigInteger(), default="0"),
     _created(),
     _updated(),
     CheckConstraint("status IN ('PENDING', 'PROCESSING', 'PROCESSED', 'ABORTED')", name="status"),
+    Index("ix_liquidation_queue_open", "user_id", postgresql_where=text("status IN ('PENDING', 'PROCESSING')")),
+    Index("ix_liquidation_queue_aborted", "position_id", "updated_at", postgresql_where=text("status = 'ABORTED'")),
     Index(
         "uq_liquidation_queue_open",
         "position_id",
@@ -471,6 +478,27 @@ ledger_entries = Table(
     _col("balance_after", AMOUNT, null=True),
     _created(),
     Index("ix_ledger_entries_user_id", "user_id", "entry_id", postgresql_where=text("user_id IS NOT NULL")),
+    Index(
+        "ix_ledger_entries_insurance_fund",
+        "entry_id",
+        postgresql_where=text("account = 'exchange:insurance_fund'"),
+    ),
+    schema="ledger",
+)
+
+# What liquidations under way may take from the insurance fund; the fund can promise what it has once only.
+insurance_claims = Table(
+    "insurance_claims",
+    metadata,
+    Column("liquidation_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("round", Integer, primary_key=True, autoincrement=False),
+    _col("asset", Text()),
+    _col("amount", AMOUNT),
+    _col("is_open", Boolean(), default="true"),
+    _created(),
+    _updated(),
+    CheckConstraint("amount >= 0", name="amount"),
+    Index("ix_insurance_claims_open", "asset", postgresql_where=text("is_open")),
     schema="ledger",
 )
 
@@ -514,6 +542,11 @@ positions = Table(
     _col("leverage", Integer()),
     _col("margin_mode", Text(), default="'ISOLATED'"),
     _col("liquidation_price", AMOUNT, null=True),
+    # The mark price at which its user is warned, and whether that has been done.
+    _col("warning_price", AMOUNT, null=True),
+    _col("warned", Boolean(), default="false"),
+    # The mark price of the last PositionUpdated.
+    _col("told_price", AMOUNT, null=True),
     _col("status", Text(), default="'OPEN'"),
     _created(),
     _updated(),
@@ -521,6 +554,20 @@ positions = Table(
     CheckConstraint("margin >= 0 AND entry_notional >= 0", name="positive"),
     UniqueConstraint("user_id", "instrument_id"),
     Index("ix_positions_instrument_id", "instrument_id", "user_id"),
+    # A mark price finds those it crosses, and looks at no others.
+    *(
+        Index(
+            f"ix_positions_{side}_{price}",
+            *columns,
+            postgresql_where=text(f"signed_quantity {sign} 0 AND status = 'OPEN' AND margin_mode = 'ISOLATED'"),
+        )
+        for side, sign in (("long", ">"), ("short", "<"))
+        for price, columns in (
+            ("liquidation", ("instrument_id", "liquidation_price")),
+            ("warning", ("instrument_id", "warned", "warning_price")),
+        )
+    ),
+    Index("ix_positions_cross", "user_id", postgresql_where=text("margin_mode = 'CROSS' AND signed_quantity <> 0")),
     schema="positions",
     postgresql_with={"fillfactor": 70},
 )
@@ -697,6 +744,22 @@ trade_tickers = Table(
     _col("taker_fee", AMOUNT),
     _col("executed_at", TIME),
     Index("ix_trade_tickers_instrument_id", "instrument_id", "seq"),
+    schema="matching",
+)
+
+# What auto-deleveraging did; few, and kept for good. `side` is that of the bankrupt user's closing order.
+deleveragings = Table(
+    "deleveragings",
+    metadata,
+    Column("trade_id", BigInteger, primary_key=True, autoincrement=False),
+    _col("instrument_id", Text()),
+    _col("seq", BigInteger()),
+    _col("price", AMOUNT),
+    _col("quantity", AMOUNT),
+    _col("side", Text()),
+    _col("user_id", BigInteger()),
+    _col("counterparty_user_id", BigInteger()),
+    _col("executed_at", TIME),
     schema="matching",
 )
 

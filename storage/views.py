@@ -25,6 +25,10 @@ VIEWS: dict[str, str] = {
         "SELECT instrument_id, tier, notional_from, max_leverage, maintenance_margin_rate, cumulative"
         " FROM risk.leverage_tiers"
     ),
+    "risk.v_liquidations": (
+        "SELECT liquidation_id, position_id, user_id, instrument_id, margin_mode, reason, status, created_at,"
+        " updated_at FROM risk.liquidation_queue"
+    ),
     "ledger.v_balances": "SELECT user_id, asset, available, reserved FROM ledger.ledger_balances",
     "ledger.v_margin_holds": (
         "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short, margin_version"
@@ -37,8 +41,8 @@ VIEWS: dict[str, str] = {
     "ledger.v_cursors": "SELECT instrument_id, applied_seq FROM ledger.cursors",
     "positions.v_positions": (
         "SELECT position_id, user_id, instrument_id, signed_quantity, entry_notional, margin, margin_version,"
-        " realized_pnl, leverage,"
-        " margin_mode, liquidation_price, status FROM positions.positions"
+        " realized_pnl, leverage, margin_mode, liquidation_price, warning_price, warned, told_price, status"
+        " FROM positions.positions"
     ),
     "positions.v_fills": (
         "SELECT event_id, user_id, instrument_id, seq, role, trade_id, order_id, side, price, quantity, fee,"
@@ -58,6 +62,7 @@ VIEWS: dict[str, str] = {
     "matching.v_events": "SELECT instrument_id, seq, command_seq, payload FROM matching.events",
     "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",
     "matching.v_trades": "SELECT * FROM matching.trade_tickers",
+    "matching.v_deleveragings": "SELECT * FROM matching.deleveragings",
     "matching.v_pruned": "SELECT instrument_id, event_seq, trades, quantity, fees FROM matching.pruned",
     # Up to which trade the klines have counted.
     "market.v_kline_positions": (

@@ -21,9 +21,14 @@ from temporalio.worker import Worker
 from activities.audit import run_audit
 from activities.ledger import transfer_external
 from activities.order_entry import lock_for_amendment, take_in, take_in_amendment, take_in_cancels
-from activities.registry import operations_activities, order_activities, settlement_activities
+from activities.registry import (
+    liquidation_activities,
+    operations_activities,
+    order_activities,
+    settlement_activities,
+)
 from activities.sagas import Saga, start_saga
-from clients import OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
+from clients import LIQUIDATION_QUEUE, OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
 from domain.instruments import SHIPPED, Instrument
 from domain.matching import AnyEvent
 from domain.order_entry import NewOrder, OrderRequest, Reference, amendment
@@ -46,6 +51,7 @@ from storage.db import Pool
 from tests.waiting import until
 from workflows.audit import LedgerAuditWorkflow
 from workflows.funding import FundingSettlementWorkflow
+from workflows.liquidation import LiquidationWorkflow
 from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
@@ -212,6 +218,7 @@ async def workers(
     queues: list[tuple[str, list[type], list[Activity]]] = [
         (ORDERS_QUEUE, [OrderPlacementWorkflow, OrderCancellationWorkflow], order_activities(pool, redis)),
         (SETTLEMENT_QUEUE, [SettlementWorkflow, FundingSettlementWorkflow], settlement_activities(pool, redis)),
+        (LIQUIDATION_QUEUE, [LiquidationWorkflow], liquidation_activities(pool, redis)),
         (OPERATIONS_QUEUE, [LedgerAuditWorkflow, MarginChangeWorkflow], operations_activities(pool, redis)),
     ]
     left = set(changed or {})
@@ -221,7 +228,7 @@ async def workers(
         left -= {_name(function) for function in activities}
         running.append(Worker(temporal, task_queue=queue, workflows=workflows, activities=used))
     assert not left, f"Expected activities named {left}"
-    async with running[0], running[1], running[2]:
+    async with running[0], running[1], running[2], running[3]:
         yield
 
 

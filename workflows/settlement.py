@@ -1,9 +1,12 @@
 """Settlement: one entity workflow per instrument applies the engine's events to positions, risk, ledger and orders."""
 
+import asyncio
+
 from temporalio import workflow
-from temporalio.exceptions import ApplicationError, FailureError
+from temporalio.exceptions import ApplicationError, FailureError, is_cancelled_exception
 
 with workflow.unsafe.imports_passed_through():
+    from domain.liquidation_saga import SETTLED_SIGNAL
     from domain.sagas import (
         ACKNOWLEDGE,
         ADVANCE_SIGNAL,
@@ -79,15 +82,27 @@ class SettlementWorkflow:
         events = EventRange(self._instrument_id, self._settled_seq, to_seq)
         label = f"{events.after_seq + 1}..{events.to_seq}"
         await run_step(APPLY_TRADES, events, type(None), label)
-        await run_step(APPLY_RISK_EVENTS, events, type(None), label)
+        # None in histories from before there were liquidations.
+        liquidations = await run_step(APPLY_RISK_EVENTS, events, list[str] | None, label)  # type: ignore[arg-type]  # or none
         uncovered = await run_step(SETTLE, events, list[int], label)
         await run_step(CONFIRM_POSITIONS, events, type(None), label)
         await run_step(APPLY_ORDER_EVENTS, events, type(None), label)
         if uncovered:
             await run_step(CANCEL_UNCOVERED, Uncovered(self._instrument_id, uncovered), type(None), label)
         self._follow(await run_step(ACKNOWLEDGE, events, Progress, label))
+        await asyncio.gather(*(_tell(workflow_id, to_seq) for workflow_id in liquidations or ()))
 
     def _follow(self, progress: Progress) -> None:
         self._settled_seq = max(self._settled_seq, progress.settled_seq)
         self._applied_seq = progress.applied_seq
         self._target_seq = max(self._target_seq, progress.engine_seq)
+
+
+async def _tell(workflow_id: str, seq: int) -> None:
+    """Tell a liquidation that events of its user are settled; one that has ended does not need to know."""
+    try:
+        await workflow.get_external_workflow_handle(workflow_id).signal(SETTLED_SIGNAL, seq)
+    except FailureError as error:
+        if is_cancelled_exception(error):
+            raise
+        workflow.logger.info("Liquidation %s is not there: %s", workflow_id, error)

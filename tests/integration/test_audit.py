@@ -102,6 +102,14 @@ CORRUPTIONS = [
         "UPDATE positions.position_events SET realized_pnl = realized_pnl + 1 WHERE type = 'FUNDING' AND user_id = 1",
     ),
     (
+        "claims_are_of_open_liquidations",
+        "INSERT INTO ledger.insurance_claims (liquidation_id, round, asset, amount) VALUES (1, 1, 'USDT', 5)",
+    ),
+    (
+        "liquidations_are_between_user_and_fund",
+        "UPDATE ledger.ledger_entries SET entry_type = 'LIQUIDATION_FEE' WHERE account = 'exchange:fees'",
+    ),
+    (
         "nobody_is_negative",
         "ALTER TABLE ledger.ledger_balances DROP CONSTRAINT ck_ledger_balances_available;"
         " UPDATE ledger.ledger_balances SET available = -1 WHERE user_id = 3",

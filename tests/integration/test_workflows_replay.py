@@ -17,6 +17,7 @@ from domain.sagas import (
 from tests.replay import HISTORIES, replay
 from workflows.audit import LedgerAuditWorkflow
 from workflows.funding import FundingSettlementWorkflow
+from workflows.liquidation import LiquidationWorkflow
 from workflows.margin import MarginChangeWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.settlement import SettlementWorkflow
@@ -27,10 +28,11 @@ WORKFLOWS = [
     OrderCancellationWorkflow,
     SettlementWorkflow,
     FundingSettlementWorkflow,
+    LiquidationWorkflow,
     LedgerAuditWorkflow,
     MarginChangeWorkflow,
 ]
-KINDS = ("placement", "cancellation", "settlement", "funding", "ledger_audit", "margin")
+KINDS = ("placement", "cancellation", "settlement", "funding", "liquidation", "ledger_audit", "margin")
 SAVED = [path.stem for path in sorted(HISTORIES.glob("*.json")) if path.stem.startswith(KINDS)]
 
 
@@ -63,6 +65,12 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "funding_retried",
         "funding_scheduled",
         "funding_cancelled",
+        "settlement_liquidating",
+        "liquidation",
+        "liquidation_late",
+        "liquidation_deleveraged",
+        "liquidation_aborted",
+        "liquidation_recovered",
         "ledger_audit",
         "margin_added",
         "margin_refused",

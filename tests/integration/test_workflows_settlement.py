@@ -302,6 +302,12 @@ BREAKAGES = {
     "clearing_plus_unrealized_is_zero": "UPDATE positions.positions SET entry_notional = 61 WHERE user_id = 2",
     "trades_have_two_sides": "DELETE FROM positions.position_events WHERE user_id = 2",
     "trades_are_booked_once": "UPDATE ledger.ledger_entries SET reference_id = '7' WHERE reference_type = 'TRADE'",
+    "claims_are_of_open_liquidations": (
+        "INSERT INTO ledger.insurance_claims (liquidation_id, round, asset, amount) VALUES (1, 1, 'USDT', 5)"
+    ),
+    "liquidations_are_between_user_and_fund": (
+        "UPDATE ledger.ledger_entries SET entry_type = 'LIQUIDATION_FEE' WHERE account = 'exchange:fees'"
+    ),
     "ledger_holds_what_positions_need": "UPDATE positions.positions SET margin = margin + 1 WHERE user_id = 1",
     "ledger_holds_what_orders_need": "UPDATE risk.exposures SET order_margin = order_margin + 1 WHERE user_id = 1",
     "accepted_orders_are_backed": "UPDATE orders.orders SET status = 'PLACED' WHERE user_id = 1",

@@ -26,6 +26,7 @@ SERVICE_OF = {
     "activities/risk.py": "risk",
     "activities/liquidation.py": "risk",
     "activities/ledger.py": "ledger",
+    "activities/insurance.py": "ledger",
     "activities/audit.py": "ledger",
     "activities/positions.py": "positions",
     "activities/matching.py": "matching",

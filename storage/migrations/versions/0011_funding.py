@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0011"
-down_revision = "0009"
+down_revision = "0010"
 
 AMOUNT = sa.Numeric(38, 8)
 TIME = sa.DateTime(timezone=True)
