@@ -447,7 +447,7 @@ async def _book_funding(
         received,
         insurance,
     )
-    await write(conn, book, touched)
+    await write_book(conn, book, touched)
 
 
 async def _close_funding(conn: Connection, run: FundingRun) -> FundingTotals:
@@ -465,7 +465,7 @@ async def _close_funding(conn: Connection, run: FundingRun) -> FundingTotals:
             book.open_journal(FUNDING_FEE, f"{run.reference}:rounding")
             book.post_system(FUNDING, row["asset"], "ROUNDING", -dust)
             book.post_system(ROUNDING, row["asset"], "ROUNDING", dust)
-            await write(conn, book, {})
+            await write_book(conn, book, {})
         await conn.execute(
             "UPDATE ledger.funding_runs r SET status = 'DONE', updated_at = now(), positions = (SELECT count(*)"
             "  FROM positions.v_funding_positions p WHERE (p.instrument_id, p.funding_time) = ($1, $2))"
