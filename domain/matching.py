@@ -111,12 +111,15 @@ AnyCommand = New | Cancel | CancelAll | Amend | CancelReplace | SetState | MarkP
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="kind", gc=False):
-    """Base of what may stand in `matching.events`; `at` is the time of the command that caused it."""
+    """Base of what may stand in `matching.events`; `at` is the time of the command that caused it.
+
+    Those that are made most often are not `kw_only`: by position they are made in half the time.
+    """
 
     at: int
 
 
-class Placed(Event, tag="PLACED", frozen=True, kw_only=True, omit_defaults=True):
+class Placed(Event, tag="PLACED", frozen=True, omit_defaults=True):
     """The rest of an order now rests in the book: `quantity` lots at `price`."""
 
     order_id: int
@@ -128,10 +131,7 @@ class Placed(Event, tag="PLACED", frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Trade(Event, tag="TRADE", frozen=True, omit_defaults=True):
-    """One match at the maker's price. `taker_price` is the taker's limit or protection price.
-
-    Not `kw_only`: it is made most often, and by position in half the time.
-    """
+    """One match at the maker's price. `taker_price` is the taker's limit or protection price."""
 
     trade_id: int
     price: int
@@ -151,14 +151,14 @@ class Trade(Event, tag="TRADE", frozen=True, omit_defaults=True):
     taker_reduce_only: bool = False
 
 
-class Filled(Event, tag="FILLED", frozen=True, kw_only=True):
+class Filled(Event, tag="FILLED", frozen=True):
     """Nothing of this order remains: it was traded in full."""
 
     order_id: int
     user_id: int
 
 
-class Ended(Event, frozen=True, kw_only=True, omit_defaults=True):
+class Ended(Event, frozen=True, omit_defaults=True):
     """An order ended with `quantity` lots untraded; `price` is its limit or protection price."""
 
     order_id: int
@@ -170,15 +170,15 @@ class Ended(Event, frozen=True, kw_only=True, omit_defaults=True):
     reduce_only: bool = False
 
 
-class Cancelled(Ended, tag="CANCELLED", frozen=True, kw_only=True):
+class Cancelled(Ended, tag="CANCELLED", frozen=True):
     """Ended by request."""
 
 
-class Expired(Ended, tag="EXPIRED", frozen=True, kw_only=True):
+class Expired(Ended, tag="EXPIRED", frozen=True):
     """Ended by its own terms: time in force, protection price, self-trade prevention, nothing left to reduce."""
 
 
-class Rejected(Ended, tag="REJECTED", frozen=True, kw_only=True):
+class Rejected(Ended, tag="REJECTED", frozen=True):
     """Never entered the book."""
 
 

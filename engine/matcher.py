@@ -223,7 +223,7 @@ class Matcher:
 
         self_trade = crosses and self._match(order, at, opposite, limit_key, events)
         if not order.remaining:
-            events.append(Filled(at=at, order_id=new.order_id, user_id=new.user_id))
+            events.append(Filled(at, new.order_id, new.user_id))
         elif self_trade:
             events.append(_ended(Expired, order, at, "SELF_TRADE"))
         elif new.type not in RESTING:
@@ -234,15 +234,7 @@ class Matcher:
         elif not new.reduce_only or self._shrink_resting(order, at, events):
             self._rest(order)
             events.append(
-                Placed(
-                    at=at,
-                    order_id=new.order_id,
-                    user_id=new.user_id,
-                    side=new.side,
-                    price=order.price,
-                    quantity=order.remaining,
-                    reduce_only=new.reduce_only,
-                )
+                Placed(at, new.order_id, new.user_id, new.side, order.price, order.remaining, new.reduce_only)
             )
 
     def _rest(self, order: Order) -> None:
@@ -315,7 +307,7 @@ class Matcher:
                 if not level.lots:
                     opposite.emptied(level)
                 book.forget(maker_new)
-                events.append(Filled(at=at, order_id=maker_new.order_id, user_id=maker_user_id))
+                events.append(Filled(at, maker_new.order_id, maker_user_id))
             if reducing:
                 self._position_changed(maker, quantity, user_id, at, events)
             if not remaining:
@@ -522,16 +514,7 @@ def _ended(
     kind: type[Cancelled | Expired | Rejected], order: Order, at: int, reason: str
 ) -> Cancelled | Expired | Rejected:
     new = order.new
-    return kind(
-        at=at,
-        order_id=new.order_id,
-        user_id=new.user_id,
-        side=new.side,
-        price=order.price,
-        quantity=order.remaining,
-        reason=reason,
-        reduce_only=new.reduce_only,
-    )
+    return kind(at, new.order_id, new.user_id, new.side, order.price, order.remaining, reason, new.reduce_only)
 
 
 def _amended(
