@@ -91,8 +91,8 @@ def assert_same_book(matcher: Matcher, reference: ReferenceMatcher) -> None:
     assert [as_told(order) for order in matcher.stops.orders.values()] == [
         as_told(order) for order in reference.waiting
     ]
-    positions = matcher.reductions.positions
-    assert {user: lots for user, lots in positions.items() if lots} == {
+    accounts = book.accounts
+    assert {user: account.position for user, account in accounts.items() if account.position} == {
         user: lots for user, lots in reference.positions.items() if lots
     }
     assert (matcher.event_seq, matcher.state) == (reference.event_seq, reference.state)
@@ -104,20 +104,23 @@ def assert_sound(matcher: Matcher) -> None:
     if book.bids.best is not None and book.asks.best is not None:
         assert book.bids.best.price < book.asks.best.price
     for side in (book.bids, book.asks):
-        assert sorted(side.heap) == sorted(side.levels)
+        assert sorted(side.heap) == sorted(level.key for level in side.levels.values() if level.queued)
         live = sorted((level for level in side.levels.values() if level.lots), key=lambda level: level.key)
         assert list(side) == live
         assert side.best is (live[0] if live else None)
-        assert side.empty == len(side.levels) - len(live)
+        assert all(price == level.price and level.key == side.sign * price for price, level in side.levels.items())
+        assert all(level.queued for level in live)
         for level in side.levels.values():
             assert level.lots == sum(order.remaining for order in level)
             assert all(order.remaining >= 0 for order in level.queue)
             assert level.gone == sum(not order.remaining for order in level.queue)
     resting = {order.new.order_id: order for side in (book.bids, book.asks) for order in book.resting(side)}
     assert book.orders == resting
-    for users, orders in ((book.users, book.orders), (matcher.stops.users, matcher.stops.orders)):
+    resting_of = {user: account.orders for user, account in book.accounts.items()}
+    for users, orders in ((resting_of, book.orders), (matcher.stops.users, matcher.stops.orders)):
         assert {key: order for own in users.values() for key, order in own.items()} == orders
-        assert all(own and {order.new.user_id for order in own.values()} == {user} for user, own in users.items())
+        assert all({order.new.user_id for order in own.values()} <= {user} for user, own in users.items())
+    assert all(matcher.stops.users.values())
     assert not resting.keys() & matcher.stops.orders.keys()
     assert_reducing(matcher)
 
