@@ -5,7 +5,7 @@ Prices are integer ticks, quantities integer lots, fees integers of 1e-8 quote, 
 Fields that came later have defaults and are left out of the bytes when they hold them: old logs stay as they are.
 """
 
-from typing import Literal
+from typing import Literal, final
 
 import msgspec
 
@@ -26,6 +26,7 @@ class Command(msgspec.Struct, frozen=True, tag_field="kind", gc=False):
     at: int
 
 
+@final
 class New(Command, tag="NEW", frozen=True, kw_only=True, omit_defaults=True):
     """Enter an order. `price` is the limit of a limit order and the protection price of a market order.
 
@@ -50,6 +51,7 @@ class New(Command, tag="NEW", frozen=True, kw_only=True, omit_defaults=True):
     working_type: WorkingType = "MARK"
 
 
+@final
 class Cancel(Command, tag="CANCEL", frozen=True, kw_only=True):
     """Take out one order, in the book or waiting; an order that is not there is ignored (it has ended already)."""
 

@@ -11,7 +11,8 @@ import msgspec
 
 from domain.matching import New, Side
 
-# Emptied places are kept until they are this many and the majority: dropping them then costs O(1) per order.
+# Emptied places are kept until they are so many and the majority: dropping them then costs O(1) per order.
+# In the queue of a level, and levels of a side.
 CLUTTER_MIN = 64
 EMPTY_LEVELS_MIN = 1024
 
@@ -72,7 +73,7 @@ class BookSide:
 
     A level's key is the price of an ask and minus the price of a bid, so that both sides share every rule.
     `heap` has the keys of all levels with orders and of some without, but never of such a one as its first.
-    Empty levels stay until they are many: most prices are soon in use again.
+    An empty level stays until there are `levels_max`: most prices are soon in use again.
     """
 
     __slots__ = ("best", "heap", "levels", "levels_max", "name", "sign")
@@ -97,8 +98,9 @@ class BookSide:
 
     def emptied(self, level: Level) -> None:
         """Take note that the last order left `level`."""
-        level.queue.clear()
-        level.gone = 0
+        if level.queue:
+            level.queue.clear()
+            level.gone = 0
         if level is not self.best:
             return
         heap, levels, sign = self.heap, self.levels, self.sign
@@ -168,16 +170,16 @@ class Book:
         self.orders[order_id] = self.accounts[new.user_id].orders[order_id] = order
 
     def remove(self, order: Order) -> None:
-        """Take an order out, wherever in its queue it stands; `remaining` is 0 then."""
+        """Take an order out, wherever in its queue it stands."""
         new = order.new
         order_id = new.order_id
         side = self.bids if new.side == "BUY" else self.asks
         level = side.levels[order.price]
         level.lots -= order.remaining
-        order.remaining = 0
         if not level.lots:
             side.emptied(level)
         else:
+            order.remaining = 0
             level.gone += 1
             if level.gone > CLUTTER_MIN and level.gone * 2 > len(level.queue):
                 level.tidy()

@@ -138,9 +138,10 @@ class Matcher:
     def apply(self, command: AnyCommand) -> list[AnyEvent]:
         """Carry out one command. Its events, in order, have the seqs that follow the former `event_seq`."""
         events: list[AnyEvent] = []
-        if isinstance(command, New):
+        # Not by `isinstance`, which takes long to say no to a class with a metaclass.
+        if type(command) is New:
             self._new(command, command.at, events)
-        elif isinstance(command, Cancel):
+        elif type(command) is Cancel:
             self._cancel(command, events)
         else:
             self._apply_rare(command, events)
@@ -178,7 +179,7 @@ class Matcher:
         plain = new.type in PLAIN
         if self.state != "TRADING":
             events.append(_ended(Rejected, new, quantity, at, "INSTRUMENT_NOT_TRADING"))
-        elif (not plain or new.post_only or new.price <= 0 or quantity <= 0) and _invalid(new):
+        elif (quantity <= 0 or new.price <= 0 or not plain or new.post_only) and _invalid(new):
             events.append(_ended(Rejected, new, quantity, at, "INVALID_ORDER"))
         elif plain:
             self._enter(new, quantity, at, Rejected, events)
@@ -264,8 +265,10 @@ class Matcher:
         maker_units, taker_units, per = self._fees
         trade_id = self.event_seq * INSTRUMENTS_MAX + self._instrument_number
         taker = accounts[user_id]
-        while (level := opposite.best) is not None and (level.price <= limit if buys else level.price >= limit):
+        while (level := opposite.best) is not None:
             price, queue = level.price, level.queue
+            if (buys and price > limit) or (not buys and price < limit):
+                return remaining
             while level.lots:
                 maker = queue[0]
                 if not maker.remaining:
