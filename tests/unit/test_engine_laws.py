@@ -1,5 +1,6 @@
 """Laws that hold after every command of any log, and agreement with the reference book."""
 
+import random
 from collections import defaultdict
 from typing import TypeGuard
 
@@ -25,14 +26,16 @@ from domain.matching import (
     Filled,
     MarkPrice,
     New,
+    Placed,
     Rejected,
     SetState,
+    Side,
     Trade,
     TradingState,
     decode_event,
     encode,
 )
-from engine.book import Order
+from engine.book import EMPTY_LEVELS_MIN, Order
 from engine.matcher import Matcher
 from tests.engine_commands import AT, STOP_TYPES, any_commands, random_commands
 from tests.reference_book import Live, ReferenceMatcher
@@ -273,6 +276,36 @@ def test_every_amendment_has_one_answer_and_never_leaves_more_open_than_asked(se
 
 def _is_by_user(event: AnyEvent) -> TypeGuard[Amended]:
     return isinstance(event, Amended) and event.reason == "USER_REQUEST"
+
+
+def test_prices_that_come_and_go_are_forgotten_and_those_in_use_are_not() -> None:
+    dice = random.Random(5)
+    matcher, live = Matcher(SHIPPED[0]), list[New]()
+    for order_id in range(1, 4 * EMPTY_LEVELS_MIN):
+        side: Side = "BUY" if dice.random() < 0.5 else "SELL"
+        away = dice.randint(1, 10**6)
+        price = 2 * 10**6 + (away if side == "SELL" else -away)
+        order = New(
+            at=AT,
+            order_id=order_id,
+            user_id=order_id % 7,
+            side=side,
+            type="LIMIT",
+            time_in_force="GTC",
+            price=price,
+            quantity=1,
+        )
+        assert [type(event) for event in matcher.apply(order)] == [Placed]
+        live.append(order)
+        if len(live) > 50:
+            gone = live.pop(dice.randrange(len(live)))
+            matcher.apply(Cancel(at=AT, order_id=gone.order_id, user_id=gone.user_id))
+        if order_id % 100 == 0:
+            assert_sound(matcher)
+    for side_of_book in (matcher.book.bids, matcher.book.asks):
+        assert len(side_of_book.levels) <= EMPTY_LEVELS_MIN + 2 * 50
+    assert_sound(matcher)
+    assert matcher.book.orders.keys() == {order.order_id for order in live}
 
 
 def test_the_same_log_gives_the_same_bytes() -> None:
