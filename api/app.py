@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
 
-from api import admin, auth, health, ledger, market, orders, positions, risk, sockets, users
+from api import admin, auth, health, ledger, market, market_history, orders, positions, risk, sockets, users
 from api.gateway import Gateway
 from api.problems import add_handlers
 from api.state import open_state
@@ -20,10 +20,17 @@ ROUTERS: list[APIRouter] = [
     positions.router,
     admin.router,
     market.router,
+    market_history.router,
     market.admin_router,
     sockets.router,
     health.router,
 ]
+
+
+DESCRIPTION = """
+Answers of `/api/market` may be kept for one second and have an ETag. Market data and a user's own events are pushed
+over WebSockets, `/ws/market` and `/ws/user`: `docs/websocket.md` has their messages, heartbeat, limits, closing codes.
+"""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -38,6 +45,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Saga Exchange",
         version="0.1.0",
+        description=DESCRIPTION,
         lifespan=lifespan,
         # Spans and metrics of every request cost more than most requests.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
