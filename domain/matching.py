@@ -5,7 +5,7 @@ Prices are integer ticks, quantities integer lots, fees integers of 1e-8 quote, 
 Fields that came later have defaults and are left out of the bytes when they hold them: old logs stay as they are.
 """
 
-from typing import Literal
+from typing import Literal, final
 
 import msgspec
 
@@ -26,6 +26,7 @@ class Command(msgspec.Struct, frozen=True, tag_field="kind", gc=False):
     at: int
 
 
+@final
 class New(Command, tag="NEW", frozen=True, kw_only=True, omit_defaults=True):
     """Enter an order. `price` is the limit of a limit order and the protection price of a market order.
 
@@ -50,6 +51,7 @@ class New(Command, tag="NEW", frozen=True, kw_only=True, omit_defaults=True):
     working_type: WorkingType = "MARK"
 
 
+@final
 class Cancel(Command, tag="CANCEL", frozen=True, kw_only=True):
     """Take out one order, in the book or waiting; an order that is not there is ignored (it has ended already)."""
 
@@ -122,12 +124,15 @@ AnyCommand = New | Cancel | CancelAll | Amend | CancelReplace | SetState | MarkP
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="kind", gc=False):
-    """Base of what may stand in `matching.events`; `at` is the time of the command that caused it."""
+    """Base of what may stand in `matching.events`; `at` is the time of the command that caused it.
+
+    Those that are made most often are not `kw_only`: by position they are made in half the time.
+    """
 
     at: int
 
 
-class Placed(Event, tag="PLACED", frozen=True, kw_only=True, omit_defaults=True):
+class Placed(Event, tag="PLACED", frozen=True, omit_defaults=True):
     """The rest of an order now rests in the book: `quantity` lots at `price`."""
 
     order_id: int
@@ -139,10 +144,7 @@ class Placed(Event, tag="PLACED", frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Trade(Event, tag="TRADE", frozen=True, omit_defaults=True):
-    """One match at the maker's price. `taker_price` is the taker's limit or protection price.
-
-    Not `kw_only`: it is made most often, and by position in half the time.
-    """
+    """One match at the maker's price. `taker_price` is the taker's limit or protection price."""
 
     trade_id: int
     price: int
@@ -162,14 +164,14 @@ class Trade(Event, tag="TRADE", frozen=True, omit_defaults=True):
     taker_reduce_only: bool = False
 
 
-class Filled(Event, tag="FILLED", frozen=True, kw_only=True):
+class Filled(Event, tag="FILLED", frozen=True):
     """Nothing of this order remains: it was traded in full."""
 
     order_id: int
     user_id: int
 
 
-class Ended(Event, frozen=True, kw_only=True, omit_defaults=True):
+class Ended(Event, frozen=True, omit_defaults=True):
     """An order ended with `quantity` lots untraded; `price` is its limit or protection price."""
 
     order_id: int
@@ -181,15 +183,15 @@ class Ended(Event, frozen=True, kw_only=True, omit_defaults=True):
     reduce_only: bool = False
 
 
-class Cancelled(Ended, tag="CANCELLED", frozen=True, kw_only=True):
+class Cancelled(Ended, tag="CANCELLED", frozen=True):
     """Ended by request."""
 
 
-class Expired(Ended, tag="EXPIRED", frozen=True, kw_only=True):
+class Expired(Ended, tag="EXPIRED", frozen=True):
     """Ended by its own terms: time in force, protection price, self-trade prevention, nothing left to reduce."""
 
 
-class Rejected(Ended, tag="REJECTED", frozen=True, kw_only=True):
+class Rejected(Ended, tag="REJECTED", frozen=True):
     """Never entered the book."""
 
 

@@ -3,7 +3,7 @@
 Prices are ticks, quantities lots. The book holds and finds orders; who trades with whom is `matcher.py`.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 
@@ -11,8 +11,10 @@ import msgspec
 
 from domain.matching import New, Side
 
-# Emptied places are kept until they are this many and the majority: dropping them then costs O(1) per order.
+# Emptied places are kept until they are so many and the majority: dropping them then costs O(1) per order.
+# In the queue of a level, and levels of a side.
 CLUTTER_MIN = 64
+EMPTY_LEVELS_MIN = 1024
 
 
 class Order(msgspec.Struct, array_like=True, gc=False):
@@ -34,16 +36,17 @@ class Level:
     """All orders at one price in order of entry; `lots` is what remains of them together.
 
     Who leaves from the middle of the queue stays in it, marked by `remaining` 0, until the front reaches it or the
-    `gone` prevail: leaving takes constant time.
+    `gone` prevail: leaving takes constant time. `queued`: its key is in the heap of its side.
     """
 
-    __slots__ = ("gone", "key", "lots", "price", "queue")
+    __slots__ = ("gone", "key", "lots", "price", "queue", "queued")
 
     def __init__(self, key: int, price: int) -> None:
         self.key = key
         self.price = price
         self.lots = 0
         self.gone = 0
+        self.queued = False
         self.queue: deque[Order] = deque()
 
     def __iter__(self) -> Iterator[Order]:
@@ -59,65 +62,56 @@ class Level:
 
     def tidy(self) -> None:
         """Forget those who left."""
-        self.queue = deque(self)
+        live = list(self)
+        self.queue.clear()
+        self.queue += live
         self.gone = 0
 
 
 class BookSide:
-    """The levels of one side under keys that sort best price first; `best` is the first that has orders.
+    """The levels of one side by price; `best` is the first that has orders.
 
-    A key is the price of an ask and minus the price of a bid, so that both sides share every rule.
-    `heap` has the keys of `levels`. An empty level stays until it comes to the top or the `empty` prevail: most
-    prices are soon in use again.
+    A level's key is the price of an ask and minus the price of a bid, so that both sides share every rule.
+    `heap` has the keys of all levels with orders and of some without, but never of such a one as its first.
+    An empty level stays until there are `levels_max`: most prices are soon in use again.
     """
 
-    __slots__ = ("best", "empty", "heap", "levels", "name", "sign")
+    __slots__ = ("best", "heap", "levels", "levels_max", "name", "sign")
 
     def __init__(self, name: Side) -> None:
         self.name: Side = name
         self.sign = -1 if name == "BUY" else 1
         self.levels: dict[int, Level] = {}
+        self.levels_max = EMPTY_LEVELS_MIN
         self.heap: list[int] = []
-        self.empty = 0
         self.best: Level | None = None
 
-    def open_level(self, price: int) -> Level:
-        """The level at `price`, which has no orders but is about to get one."""
-        key = self.sign * price
-        level = self.levels.get(key)
-        if level is None:
-            level = self.levels[key] = Level(key, price)
-            heappush(self.heap, key)
-        else:
-            self.empty -= 1
-        best = self.best
-        if best is None or key < best.key:
-            self.best = level
+    def new_level(self, price: int) -> Level:
+        """A level at a price that has none."""
+        if len(self.levels) >= self.levels_max:
+            self.levels = {price: level for price, level in self.levels.items() if level.lots}
+            self.heap = [level.key for level in self.levels.values()]
+            heapify(self.heap)
+            self.levels_max = 2 * len(self.levels) + EMPTY_LEVELS_MIN
+        level = self.levels[price] = Level(self.sign * price, price)
         return level
 
     def emptied(self, level: Level) -> None:
         """Take note that the last order left `level`."""
-        level.queue.clear()
-        level.gone = 0
-        self.empty += 1
-        if level is self.best:
-            self._find_best()
-        if self.empty > CLUTTER_MIN and self.empty * 2 > len(self.heap):
-            self.levels = {key: level for key, level in self.levels.items() if level.lots}
-            self.heap = list(self.levels)
-            heapify(self.heap)
-            self.empty = 0
-
-    def _find_best(self) -> None:
-        heap, levels = self.heap, self.levels
-        while heap:
-            level = levels[heap[0]]
-            if level.lots:
-                self.best = level
+        if level.queue:
+            level.queue.clear()
+            level.gone = 0
+        if level is not self.best:
+            return
+        heap, levels, sign = self.heap, self.levels, self.sign
+        while not level.lots:
+            heappop(heap)
+            level.queued = False
+            if not heap:
+                self.best = None
                 return
-            del levels[heappop(heap)]
-            self.empty -= 1
-        self.best = None
+            level = levels[sign * heap[0]]
+        self.best = level
 
     def __iter__(self) -> Iterator[Level]:
         """The levels that have orders, best first; the first n of them in O(n log n), however many follow."""
@@ -125,7 +119,7 @@ class BookSide:
         frontier = [(heap[0], 0)] if heap else []
         while frontier:
             key, index = heappop(frontier)
-            level = levels[key]
+            level = levels[self.sign * key]
             if level.lots:
                 yield level
             for child in (2 * index + 1, 2 * index + 2):
@@ -133,16 +127,26 @@ class BookSide:
                     heappush(frontier, (heap[child], child))
 
 
-class Book:
-    """Both sides, every resting order by its id in order of entry, and each user's orders likewise."""
+class Account:
+    """A user's net `position` in lots, above zero for long, and resting orders by id in order of entry."""
 
-    __slots__ = ("asks", "bids", "orders", "users")
+    __slots__ = ("orders", "position")
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.orders: dict[int, Order] = {}
+
+
+class Book:
+    """Both sides, every resting order by its id in order of entry, and the account of everyone who was ever there."""
+
+    __slots__ = ("accounts", "asks", "bids", "orders")
 
     def __init__(self) -> None:
         self.bids = BookSide("BUY")
         self.asks = BookSide("SELL")
         self.orders: dict[int, Order] = {}
-        self.users: dict[int, dict[int, Order]] = {}
+        self.accounts = defaultdict[int, Account](Account)
 
     def side(self, name: Side) -> BookSide:
         """The bids for BUY, the asks for SELL."""
@@ -150,44 +154,36 @@ class Book:
 
     def add(self, order: Order) -> None:
         """Queue an order behind all others at its price."""
-        new = order.new
-        order_id, user_id, price = new.order_id, new.user_id, order.price
+        new, price = order.new, order.price
+        order_id = new.order_id
         side = self.bids if new.side == "BUY" else self.asks
-        level = side.levels.get(side.sign * price)
-        if level is None or not level.lots:
-            level = side.open_level(price)
+        level = side.levels.get(price) or side.new_level(price)
+        if not level.queued:
+            # Only now can it be the best: the first of the heap has orders.
+            level.queued = True
+            key = level.key
+            heappush(side.heap, key)
+            if side.heap[0] == key:
+                side.best = level
         level.queue.append(order)
         level.lots += order.remaining
-        self.orders[order_id] = order
-        own = self.users.get(user_id)
-        if own is None:
-            self.users[user_id] = {order_id: order}
-        else:
-            own[order_id] = order
+        self.orders[order_id] = self.accounts[new.user_id].orders[order_id] = order
 
     def remove(self, order: Order) -> None:
-        """Take an order out, wherever in its queue it stands; `remaining` is 0 then."""
+        """Take an order out, wherever in its queue it stands."""
         new = order.new
+        order_id = new.order_id
         side = self.bids if new.side == "BUY" else self.asks
-        level = side.levels[side.sign * order.price]
+        level = side.levels[order.price]
         level.lots -= order.remaining
-        order.remaining = 0
         if not level.lots:
             side.emptied(level)
         else:
+            order.remaining = 0
             level.gone += 1
             if level.gone > CLUTTER_MIN and level.gone * 2 > len(level.queue):
                 level.tidy()
-        self.forget(new)
-
-    def forget(self, new: New) -> None:
-        """Drop an order that left its level from the indexes."""
-        order_id, user_id = new.order_id, new.user_id
-        del self.orders[order_id]
-        own = self.users[user_id]
-        del own[order_id]
-        if not own:
-            del self.users[user_id]
+        del self.orders[order_id], self.accounts[new.user_id].orders[order_id]
 
     def resting(self, side: BookSide) -> Iterator[Order]:
         """The orders of one side in the order in which they would trade."""

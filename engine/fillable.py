@@ -1,6 +1,7 @@
 """Whether a fill-or-kill order would trade in full at once: matching, tried out without touching the book."""
 
-from engine.book import Book, BookSide, Order
+from domain.matching import New
+from engine.book import Book, BookSide
 from engine.reductions import Reductions
 
 
@@ -27,11 +28,12 @@ class _Trial:
                 self.lots[newest] = open_lots - cut
 
 
-def fillable(taker: Order, book: Book, opposite: BookSide, limit_key: int, reductions: Reductions) -> bool:
-    """Whether the whole quantity would trade at once, self-trade prevention and reduce-only orders considered."""
-    wanted = taker.remaining
-    if taker.new.user_id in book.users or reductions.users:
-        return _fillable_by_orders(taker, opposite, limit_key, reductions)
+def fillable(taker: New, wanted: int, book: Book, opposite: BookSide, reductions: Reductions) -> bool:
+    """Whether `wanted` lots would trade at once, self-trade prevention and reduce-only orders considered."""
+    limit_key = opposite.sign * taker.price
+    account = book.accounts.get(taker.user_id)
+    if (account and account.orders) or reductions.users:
+        return _fillable_by_orders(taker, wanted, opposite, limit_key, reductions)
     for level in opposite:
         if level.key > limit_key:
             return False
@@ -41,15 +43,15 @@ def fillable(taker: Order, book: Book, opposite: BookSide, limit_key: int, reduc
     return False
 
 
-def _fillable_by_orders(taker: Order, opposite: BookSide, limit_key: int, reductions: Reductions) -> bool:
-    wanted, trials = taker.remaining, dict[int, _Trial]()
+def _fillable_by_orders(taker: New, wanted: int, opposite: BookSide, limit_key: int, reductions: Reductions) -> bool:
+    trials = dict[int, _Trial]()
     for level in opposite:
         if level.key > limit_key:
             return False
         for maker in level:
             user_id, order_id = maker.new.user_id, maker.new.order_id
-            if user_id == taker.new.user_id:
-                if taker.new.stp_mode != "EXPIRE_MAKER":
+            if user_id == taker.user_id:
+                if taker.stp_mode != "EXPIRE_MAKER":
                     return False
                 continue
             lots = maker.remaining

@@ -6,6 +6,7 @@ Prices are ticks, quantities lots, fees 1e-8 quote.
 
 from collections import deque
 from fractions import Fraction
+from math import lcm
 
 import msgspec
 from msgspec import structs
@@ -73,9 +74,8 @@ class Matcher:
 
     __slots__ = (
         "_due",
+        "_fees",
         "_instrument_number",
-        "_maker_fee",
-        "_taker_fee",
         "book",
         "event_seq",
         "last_price",
@@ -89,7 +89,7 @@ class Matcher:
         assert 0 <= instrument.number < INSTRUMENTS_MAX, f"Expected a number below {INSTRUMENTS_MAX}, was {instrument}"
         self.book = Book()
         self.stops = Stops()
-        self.reductions = Reductions()
+        self.reductions = Reductions(self.book.accounts)
         self.state: TradingState = "TRADING"
         self.mark_price = 0
         self.last_price = 0
@@ -97,10 +97,12 @@ class Matcher:
         # Triggered orders that have not entered yet; empty between commands.
         self._due: deque[Order] = deque()
         self._instrument_number = instrument.number
-        # Fee units per tick and lot as numerator and denominator: fees are exact with integers alone.
+        # Fee units of maker and taker per tick and lot, and what divides both: fees are exact with integers alone.
         notional_units = Fraction(instrument.tick_size) * Fraction(instrument.lot_size) * FEE_UNITS
-        self._maker_fee = (notional_units * Fraction(instrument.maker_fee_rate)).as_integer_ratio()
-        self._taker_fee = (notional_units * Fraction(instrument.taker_fee_rate)).as_integer_ratio()
+        maker_fee = notional_units * Fraction(instrument.maker_fee_rate)
+        taker_fee = notional_units * Fraction(instrument.taker_fee_rate)
+        per = lcm(maker_fee.denominator, taker_fee.denominator)
+        self._fees = (int(maker_fee * per), int(taker_fee * per), per)
 
     def dump(self) -> bytes:
         """The complete state: `load` of it goes on exactly as this matcher would."""
@@ -111,7 +113,7 @@ class Matcher:
                 self.state,
                 self.mark_price,
                 self.last_price,
-                sorted((user_id, lots) for user_id, lots in self.reductions.positions.items() if lots),
+                sorted((user_id, own.position) for user_id, own in self.book.accounts.items() if own.position),
                 list(self.book.orders.values()),
                 list(self.stops.orders.values()),
             )
@@ -128,7 +130,8 @@ class Matcher:
         matcher.state = snapshot.state
         matcher.mark_price = snapshot.mark_price
         matcher.last_price = snapshot.last_price
-        matcher.reductions.positions.update(snapshot.positions)
+        for user_id, position in snapshot.positions:
+            matcher.book.accounts[user_id].position = position
         for order in snapshot.resting:
             matcher._rest(order)
         for order in snapshot.waiting:
@@ -138,9 +141,10 @@ class Matcher:
     def apply(self, command: AnyCommand) -> list[AnyEvent]:
         """Carry out one command. Its events, in order, have the seqs that follow the former `event_seq`."""
         events: list[AnyEvent] = []
-        if isinstance(command, New):
+        # Not by `isinstance`, which takes long to say no to a class with a metaclass.
+        if type(command) is New:
             self._new(command, command.at, events)
-        elif isinstance(command, Cancel):
+        elif type(command) is Cancel:
             self._cancel(command, events)
         else:
             self._apply_rare(command, events)
@@ -176,15 +180,16 @@ class Matcher:
         if order_id in self.book.orders or order_id in self.stops.orders:
             # The same command twice. An event would be about the order that is there, which is in good order.
             return
-        order = Order(new, new.price, new.quantity)
+        quantity = new.quantity
+        plain = new.type in PLAIN
         if self.state != "TRADING":
-            events.append(_ended(Rejected, order, at, "INSTRUMENT_NOT_TRADING"))
-        elif _invalid(new):
-            events.append(_ended(Rejected, order, at, "INVALID_ORDER"))
-        elif new.type in PLAIN:
-            self._enter(order, at, Rejected, events)
+            events.append(_ended(Rejected, new, quantity, at, "INSTRUMENT_NOT_TRADING"))
+        elif (quantity <= 0 or new.price <= 0 or not plain or new.post_only) and _invalid(new):
+            events.append(_ended(Rejected, new, quantity, at, "INVALID_ORDER"))
+        elif plain:
+            self._enter(new, quantity, at, Rejected, events)
         else:
-            self._wait(order, at, events)
+            self._wait(Order(new, new.price, quantity), at, events)
 
     def _wait(self, order: Order, at: int, events: list[AnyEvent]) -> None:
         new = order.new
@@ -207,48 +212,48 @@ class Matcher:
             )
         )
 
-    def _enter(self, order: Order, at: int, refused: type[Rejected | Expired], events: list[AnyEvent]) -> None:
-        """Let an order trade and rest. One that its terms forbid to enter ends with an event of kind `refused`."""
-        new = order.new
-        book = self.book
+    def _enter(
+        self, new: New, quantity: int, at: int, refused: type[Rejected | Expired], events: list[AnyEvent]
+    ) -> None:
+        """Let `quantity` lots of an order trade and rest. What its terms forbid to enter ends as `refused`."""
+        book, price = self.book, new.price
         if new.side == "BUY":
-            opposite, limit_key = book.asks, order.price
+            opposite = book.asks
+            best = opposite.best
+            crosses = best is not None and best.price <= price
         else:
-            opposite, limit_key = book.bids, -order.price
-        best = opposite.best
-        crosses = best is not None and best.key <= limit_key
-        if new.post_only and crosses:
-            events.append(_ended(refused, order, at, "POST_ONLY_WOULD_CROSS"))
+            opposite = book.bids
+            best = opposite.best
+            crosses = best is not None and best.price >= price
+        if crosses and new.post_only:
+            events.append(_ended(refused, new, quantity, at, "POST_ONLY_WOULD_CROSS"))
             return
-        if new.reduce_only and not self._shrink_taker(order, at, refused, events):
-            return
-        if new.time_in_force == "FOK" and not fillable(order, book, opposite, limit_key, self.reductions):
-            events.append(_ended(Expired, order, at, "FOK_NOT_FILLABLE"))
+        if new.reduce_only:
+            room = self.reductions.reducible(new.user_id, new.side)
+            if not room:
+                reason = "REDUCE_ONLY_REJECTED" if refused is Rejected else "REDUCE_ONLY"
+                events.append(_ended(refused, new, quantity, at, reason))
+                return
+            new, quantity = _shrunk(new, quantity, room, at, events)
+        time_in_force = new.time_in_force
+        if time_in_force == "FOK" and not fillable(new, quantity, book, opposite, self.reductions):
+            events.append(_ended(Expired, new, quantity, at, "FOK_NOT_FILLABLE"))
             return
 
-        self_trade = crosses and self._match(order, at, opposite, limit_key, events)
-        if not order.remaining:
-            events.append(Filled(at=at, order_id=new.order_id, user_id=new.user_id))
-        elif self_trade:
-            events.append(_ended(Expired, order, at, "SELF_TRADE"))
-        elif new.type not in RESTING:
+        if crosses:
+            quantity = self._match(new, quantity, at, opposite, events)
+            if not quantity:
+                return
+        if new.type not in RESTING:
             reason = "NO_LIQUIDITY" if opposite.best is None else "PROTECTION_PRICE"
-            events.append(_ended(Expired, order, at, reason))
-        elif new.time_in_force != "GTC":
-            events.append(_ended(Expired, order, at, "IOC"))
-        elif not new.reduce_only or self._shrink_resting(order, at, events):
-            self._rest(order)
-            events.append(
-                Placed(
-                    at=at,
-                    order_id=new.order_id,
-                    user_id=new.user_id,
-                    side=new.side,
-                    price=order.price,
-                    quantity=order.remaining,
-                    reduce_only=new.reduce_only,
-                )
-            )
+            events.append(_ended(Expired, new, quantity, at, reason))
+        elif time_in_force != "GTC":
+            events.append(_ended(Expired, new, quantity, at, "IOC"))
+        elif new.reduce_only:
+            self._rest_reducing(new, quantity, at, events)
+        else:
+            book.add(Order(new, price, quantity))
+            events.append(Placed(at, new.order_id, new.user_id, new.side, price, quantity))
 
     def _rest(self, order: Order) -> None:
         self.book.add(order)
@@ -257,83 +262,100 @@ class Matcher:
 
     # Matching
 
-    def _match(self, order: Order, at: int, opposite: BookSide, limit_key: int, events: list[AnyEvent]) -> bool:
-        """Trade with the opposite side up to the limit; whether self-trade prevention ended it."""
-        new, book = order.new, self.book
-        side, user_id, order_id, taker_reduces = new.side, new.user_id, new.order_id, new.reduce_only
-        maker_units, maker_per = self._maker_fee
-        taker_units, taker_per = self._taker_fee
-        reductions = self.reductions
-        positions, reducing = reductions.positions, reductions.users
+    def _match(self, new: New, remaining: int, at: int, opposite: BookSide, events: list[AnyEvent]) -> int:
+        """Trade with the opposite side up to the limit; the lots that remain, 0 if the order has ended."""
+        side, user_id, order_id, limit = new.side, new.user_id, new.order_id, new.price
+        liquidation, taker_reduces, buys = new.liquidation, new.reduce_only, side == "BUY"
+        orders, accounts, reducing = self.book.orders, self.book.accounts, self.reductions.users
+        maker_units, taker_units, per = self._fees
         trade_id = self.event_seq * INSTRUMENTS_MAX + self._instrument_number
-        remaining = order.remaining
-        level = opposite.best
-        while level is not None and level.key <= limit_key:
-            maker = level.queue[0]
-            maker_remaining = maker.remaining
-            if not maker_remaining:
-                maker = level.first()
-                maker_remaining = maker.remaining
-            maker_new = maker.new
-            maker_user_id = maker_new.user_id
-            if maker_user_id == user_id:
-                if new.stp_mode != "EXPIRE_TAKER":
-                    events.append(_ended(Expired, maker, at, "SELF_TRADE"))
-                    self._remove(maker)
-                if new.stp_mode != "EXPIRE_MAKER":
-                    return True
-                level = opposite.best
-                continue
-            price = level.price
-            quantity = remaining if remaining < maker_remaining else maker_remaining
-            order.remaining = remaining = remaining - quantity
-            maker.remaining = maker_remaining = maker_remaining - quantity
-            level.lots -= quantity
-            notional = price * quantity
-            events.append(
-                Trade(
-                    at,
-                    trade_id + (len(events) + 1) * INSTRUMENTS_MAX,
-                    price,
-                    quantity,
-                    side,
-                    maker_new.order_id,
-                    maker_user_id,
-                    maker_remaining,
-                    -(-notional * maker_units // maker_per),
-                    order_id,
-                    user_id,
-                    remaining,
-                    -(-notional * taker_units // taker_per),
-                    order.price,
-                    new.liquidation,
-                    maker_new.reduce_only,
-                    taker_reduces,
+        taker = accounts[user_id]
+        while (level := opposite.best) is not None:
+            price, queue = level.price, level.queue
+            if (buys and price > limit) or (not buys and price < limit):
+                return remaining
+            while level.lots:
+                maker = queue[0]
+                if not maker.remaining:
+                    maker = level.first()
+                open_lots = maker.remaining
+                maker_new = maker.new
+                maker_user_id = maker_new.user_id
+                if maker_user_id == user_id:
+                    if self._prevented(maker, new, remaining, at, events):
+                        return 0
+                    continue
+                maker_order_id = maker_new.order_id
+                quantity = open_lots if open_lots < remaining else remaining
+                remaining -= quantity
+                open_lots -= quantity
+                level.lots -= quantity
+                notional = price * quantity
+                maker_fee, taker_fee = notional * maker_units, notional * taker_units
+                if per != 1:
+                    maker_fee, taker_fee = -(-maker_fee // per), -(-taker_fee // per)
+                events.append(
+                    Trade(
+                        at,
+                        trade_id + (len(events) + 1) * INSTRUMENTS_MAX,
+                        price,
+                        quantity,
+                        side,
+                        maker_order_id,
+                        maker_user_id,
+                        open_lots,
+                        maker_fee,
+                        order_id,
+                        user_id,
+                        remaining,
+                        taker_fee,
+                        limit,
+                        liquidation,
+                        maker_new.reduce_only,
+                        taker_reduces,
+                    )
                 )
-            )
-            self.last_price = price
-            bought = quantity if side == "BUY" else -quantity
-            positions[user_id] = positions.get(user_id, 0) + bought
-            positions[maker_user_id] = positions.get(maker_user_id, 0) - bought
-            if not maker_remaining:
-                level.queue.popleft()
-                if not level.lots:
-                    opposite.emptied(level)
-                book.forget(maker_new)
-                events.append(Filled(at=at, order_id=maker_new.order_id, user_id=maker_user_id))
-            if reducing:
-                self._position_changed(maker, quantity, user_id, at, events)
-            if not remaining:
-                return False
-            level = opposite.best
-        return False
+                self.last_price = price
+                bought = quantity if buys else -quantity
+                taker.position += bought
+                account = accounts[maker_user_id]
+                account.position -= bought
+                if open_lots:
+                    maker.remaining = open_lots
+                else:
+                    queue.popleft()
+                    del orders[maker_order_id], account.orders[maker_order_id]
+                    events.append(Filled(at, maker_order_id, maker_user_id))
+                    if not level.lots:
+                        opposite.emptied(level)
+                if reducing:
+                    self._position_changed(maker, open_lots, quantity, user_id, at, events)
+                if not remaining:
+                    events.append(Filled(at, order_id, user_id))
+                    return 0
+        return remaining
+
+    def _prevented(self, maker: Order, new: New, remaining: int, at: int, events: list[AnyEvent]) -> bool:
+        """Self-trade prevention: end the maker's order, the taker's or both; whether it ended the taker's."""
+        if new.stp_mode != "EXPIRE_TAKER":
+            events.append(_ended(Expired, maker.new, maker.remaining, at, "SELF_TRADE"))
+            self._remove(maker)
+        if new.stp_mode == "EXPIRE_MAKER":
+            return False
+        events.append(_ended(Expired, new, remaining, at, "SELF_TRADE"))
+        return True
 
     # Reduce-only
 
-    def _position_changed(self, maker: Order, quantity: int, taker_id: int, at: int, events: list[AnyEvent]) -> None:
-        """Bring the reduce-only orders of both sides of a trade in line with their positions."""
+    def _position_changed(
+        self, maker: Order, open_lots: int, quantity: int, taker_id: int, at: int, events: list[AnyEvent]
+    ) -> None:
+        """Bring the reduce-only orders of both sides of a trade in line with their positions.
+
+        Of the maker's order `quantity` lots were traded and `open_lots` are still open.
+        """
         if maker.new.reduce_only:
-            if maker.remaining:
+            if open_lots:
                 self.reductions.take(maker, quantity)
             else:
                 self.reductions.remove(maker, quantity)
@@ -347,7 +369,7 @@ class Matcher:
             order = self.reductions.newest(user_id)
             cut = min(excess, order.remaining)
             if cut == order.remaining:
-                events.append(_ended(Expired, order, at, "REDUCE_ONLY"))
+                events.append(_ended(Expired, order.new, cut, at, "REDUCE_ONLY"))
                 self._remove(order)
             else:
                 old = order.remaining
@@ -355,41 +377,25 @@ class Matcher:
                 events.append(_amended(order, at, order.price, old, "REDUCE_ONLY"))
             excess -= cut
 
-    def _shrink_taker(self, order: Order, at: int, refused: type[Rejected | Expired], events: list[AnyEvent]) -> bool:
-        """Cut an entering order to the position; false if there is none."""
-        room = self.reductions.reducible(order.new.user_id, order.new.side)
-        if not room:
-            reason = "REDUCE_ONLY_REJECTED" if refused is Rejected else "REDUCE_ONLY"
-            events.append(_ended(refused, order, at, reason))
-            return False
-        self._shrink_outside(order, room, at, events)
-        return True
-
-    def _shrink_resting(self, order: Order, at: int, events: list[AnyEvent]) -> bool:
-        """Cut an order about to rest to what older reduce-only orders leave of the position; false if that is nothing.
+    def _rest_reducing(self, new: New, quantity: int, at: int, events: list[AnyEvent]) -> None:
+        """Let a reduce-only order rest, cut to what older ones leave of the position; it ends if that is nothing.
 
         It traded first: whoever wants out now comes before those who wait for a better price.
         """
-        user_id = order.new.user_id
-        room = self.reductions.reducible(user_id, order.new.side) - self.reductions.lots(user_id)
+        room = self.reductions.reducible(new.user_id, new.side) - self.reductions.lots(new.user_id)
         if room <= 0:
-            events.append(_ended(Expired, order, at, "REDUCE_ONLY"))
-            return False
-        self._shrink_outside(order, room, at, events)
-        return True
-
-    def _shrink_outside(self, order: Order, room: int, at: int, events: list[AnyEvent]) -> None:
-        old = order.remaining
-        if old > room:
-            _resize(order, room)
-            events.append(_amended(order, at, order.price, old, "REDUCE_ONLY", was_resting=False, resting=False))
+            events.append(_ended(Expired, new, quantity, at, "REDUCE_ONLY"))
+            return
+        new, quantity = _shrunk(new, quantity, room, at, events)
+        self._rest(Order(new, new.price, quantity))
+        events.append(Placed(at, new.order_id, new.user_id, new.side, new.price, quantity, reduce_only=True))
 
     # Deleveraging
 
     def _deleverage(self, command: Deleverage, events: list[AnyEvent]) -> None:
         if self.state != "TRADING" or command.price <= 0:
             return
-        positions, reducible = self.reductions.positions, self.reductions.reducible
+        accounts, reducible = self.book.accounts, self.reductions.reducible
         user_id, side = command.user_id, command.side
         opposite: Side = "SELL" if side == "BUY" else "BUY"
         left = min(command.quantity, reducible(user_id, side))
@@ -399,8 +405,8 @@ class Matcher:
                 continue
             left -= lots
             bought = lots if side == "BUY" else -lots
-            positions[user_id] += bought
-            positions[counterparty] -= bought
+            accounts[user_id].position += bought
+            accounts[counterparty].position -= bought
             events.append(
                 Deleveraged(
                     at=command.at,
@@ -426,7 +432,7 @@ class Matcher:
         """Take lots off a resting order, which keeps its place."""
         cut = order.remaining - remaining
         side = self.book.side(order.new.side)
-        side.levels[side.sign * order.price].lots -= cut
+        side.levels[order.price].lots -= cut
         _resize(order, remaining)
         if order.new.reduce_only:
             self.reductions.take(order, cut)
@@ -437,9 +443,10 @@ class Matcher:
             self._take_out(order, command.at, command.reason, events)
 
     def _cancel_all(self, command: CancelAll, events: list[AnyEvent]) -> None:
-        for users in (self.book.users, self.stops.users):
-            for order in list(users.get(command.user_id, {}).values()):
-                self._take_out(order, command.at, command.reason, events)
+        account = self.book.accounts.get(command.user_id)
+        waiting = self.stops.users.get(command.user_id, {})
+        for order in [*(account.orders.values() if account else ()), *waiting.values()]:
+            self._take_out(order, command.at, command.reason, events)
 
     def _cancel_replace(self, command: CancelReplace, events: list[AnyEvent]) -> None:
         new = command.order
@@ -447,7 +454,7 @@ class Matcher:
             return
         old = self._order_of(new.user_id, command.cancel_order_id)
         if old is None:
-            events.append(_ended(Rejected, Order(new, new.price, new.quantity), command.at, "REPLACED_ORDER_NOT_FOUND"))
+            events.append(_ended(Rejected, new, new.quantity, command.at, "REPLACED_ORDER_NOT_FOUND"))
             return
         if self.state == "TRADING" and not _invalid(new):
             self._take_out(old, command.at, "REPLACED", events)
@@ -459,9 +466,13 @@ class Matcher:
         return order if order is not None and order.new.user_id == user_id else None
 
     def _take_out(self, order: Order, at: int, reason: str, events: list[AnyEvent]) -> None:
-        events.append(_ended(Cancelled, order, at, reason))
-        if order.new.order_id in self.book.orders:
-            self._remove(order)
+        new = order.new
+        order_id, reduces = new.order_id, new.reduce_only
+        events.append(Cancelled(at, order_id, new.user_id, new.side, order.price, order.remaining, reason, reduces))
+        if order_id in self.book.orders:
+            if reduces:
+                self.reductions.remove(order, order.remaining)
+            self.book.remove(order)
         else:
             self.stops.remove(order)
 
@@ -515,7 +526,7 @@ class Matcher:
             return
         self._remove(order)
         events.append(_amended_by(command, amended, old_price, old_quantity, resting=False))
-        self._enter(amended, command.at, Expired, events)
+        self._enter(amended.new, amended.remaining, command.at, Expired, events)
 
     # Stops
 
@@ -547,7 +558,7 @@ class Matcher:
                     reduce_only=new.reduce_only,
                 )
             )
-            self._enter(order, at, Expired, events)
+            self._enter(new, order.remaining, at, Expired, events)
 
 
 def _invalid(new: New) -> bool:
@@ -559,19 +570,9 @@ def _invalid(new: New) -> bool:
 
 
 def _ended(
-    kind: type[Cancelled | Expired | Rejected], order: Order, at: int, reason: str
+    kind: type[Cancelled | Expired | Rejected], new: New, quantity: int, at: int, reason: str
 ) -> Cancelled | Expired | Rejected:
-    new = order.new
-    return kind(
-        at=at,
-        order_id=new.order_id,
-        user_id=new.user_id,
-        side=new.side,
-        price=order.price,
-        quantity=order.remaining,
-        reason=reason,
-        reduce_only=new.reduce_only,
-    )
+    return kind(at, new.order_id, new.user_id, new.side, new.price, quantity, reason, new.reduce_only)
 
 
 def _amended(
@@ -633,3 +634,13 @@ def _resize(order: Order, remaining: int) -> None:
     total = order.new.quantity - order.remaining + remaining
     order.new = structs.replace(order.new, quantity=total)
     order.remaining = remaining
+
+
+def _shrunk(new: New, quantity: int, room: int, at: int, events: list[AnyEvent]) -> tuple[New, int]:
+    """The terms and lots of a reduce-only order outside the book, cut to `room` if it is larger."""
+    if quantity <= room:
+        return new, quantity
+    order = Order(new, new.price, quantity)
+    _resize(order, room)
+    events.append(_amended(order, at, new.price, quantity, "REDUCE_ONLY", was_resting=False, resting=False))
+    return order.new, room

@@ -1,7 +1,7 @@
 """Net positions as the matcher sees them, and the reduce-only orders that may not exceed them."""
 
 from domain.matching import Side
-from engine.book import Order
+from engine.book import Account, Order
 
 
 class Reducers:
@@ -16,17 +16,18 @@ class Reducers:
 
 
 class Reductions:
-    """`positions` are net lots per user, above zero for long; `users` has who has reduce-only orders in the book."""
+    """`users` has who has reduce-only orders in the book; positions are in the book's `accounts`."""
 
-    __slots__ = ("positions", "users")
+    __slots__ = ("accounts", "users")
 
-    def __init__(self) -> None:
-        self.positions: dict[int, int] = {}
+    def __init__(self, accounts: dict[int, Account]) -> None:
+        self.accounts = accounts
         self.users: dict[int, Reducers] = {}
 
     def reducible(self, user_id: int, side: Side) -> int:
         """How many lots an order on `side` can take off the user's position."""
-        position = self.positions.get(user_id, 0)
+        account = self.accounts.get(user_id)
+        position = account.position if account else 0
         return max(0, -position if side == "BUY" else position)
 
     def lots(self, user_id: int) -> int:

@@ -180,7 +180,7 @@ class Adapter:
 
 
 def _clear(matcher: Matcher, index: int) -> tuple[list[AnyEvent], None]:
-    users = list(matcher.book.users)
+    users = [user_id for user_id, account in matcher.book.accounts.items() if account.orders]
     return [event for user_id in users for event in matcher.apply(CancelAll(at=index, user_id=user_id))], None
 
 

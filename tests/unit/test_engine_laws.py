@@ -1,5 +1,6 @@
 """Laws that hold after every command of any log, and agreement with the reference book."""
 
+import random
 from collections import defaultdict
 from typing import TypeGuard
 
@@ -26,14 +27,16 @@ from domain.matching import (
     Filled,
     MarkPrice,
     New,
+    Placed,
     Rejected,
     SetState,
+    Side,
     Trade,
     TradingState,
     decode_event,
     encode,
 )
-from engine.book import Order
+from engine.book import EMPTY_LEVELS_MIN, Order
 from engine.matcher import Matcher
 from tests.engine_commands import AT, STOP_TYPES, any_commands, random_commands
 from tests.reference_book import Live, ReferenceMatcher
@@ -101,8 +104,8 @@ def assert_same_book(matcher: Matcher, reference: ReferenceMatcher) -> None:
     assert [as_told(order) for order in matcher.stops.orders.values()] == [
         as_told(order) for order in reference.waiting
     ]
-    positions = matcher.reductions.positions
-    assert {user: lots for user, lots in positions.items() if lots} == {
+    accounts = book.accounts
+    assert {user: account.position for user, account in accounts.items() if account.position} == {
         user: lots for user, lots in reference.positions.items() if lots
     }
     assert (matcher.event_seq, matcher.state) == (reference.event_seq, reference.state)
@@ -114,20 +117,23 @@ def assert_sound(matcher: Matcher) -> None:
     if book.bids.best is not None and book.asks.best is not None:
         assert book.bids.best.price < book.asks.best.price
     for side in (book.bids, book.asks):
-        assert sorted(side.heap) == sorted(side.levels)
+        assert sorted(side.heap) == sorted(level.key for level in side.levels.values() if level.queued)
         live = sorted((level for level in side.levels.values() if level.lots), key=lambda level: level.key)
         assert list(side) == live
         assert side.best is (live[0] if live else None)
-        assert side.empty == len(side.levels) - len(live)
+        assert all(price == level.price and level.key == side.sign * price for price, level in side.levels.items())
+        assert all(level.queued for level in live)
         for level in side.levels.values():
             assert level.lots == sum(order.remaining for order in level)
             assert all(order.remaining >= 0 for order in level.queue)
             assert level.gone == sum(not order.remaining for order in level.queue)
     resting = {order.new.order_id: order for side in (book.bids, book.asks) for order in book.resting(side)}
     assert book.orders == resting
-    for users, orders in ((book.users, book.orders), (matcher.stops.users, matcher.stops.orders)):
+    resting_of = {user: account.orders for user, account in book.accounts.items()}
+    for users, orders in ((resting_of, book.orders), (matcher.stops.users, matcher.stops.orders)):
         assert {key: order for own in users.values() for key, order in own.items()} == orders
-        assert all(own and {order.new.user_id for order in own.values()} == {user} for user, own in users.items())
+        assert all({order.new.user_id for order in own.values()} <= {user} for user, own in users.items())
+    assert all(matcher.stops.users.values())
     assert not resting.keys() & matcher.stops.orders.keys()
     assert_reducing(matcher)
 
@@ -280,6 +286,36 @@ def test_every_amendment_has_one_answer_and_never_leaves_more_open_than_asked(se
 
 def _is_by_user(event: AnyEvent) -> TypeGuard[Amended]:
     return isinstance(event, Amended) and event.reason == "USER_REQUEST"
+
+
+def test_prices_that_come_and_go_are_forgotten_and_those_in_use_are_not() -> None:
+    dice = random.Random(5)
+    matcher, live = Matcher(SHIPPED[0]), list[New]()
+    for order_id in range(1, 4 * EMPTY_LEVELS_MIN):
+        side: Side = "BUY" if dice.random() < 0.5 else "SELL"
+        away = dice.randint(1, 10**6)
+        price = 2 * 10**6 + (away if side == "SELL" else -away)
+        order = New(
+            at=AT,
+            order_id=order_id,
+            user_id=order_id % 7,
+            side=side,
+            type="LIMIT",
+            time_in_force="GTC",
+            price=price,
+            quantity=1,
+        )
+        assert [type(event) for event in matcher.apply(order)] == [Placed]
+        live.append(order)
+        if len(live) > 50:
+            gone = live.pop(dice.randrange(len(live)))
+            matcher.apply(Cancel(at=AT, order_id=gone.order_id, user_id=gone.user_id))
+        if order_id % 100 == 0:
+            assert_sound(matcher)
+    for side_of_book in (matcher.book.bids, matcher.book.asks):
+        assert len(side_of_book.levels) <= EMPTY_LEVELS_MIN + 2 * 50
+    assert_sound(matcher)
+    assert matcher.book.orders.keys() == {order.order_id for order in live}
 
 
 def test_the_same_log_gives_the_same_bytes() -> None:

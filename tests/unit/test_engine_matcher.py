@@ -504,7 +504,7 @@ def test_a_reduce_only_market_order_closes_the_position_and_never_flips_it() -> 
         *long_position(7, 5), new(1, "BUY", 99, 50), new(2, "SELL", 1, 9, type="MARKET", user_id=7, reduce_only=True)
     )
     assert brief(events) == [("Amended", 2, 5, "REDUCE_ONLY"), ("Trade", 1, 99, 5), ("Filled", 2)]
-    assert matcher.reductions.positions[7] == 0
+    assert matcher.book.accounts[7].position == 0
 
 
 def test_the_newest_reduce_only_orders_give_way_when_the_position_shrinks() -> None:
