@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+from datetime import timedelta
 
 import uvloop
 from temporalio.client import Client
@@ -11,11 +12,15 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 from activities.registry import operations_activities, order_activities, register_schedules, settlement_activities
 from clients import OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE, connect_temporal, open_redis
 from monitors.countdowns import run_countdowns
+from monitors.observer import run_observer
 from monitors.pruner import run_pruner
 from monitors.relay import run_relay
 from monitors.sweeper import run_sweeper
 from settings import Settings, get_settings
 from storage.db import Pool, open_pool
+from telemetry.endpoint import endpoint
+from telemetry.health import CHECK_SECONDS_MAX, Checks
+from telemetry.tracing import start_tracing, stop_tracing
 from workflows.audit import LedgerAuditWorkflow
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 from workflows.registration import RegistrationResumerWorkflow, UserRegistrationWorkflow
@@ -58,10 +63,17 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     pool = await open_pool(settings.require_database_url(), size_max=20, name="worker")
     client = await connect_temporal(settings)
     await register_schedules(client)
-    async with asyncio.TaskGroup() as tasks:
+    redis = open_redis(settings)
+    checks: Checks = {
+        "postgres": lambda: pool.fetchval("SELECT 1"),
+        "redis": redis.ping,
+        "temporal": lambda: client.service_client.check_health(timeout=timedelta(seconds=CHECK_SECONDS_MAX)),
+    }
+    async with endpoint(settings.metrics_host, settings.metrics_port, checks), asyncio.TaskGroup() as tasks:
         for worker in build_workers(client, pool, settings):
             tasks.create_task(_run_worker(worker, stop))
         tasks.create_task(run_relay(pool, open_redis(settings), stop))
+        tasks.create_task(run_observer(pool, redis, stop))
         tasks.create_task(run_sweeper(pool, client, stop))
         tasks.create_task(run_pruner(pool, stop))
         tasks.create_task(run_countdowns(pool, client, stop))
@@ -80,7 +92,9 @@ async def main() -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    start_tracing("worker", settings.otlp_endpoint)
     await run(settings, stop)
+    stop_tracing()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from temporalio import activity
 from domain.matching import AnyCommand, SetState, TradingState, encode
 from domain.sagas import ACKNOWLEDGE, EventRange, Progress
 from storage.db import Connection, Pool
+from telemetry.metrics import SETTLED_EVENTS
 
 COMMANDS_CHANNEL = "matching_commands"
 SETTLEMENT_CONSUMER = "settlement"
@@ -83,4 +84,5 @@ class MatchingActivities:
             events.instrument_id,
         )
         assert row is not None, f"Expected cursors of {events.instrument_id}"
+        SETTLED_EVENTS.labels(events.instrument_id).inc(max(0, events.to_seq - events.after_seq))
         return Progress(settled, row["applied_seq"], row["event_seq"])

@@ -9,6 +9,7 @@ import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from domain.problems import Problem
+from telemetry.metrics import WEBSOCKET_SKIPS, WEBSOCKETS, WEBSOCKETS_DROPPED
 
 UNAUTHENTICATED_CLOSE = 4401
 SLOW_READER_CLOSE = 4008
@@ -57,6 +58,7 @@ class SocketClient:
 
     async def serve(self, on_message: Callable[[bytes], None]) -> None:
         """Read and write until the peer leaves or `close` is called. `on_message` gets every received message."""
+        WEBSOCKETS.inc()
         tasks = [
             asyncio.create_task(self._read(on_message)),
             asyncio.create_task(self._write()),
@@ -69,6 +71,7 @@ class SocketClient:
         except WebSocketDisconnect:
             return
         finally:
+            WEBSOCKETS.dec()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -92,11 +95,13 @@ class SocketClient:
 
     def _make_room(self) -> None:
         skipped = {source for _, source in self._queue if source is not None}
+        WEBSOCKET_SKIPS.inc(len(skipped))
         self._queue = deque(item for item in self._queue if item[1] is None)
         for source in skipped:
             source.skipped()
         self._skipped |= skipped
         if len(self._queue) > self._queue_max:
+            WEBSOCKETS_DROPPED.inc()
             self.close(SLOW_READER_CLOSE, "Messages are read too slowly")
 
 

@@ -11,6 +11,7 @@ from activities.instruments import read_instruments
 from clients import open_redis
 from market.checkpoints import Checkpointer, restore_markets
 from market.feed import EngineFeed
+from market.health import market_checks
 from market.index_price import SimulatedIndex
 from market.marks import MarkPrices, last_index_prices
 from market.publisher import publish_changes
@@ -19,6 +20,7 @@ from storage.db import Connection, Pool, open_pool
 from storage.leadership import MARKET_LOCK, run_as_leader
 from storage.market_keys import HELD_PRICE_CHANNEL
 from storage.pubsub import Subscriber
+from telemetry.endpoint import endpoint
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,11 @@ async def main(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with open_redis(settings) as redis, await open_pool(settings.require_database_url(), name="market") as pool:
+    async with (
+        open_redis(settings) as redis,
+        await open_pool(settings.require_database_url(), name="market") as pool,
+        endpoint(settings.metrics_host, settings.metrics_port, market_checks(pool, redis)),
+    ):
         await serve(pool, redis, settings, stop)
 
 
