@@ -65,7 +65,8 @@ def build(image: Path) -> Path:
     packages = image.with_name("packages")
     subprocess.run([sys.executable, "-m", "venv", packages], check=True)
     lock = image / "requirements-runtime.lock"
-    install = [packages / "bin/pip", "install", "-q", "--disable-pip-version-check", "--require-hashes", "-r", lock]
+    pip = str(packages / "bin/pip")
+    install = [pip, "install", "-q", "--disable-pip-version-check", "--require-hashes", "-r", str(lock)]
     subprocess.run(install, check=True, stderr=subprocess.DEVNULL)
     return packages / "bin"
 
@@ -143,9 +144,9 @@ class Host:
 
     def is_healthy(self, name: str) -> bool:
         """What the image's HEALTHCHECK says."""
-        probe = [self._programs / "python", "-m", "telemetry.probe"]
-        where = self._folder / "image"
-        return subprocess.run(probe, cwd=where, env=self.environment(name), capture_output=True).returncode == 0
+        probe = [str(self._programs / "python"), "-m", "telemetry.probe"]
+        where, environment = self._folder / "image", self.environment(name)
+        return subprocess.run(probe, cwd=where, env=environment, capture_output=True, check=False).returncode == 0
 
     def _command(self, name: str) -> list[str]:
         words: list[str] = self._services[name.rsplit("-", 1)[0] if name in PROCESSES else name]["command"]

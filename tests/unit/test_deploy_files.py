@@ -107,7 +107,7 @@ def test_every_expression_is_promql() -> None:
 
 
 def test_what_is_no_promql_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="unclosed left parenthesis"):
         metrics_named("sum by (rate(exchange_orders_total[1m])")
     assert metrics_named("sum(rate(a_total[1m])) / on (x) b > 0") == {"a_total", "b"}
 
