@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
-from api import admin, auth, health, ledger, market, orders, positions, risk, sockets, users
+from api import admin, auth, health, ledger, market, market_history, orders, positions, risk, sockets, users
 from api.gateway import Gateway
 from api.metering import Meter
 from api.problems import add_handlers
@@ -23,10 +23,17 @@ ROUTERS: list[APIRouter] = [
     positions.router,
     admin.router,
     market.router,
+    market_history.router,
     market.admin_router,
     sockets.router,
     health.router,
 ]
+
+
+DESCRIPTION = """
+Answers of `/api/market` may be kept for one second and have an ETag. Market data and a user's own events are pushed
+over WebSockets, `/ws/market` and `/ws/user`: `docs/websocket.md` has their messages, heartbeat, limits, closing codes.
+"""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -43,6 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Saga Exchange",
         version="0.1.0",
+        description=DESCRIPTION,
         lifespan=lifespan,
         # A span of every request costs more than most requests; figures are ours (api/metering.py).
         telemetry={

@@ -207,8 +207,10 @@ def is_stale(mark: Mark, now: datetime) -> bool:
 def _mark_figures(marks: Mapping[str, Mark], watch: Watch, now: datetime) -> list[Metric]:
     ages = {name: (now - mark.calculated_at).total_seconds() for name, mark in marks.items()}
     frozen = {name: mark.is_frozen or is_stale(mark, now) for name, mark in marks.items()}
-    for name, holds in frozen.items():
-        watch.tell(INDEX_FROZEN, name, f"no fresh mark price for {ages[name]:.0f} s", holds=holds)
+    for name, mark in marks.items():
+        # A frozen index has been alerted by the market process; this is about one that says nothing any more.
+        silent = is_stale(mark, now) and not mark.is_frozen
+        watch.tell(INDEX_FROZEN, name, f"no fresh mark price for {ages[name]:.0f} s", holds=silent)
     return [
         figure(
             "exchange_mark_price_age_seconds",
