@@ -5,8 +5,9 @@ from collections.abc import Awaitable, Callable, Mapping
 
 CHECK_SECONDS_MAX = 2.0
 
-# By name; a check raises when what it looks at is not well.
-Checks = Mapping[str, Callable[[], Awaitable[object]]]
+# Raises when what it looks at is not well.
+Check = Callable[[], Awaitable[object]]
+Checks = Mapping[str, Check]
 
 
 # Checks that are given up and have not ended yet: the event loop itself would forget them.
