@@ -5,13 +5,15 @@
 #   make test    all tests                                    (ARGS="tests/unit -k margin" for some)
 #   make check   style, types and layering
 #   make bench   the benchmarks                               (ARGS="--help" for their options)
+#   make histories  the tests' workflow histories anew        (or from a running exchange: docs/operations.md)
+#   make lock    both lock files, after a change of pyproject.toml
 
 PYTHON3 ?= $(shell command -v python3.11 || command -v python3)
 PYTHON = .venv/bin/python
-SOURCES = $(wildcard settings.py clients.py worker.py domain storage activities workflows engine market monitors \
-	api stack demo bench client tests)
+SOURCES = $(wildcard settings.py clients.py worker.py domain telemetry storage activities workflows engine market monitors \
+	api stack demo bench client deploy tests)
 
-.PHONY: run demo test check bench
+.PHONY: run demo test check bench histories lock
 
 # child.py passes the end of make on to the exchange, also when make is killed.
 run: .venv/installed
@@ -31,6 +33,17 @@ check: .venv/installed
 
 bench: .venv/installed
 	@$(PYTHON) -m bench $(ARGS)
+
+# The tests that make the histories write them down; then today's code replays all of them.
+histories: .venv/installed
+	EXCHANGE_SAVE_HISTORIES=1 $(PYTHON) -m pytest $(shell grep -rl save_history tests/integration)
+	$(PYTHON) -m pytest -n 0 tests/integration/test_workflows_replay.py
+
+COMPILE = $(PYTHON) -m uv pip compile pyproject.toml --quiet --generate-hashes --universal --python-version 3.11 \
+	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+lock: .venv/installed
+	$(COMPILE) --extra dev --output-file requirements.lock
+	$(COMPILE) --constraint requirements.lock --output-file requirements-runtime.lock
 
 # Made anew only when the lock file has changed.
 .venv/installed: requirements.lock

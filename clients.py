@@ -1,9 +1,13 @@
 """Connections to the servers other than Postgres: Redis and Temporal."""
 
+from functools import cache
+
 from redis.asyncio import Redis
 from temporalio.client import Client
+from temporalio.runtime import PrometheusConfig, Runtime, TelemetryConfig
 
 from settings import Settings
+from telemetry.tracing import temporal_interceptors
 
 # Task queues, one per kind of load. The api process hosts a worker on ORDERS so that sagas start eagerly there.
 ORDERS_QUEUE = "orders"
@@ -26,4 +30,19 @@ def open_redis(settings: Settings) -> Redis:
 
 async def connect_temporal(settings: Settings) -> Client:
     """A client of the settings' namespace. Raises RuntimeError when the server cannot be reached."""
-    return await Client.connect(settings.require_temporal_address(), namespace=settings.temporal_namespace)
+    port = settings.temporal_metrics_port
+    return await Client.connect(
+        settings.require_temporal_address(),
+        namespace=settings.temporal_namespace,
+        interceptors=temporal_interceptors(),
+        runtime=None if port is None else _measured_runtime(f"{settings.metrics_host}:{port}"),
+    )
+
+
+@cache
+def _measured_runtime(address: str) -> Runtime:
+    """The one runtime of this process that shows Temporal's own figures at `address`."""
+    figures = PrometheusConfig(
+        bind_address=address, counters_total_suffix=True, unit_suffix=True, durations_as_seconds=True
+    )
+    return Runtime(telemetry=TelemetryConfig(metrics=figures))

@@ -38,6 +38,13 @@ class Settings(BaseSettings):
     mark_price_interval_seconds: float = 1.0
     jwt_private_key_file: Path | None = None
     log_level: str = "INFO"
+    # Where engine, worker and market answer /metrics and /health/…; nowhere without a port. The api has its own.
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    # Where the Temporal SDK of worker and api shows its own figures.
+    temporal_metrics_port: int | None = None
+    # The base URL of an OTLP/HTTP receiver of traces; none are made without one.
+    otlp_endpoint: str | None = None
     sockets_per_address: int = 200
     engine_instruments: str = ""
     market_instruments: str = ""

@@ -28,11 +28,15 @@ from clients import (
 )
 from monitors.countdowns import run_countdowns
 from monitors.liquidations import run_liquidations
+from monitors.observer import run_observer
 from monitors.pruner import run_pruner
 from monitors.relay import run_relay
 from monitors.sweeper import run_sweeper
 from settings import Settings, get_settings
 from storage.db import Pool, open_pool
+from telemetry.endpoint import endpoint
+from telemetry.health import CHECK_SECONDS_MAX, Checks
+from telemetry.tracing import start_tracing, stop_tracing
 from workflows.audit import LedgerAuditWorkflow
 from workflows.funding import FundingSettlementWorkflow
 from workflows.liquidation import LiquidationWorkflow
@@ -91,10 +95,17 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     client = await connect_temporal(settings)
     funding_interval = timedelta(seconds=settings.funding_interval_seconds)
     await register_schedules(client, schedules(await read_instruments(pool), funding_interval))
-    async with asyncio.TaskGroup() as tasks:
+    redis = open_redis(settings)
+    checks: Checks = {
+        "postgres": lambda: pool.fetchval("SELECT 1"),
+        "redis": redis.ping,
+        "temporal": lambda: client.service_client.check_health(timeout=timedelta(seconds=CHECK_SECONDS_MAX)),
+    }
+    async with endpoint(settings.metrics_host, settings.metrics_port, checks), asyncio.TaskGroup() as tasks:
         for worker in build_workers(client, pool, settings):
             tasks.create_task(_run_worker(worker, stop))
         tasks.create_task(run_relay(pool, open_redis(settings), stop))
+        tasks.create_task(run_observer(pool, redis, stop))
         tasks.create_task(run_sweeper(pool, client, stop))
         tasks.create_task(run_pruner(pool, stop))
         tasks.create_task(run_countdowns(pool, client, stop))
@@ -116,7 +127,9 @@ async def main() -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    start_tracing("worker", settings.otlp_endpoint)
     await run(settings, stop)
+    stop_tracing()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ is either reckoned with exactly or left to the next look; nothing is allowed a t
 """
 
 import asyncio
-import logging
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -15,8 +14,8 @@ from domain.clock import iso
 from domain.money import plain
 from domain.sagas import AUDIT, AuditCheck, AuditReport
 from storage.db import Connection, Pool
-
-logger = logging.getLogger(__name__)
+from telemetry.alerts import AUDIT_FAILED, alert
+from telemetry.metrics import AUDITS
 
 LOOKS_MAX = 10
 PAUSE_SECONDS = 0.3
@@ -204,9 +203,10 @@ class AuditActivities:
     async def audit(self) -> AuditReport:
         """Check every invariant; what is broken is logged as an error for the operator."""
         report = await run_audit(self._pool)
+        AUDITS.labels("ok" if report.ok else "failed").inc()
         for check in report.checks:
             if not check.ok:
-                logger.error("ALERT ledger audit failed: %s: %s", check.name, check.detail)
+                alert(AUDIT_FAILED, "ledger audit failed: %s: %s", check.name, check.detail)
         return report
 
 

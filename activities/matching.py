@@ -9,6 +9,7 @@ from domain.matching import AnyCommand, SetState, TradingState, encode
 from domain.sagas import ACKNOWLEDGE, EventRange, Progress
 from storage.db import Connection, Pool
 from storage.once import NotYetError
+from telemetry.metrics import SETTLED_EVENTS
 
 COMMANDS_CHANNEL = "matching_commands"
 SETTLEMENT_CONSUMER = "settlement"
@@ -89,6 +90,7 @@ class MatchingActivities:
             events.instrument_id,
         )
         assert row is not None, f"Expected cursors of {events.instrument_id}"
+        SETTLED_EVENTS.labels(events.instrument_id).inc(max(0, events.to_seq - events.after_seq))
         return Progress(settled, row["applied_seq"], row["event_seq"])
 
     @activity.defn(name=LAST_COMMAND)

@@ -169,6 +169,12 @@ async def take_in_amendment(conn: Connection, amendment: Amendment, now: datetim
 
 async def take_in_cancels(conn: Connection, order_ids: list[int], token: str) -> Saga:
     """Write down the cancellation of orders in the caller's transaction; `token` tells requests apart."""
-    saga = Saga("CANCEL", OrderBatch(f"cancels-{order_ids[0]}-{len(order_ids)}-{token}", order_ids))
+    batch = OrderBatch(f"cancels-{order_ids[0]}-{len(order_ids)}-{token}", order_ids)
+    saga = Saga("CANCEL", batch, await _owner(conn, order_ids[0]) if len(order_ids) == 1 else None)
     await record_saga(conn, saga)
     return saga
+
+
+async def _owner(conn: Connection, order_id: int) -> tuple[int, str] | None:
+    row = await conn.fetchrow("SELECT user_id, instrument_id FROM orders.orders WHERE order_id = $1", order_id)
+    return None if row is None else (row["user_id"], row["instrument_id"])

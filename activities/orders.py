@@ -1,7 +1,7 @@
 """The orders service: from PENDING to the command log, and from engine events to the order's final state."""
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -53,6 +53,7 @@ from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import advance_cursor
 from storage.outbox import UserPush
+from telemetry.metrics import ORDERS
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +190,8 @@ class OrderActivities:
                 await _fail(conn, acceptance)
             await _close_saga(conn, acceptance.saga_id)
         verdict = Verdict(len(acceptance.passed), acceptance.refused)
+        ORDERS.labels("ACCEPTED").inc(len(acceptance.passed))
+        ORDERS.labels("FAILED").inc(len(acceptance.refused))
         # A hint for the api process that waits; what counts is committed, so the saga does not wait for Redis.
         try:
             await self._redis.publish(
@@ -216,7 +219,10 @@ class OrderActivities:
         async with self._pool.acquire() as conn, conn.transaction():
             if await advance_cursor(conn, "orders", events):
                 instrument = (await self._rules.rules(conn)).instruments[events.instrument_id]
-                await _apply(conn, fold_events(await self._log.read(conn, events), instrument))
+                changes = fold_events(await self._log.read(conn, events), instrument)
+                await _apply(conn, changes)
+                for outcome, count in Counter(change.final_status for change in changes.values()).items():
+                    ORDERS.labels(outcome or "OPEN").inc(count)
 
     @activity.defn(name=CANCEL_UNCOVERED)
     async def cancel_uncovered(self, uncovered: Uncovered) -> None:

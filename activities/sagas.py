@@ -123,11 +123,21 @@ async def start_saga(client: Client, saga: Saga, *, eager: bool) -> bool:
             id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
             request_eager_start=eager,
             search_attributes=_search_attributes(saga.batch.order_ids, saga.owner),
-            static_summary=f"{len(saga.batch.order_ids)} orders from {saga.batch.order_ids[0]}",
+            static_summary=_summary(saga),
         )
     except WorkflowAlreadyStartedError:
         return False
     return True
+
+
+def _summary(saga: Saga) -> str:
+    """What an operator reads in the list of workflows."""
+    verb = {"PLACE": "Places", "CANCEL": "Cancels"}[saga.kind]
+    first, count = saga.batch.order_ids[0], len(saga.batch.order_ids)
+    if count > 1:
+        return f"{verb} {count} orders from {first} on"
+    owner = "" if saga.owner is None else f" of user {saga.owner[0]} in {saga.owner[1]}"
+    return f"{verb} order {first}{owner}"
 
 
 def _suffix(batch: OrderBatch) -> str:

@@ -1,6 +1,5 @@
 """The users service: accounts, and registrations that wait for their credential."""
 
-import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -30,8 +29,7 @@ from domain.identity import (
 )
 from domain.problems import Problem
 from storage.db import Connection, Pool
-
-alerts = logging.getLogger("alerts")
+from telemetry.alerts import REGISTRATION_FAILED, alert
 
 RESUMER_SCHEDULE_ID = "registration-resumer"
 RESUMER_SCHEDULE = Schedule(
@@ -154,7 +152,7 @@ class UserActivities:
     async def fail_registration(self, failed: FailedRegistration) -> None:
         """Give the registration up and tell the operators. The hash stays, for them to run it again."""
         await self._pool.execute(_FAIL, failed.user_id, failed.error)
-        alerts.error("registration of user %d failed: %s", failed.user_id, failed.error)
+        alert(REGISTRATION_FAILED, "registration of user %d failed: %s", failed.user_id, failed.error)
 
     @activity.defn(name=STALLED_REGISTRATIONS)
     async def stalled_registrations(self) -> StalledRegistrations:

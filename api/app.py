@@ -1,7 +1,8 @@
 """The application: gateway, routers, problem documents, and the state they share."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
@@ -21,9 +22,11 @@ from api import (
     users,
 )
 from api.gateway import Gateway
+from api.metering import Meter
 from api.problems import add_handlers
 from api.state import open_state
 from settings import Settings
+from telemetry.tracing import start_tracing, stop_tracing
 
 ROUTERS: list[APIRouter] = [
     users.router,
@@ -57,17 +60,33 @@ def create_app(settings: Settings) -> FastAPI:
         async with open_state(settings) as state:
             app.state.exchange = state
             yield
+        stop_tracing()
 
+    start_tracing("api", settings.otlp_endpoint)
     app = FastAPI(
         title="Saga Exchange",
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=lifespan,
-        # Spans and metrics of every request cost more than most requests.
-        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+        # A span of every request costs more than most requests; figures are ours (api/metering.py).
+        telemetry={
+            "tracing": settings.otlp_endpoint is not None,
+            "operation_spans": False,
+            "metrics": False,
+            "logs": False,
+            "auto_configure": False,
+            "exclude": _is_unobserved,
+        },
     )
     add_handlers(app)
     app.add_middleware(Gateway)
+    app.add_middleware(Meter)
     for router in ROUTERS:
         app.include_router(router)
     return app
+
+
+def _is_unobserved(scope: MutableMapping[str, Any]) -> bool:
+    """Whether a request makes no trace: probes come every few seconds, sockets last for hours."""
+    path: str = scope.get("path", "")
+    return scope["type"] != "http" or path == "/metrics" or path.startswith("/health/")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from domain.problems import Problem
+from telemetry.metrics import DESK_BATCH, DESK_SECONDS, DESK_WAITING
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Lane(Generic[Item, Result]):
     """Runs `work(items, answer)` over ever new batches; `work` calls `answer` as soon as results are safe.
 
     Submissions have a weight: a batch takes as many as fit in `batch_max` (always one), `waiting_max` may wait.
+    `name` is that of its figures.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Lane(Generic[Item, Result]):
         *,
         batch_max: int,
         waiting_max: int,
+        name: str = "",
     ) -> None:
         self._work = work
         self._batch_max = batch_max
@@ -44,6 +47,9 @@ class Lane(Generic[Item, Result]):
         self._arrived = asyncio.Event()
         self._has_room = asyncio.Event()
         self._has_room.set()
+        self._waiting_figure = DESK_WAITING.labels(name)
+        self._batch_figure = DESK_BATCH.labels(name)
+        self._seconds_figure = DESK_SECONDS.labels(name)
 
     async def submit(self, items: Sequence[Item]) -> Sequence[Result | Exception]:
         """Results of `items`, in their order, which stay together. Raises Problem OVERLOADED when too many wait."""
@@ -64,6 +70,7 @@ class Lane(Generic[Item, Result]):
 
     def _weigh(self, change: int) -> None:
         self._waiting_weight += change
+        self._waiting_figure.inc(change)
         if self._waiting_weight < self._waiting_max:
             self._has_room.set()
         else:
@@ -75,7 +82,8 @@ class Lane(Generic[Item, Result]):
             await self._arrived.wait()
             submissions = self._take()
             try:
-                await self._work([item for s in submissions for item in s.items], _answering(submissions))
+                with self._seconds_figure.time():
+                    await self._work([item for s in submissions for item in s.items], _answering(submissions))
             except Exception as error:  # whatever it was, these callers must hear of it and the next batch must run
                 log.exception("A batch of %d failed", sum(s.weight for s in submissions))
                 _fail(submissions, error)
@@ -87,6 +95,7 @@ class Lane(Generic[Item, Result]):
             taken.append(self._waiting.popleft())
             weight += taken[-1].weight
         self._weigh(-weight)
+        self._batch_figure.observe(weight)
         if not self._waiting:
             self._arrived.clear()
         return taken

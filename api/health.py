@@ -1,18 +1,16 @@
-"""Probes: is the process alive, and can it reach what it needs."""
+"""Probes and figures: is the process alive, can it reach what it needs, and how does it do."""
 
-import asyncio
-from collections.abc import Awaitable
 from datetime import timedelta
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from api.models import ApiModel
 from api.state import AppState, State
 from domain.problems import Problem
+from telemetry.health import CHECK_SECONDS_MAX, Checks, failures
+from telemetry.metrics import CONTENT_TYPE, exposition
 
-CHECK_SECONDS_MAX = 2.0
-
-router = APIRouter(prefix="/health", tags=["health"])
+router = APIRouter(tags=["health"])
 
 
 class Health(ApiModel):
@@ -21,36 +19,30 @@ class Health(ApiModel):
     status: str
 
 
-@router.get("/live")
+@router.get("/health/live")
 async def live() -> Health:
     """Whether the process serves requests."""
     return Health(status="UP")
 
 
-@router.get("/ready")
+@router.get("/health/ready")
 async def ready(state: State) -> Health:
     """Whether Postgres, Redis and Temporal answer within two seconds; 503 names those that do not."""
-    checks = _checks(state)
-    answers = await asyncio.gather(*map(_answers, checks.values()))
-    failed = [name for name, answered in zip(checks, answers, strict=True) if not answered]
+    failed = await failures(_checks(state))
     if failed:
         raise Problem("OVERLOADED", f"Not reachable: {', '.join(failed)}", failed=failed)
     return Health(status="UP")
 
 
-def _checks(state: AppState) -> dict[str, Awaitable[object]]:
+@router.get("/metrics")
+async def metrics() -> Response:
+    """The figures of this process in Prometheus' text format. For the operators' network: a proxy keeps others out."""
+    return Response(exposition(), media_type=CONTENT_TYPE)
+
+
+def _checks(state: AppState) -> Checks:
     return {
-        "postgres": state.pool.fetchval("SELECT 1"),
-        "redis": state.redis.ping(),
-        "temporal": state.temporal.service_client.check_health(timeout=timedelta(seconds=CHECK_SECONDS_MAX)),
+        "postgres": lambda: state.pool.fetchval("SELECT 1"),
+        "redis": state.redis.ping,
+        "temporal": lambda: state.temporal.service_client.check_health(timeout=timedelta(seconds=CHECK_SECONDS_MAX)),
     }
-
-
-async def _answers(check: Awaitable[object]) -> bool:
-    try:
-        async with asyncio.timeout(CHECK_SECONDS_MAX):
-            await check
-    # Whatever a driver raises means the same here: it does not answer.
-    except Exception:
-        return False
-    return True

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+from opentelemetry.trace import SpanContext
 from redis.asyncio import Redis
 from temporalio.client import Client
 from temporalio.service import RPCError
@@ -44,6 +45,8 @@ from domain.order_entry import NewOrder, OrderRequest, Reference, amendment, bou
 from domain.problems import Problem
 from storage.db import Pool
 from storage.reference_prices import read_reference_prices
+from telemetry import tracing
+from telemetry.tracing import Trails
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
 
 log = logging.getLogger(__name__)
@@ -61,10 +64,11 @@ FIRST_PAUSE_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An order on its way in; `awaited` when its sender wants the engine's word."""
+    """An order on its way in; `awaited` when its sender wants the engine's word. `trace` is that of its request."""
 
     order: NewOrder
     awaited: bool
+    trace: SpanContext | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +87,30 @@ class OrderDesk:
         self._redis = redis
         self._temporal = temporal
         self._verdicts = Verdicts(redis)
+        self._placement_trails, self._cancel_trails = Trails(), Trails()
         self._instruments: dict[str, Instrument] = {}
         self._references: dict[str, Reference] = {}
         self._placements = [self._placement_lane() for _ in range(LANES)]
-        self._cancels: Lane[int, None] = Lane(self._cancel, batch_max=BATCH_MAX, waiting_max=WAITING_MAX)
-        self._cancel_sagas: Lane[Saga, None] = Lane(self._start_cancels, batch_max=BATCH_MAX, waiting_max=WAITING_MAX)
+        self._cancels: Lane[int, None] = Lane(
+            self._cancel, batch_max=BATCH_MAX, waiting_max=WAITING_MAX, name="cancels"
+        )
+        self._cancel_sagas: Lane[Saga, None] = Lane(
+            self._start_cancels, batch_max=BATCH_MAX, waiting_max=WAITING_MAX, name="cancel_sagas"
+        )
 
     def _placement_lane(self) -> PlacementLane:
         """Orders are written down as they come; the sagas follow one at a time, each over all that waits by then."""
-        sagas: Lane[Saga, None] = Lane(self._run_placements, batch_max=BATCH_MAX, waiting_max=SAGA_WAITING_MAX)
+        sagas: Lane[Saga, None] = Lane(
+            self._run_placements, batch_max=BATCH_MAX, waiting_max=SAGA_WAITING_MAX, name="sagas"
+        )
 
         async def take_in_next(entries: Sequence[Entry], answer: Answer[dict[str, Any]]) -> None:
             saga = await self._take_in(entries, answer)
             if saga is not None:
                 await sagas.hand_over(saga, len(saga.batch.order_ids))
 
-        return PlacementLane(Lane(take_in_next, batch_max=BATCH_MAX, waiting_max=WAITING_MAX // LANES), sagas)
+        intake = Lane(take_in_next, batch_max=BATCH_MAX, waiting_max=WAITING_MAX // LANES, name="intake")
+        return PlacementLane(intake, sagas)
 
     async def run(self, ready: asyncio.Event) -> None:
         """Serve until cancelled; `ready` is set when orders can be taken."""
@@ -147,7 +159,7 @@ class OrderDesk:
     async def place(self, orders: Sequence[NewOrder], *, awaited: bool) -> Sequence[dict[str, Any] | Exception]:
         """Take orders of one user in; answers are the orders (PENDING, or after the engine if `awaited`) or why not."""
         lane = self._placements[orders[0].user_id % LANES]
-        placed = await lane.intake.submit([Entry(order, awaited) for order in orders])
+        placed = await lane.intake.submit([Entry(order, awaited, tracing.current()) for order in orders])
         if not awaited:
             return placed
         return await asyncio.gather(*(self._await_engine(view) for view in placed))
@@ -168,6 +180,7 @@ class OrderDesk:
                 break
         if saga is None:
             raise Problem("ORDER_NOT_AMENDABLE", f"Order {order_id} or an amendment of it is still on its way")
+        self._placement_trails.remember(saga.batch.order_ids, tracing.current())
         await self._placements[user_id % LANES].sagas.hand_over(saga, 1)
         view: dict[str, Any] = {}
         async for _ in _tries(PLACED_SECONDS_MAX if awaited else 0):
@@ -213,6 +226,7 @@ class OrderDesk:
     async def cancel(self, order_ids: Sequence[int]) -> None:
         """Hand in the cancellation of orders that were found open."""
         if order_ids:
+            self._cancel_trails.remember(order_ids, tracing.current())
             await self._cancels.submit(order_ids)
 
     async def _take_in(self, entries: Sequence[Entry], answer: Answer[dict[str, Any]]) -> Saga | None:
@@ -220,6 +234,8 @@ class OrderDesk:
         async with self._pool.acquire() as conn, conn.transaction():
             intake = await take_in(conn, [entry.order for entry in entries], now)
         for order_id, entry in zip(intake.order_ids, entries, strict=True):
+            if order_id is not None:
+                self._placement_trails.remember([order_id], entry.trace)
             if order_id is not None and entry.awaited:
                 self._verdicts.order(order_id)
         answer(await self._answers(entries, intake.order_ids, now))
@@ -227,14 +243,15 @@ class OrderDesk:
 
     async def _run_placements(self, waiting: Sequence[Saga], answer: Answer[None]) -> None:
         saga = await merge_sagas(self._pool, waiting)
+        trail = self._placement_trails.take(order_id for one in waiting for order_id in one.batch.order_ids)
         if saga is not None:
-            await self._run(saga)
+            await self._run(saga, trail)
         answer([None] * len(waiting))
 
-    async def _run(self, saga: Saga) -> None:
+    async def _run(self, saga: Saga, trail: Sequence[SpanContext]) -> None:
         verdict = self._verdicts.saga(saga.batch.saga_id)
         try:
-            if await self._start(saga):
+            if await self._start(saga, trail):
                 await asyncio.wait_for(verdict, SAGA_SECONDS_MAX)
         except TimeoutError:
             log.warning("Saga %s takes long; going on with the next one", saga.batch.saga_id)
@@ -243,13 +260,18 @@ class OrderDesk:
 
     async def _start_cancels(self, waiting: Sequence[Saga], answer: Answer[None]) -> None:
         saga = await merge_sagas(self._pool, waiting)
+        trail = self._cancel_trails.take(order_id for one in waiting for order_id in one.batch.order_ids)
         if saga is not None:
-            await self._start(saga)
+            await self._start(saga, trail)
         answer([None] * len(waiting))
 
-    async def _start(self, saga: Saga) -> bool:
+    async def _start(self, saga: Saga, trail: Sequence[SpanContext]) -> bool:
+        batch = saga.batch
         try:
-            await start_saga(self._temporal, saga, eager=True)
+            with tracing.span(f"saga {saga.kind}", trail, {"exchange.saga": batch.saga_id}) as context:
+                if trail:
+                    await tracing.note_orders(self._redis, batch.order_ids, context)
+                await start_saga(self._temporal, saga, eager=True)
         except RPCError as error:
             # The saga is written down: the sweeper starts it when Temporal is back.
             log.warning("Saga %s could not be started, the sweeper will: %s", saga.batch.saga_id, error.message)

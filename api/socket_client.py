@@ -11,6 +11,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from api.socket_protocol import Outlet, outlet_of
 from domain.problems import Problem
+from telemetry.metrics import WEBSOCKET_SKIPS, WEBSOCKETS, WEBSOCKETS_DROPPED
 
 # The table of codes is in docs/websocket.md.
 UNAUTHENTICATED_CLOSE = 4401
@@ -73,6 +74,7 @@ class SocketClient:
         self._outlet.on_writable = self._flush
         self._flush()
         tasks = [asyncio.create_task(self._read(on_message)), asyncio.create_task(self._closed.wait())]
+        WEBSOCKETS.inc()
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -81,6 +83,7 @@ class SocketClient:
             return
         finally:
             self._outlet.on_writable = None
+            WEBSOCKETS.dec()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -109,11 +112,13 @@ class SocketClient:
 
     def _make_room(self) -> None:
         skipped = {source for _, source in self._queue if source is not None}
+        WEBSOCKET_SKIPS.inc(len(skipped))
         self._queue = deque(item for item in self._queue if item[1] is None)
         for source in skipped:
             source.skipped()
         self._skipped |= skipped
         if len(self._queue) > self._queue_max:
+            WEBSOCKETS_DROPPED.inc()
             self.close(SLOW_READER_CLOSE, "Messages are read too slowly")
 
 

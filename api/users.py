@@ -7,9 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter
 from pydantic import AfterValidator, Field
 from temporalio.client import WorkflowFailureError
-from temporalio.common import WorkflowIDConflictPolicy
+from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDConflictPolicy
 from temporalio.service import RPCError
 
+from activities.sagas import USER_ID
 from activities.users import find_account, prepare_registration, require_email_free
 from api.gateway import User
 from api.models import ApiModel, Timestamp, UserId
@@ -76,6 +77,7 @@ async def _finish_registration(state: AppState, user_id: int) -> None:
                 task_queue=OPERATIONS_QUEUE,
                 id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
                 static_summary=f"Registers user {user_id}",
+                search_attributes=TypedSearchAttributes([SearchAttributePair(USER_ID, str(user_id))]),
             )
             await handle.result()
     except (TimeoutError, WorkflowFailureError, RPCError) as error:

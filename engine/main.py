@@ -18,11 +18,17 @@ from domain.instruments import Instrument, choose
 from engine.publisher import Publisher
 from engine.runner import Runner, Tenure
 from engine.signaller import Signaller
+from engine.traces import MatchTraces
 from engine.wakeups import Wakeups
 from settings import Settings
 from storage.db import Pool, open_pool
+from telemetry.endpoint import endpoint
+from telemetry.health import Checks, NotReadyError
+from telemetry.tracing import start_tracing, stop_tracing
 
 log = logging.getLogger(__name__)
+
+WELL = ("matching", "standing by")
 
 
 class Engine:
@@ -45,18 +51,18 @@ class Engine:
         async def connect() -> Client:
             return await connect_temporal(settings)
 
-        publisher = Publisher(redis)
+        publisher, traces = Publisher(redis), MatchTraces(redis)
         signaller = Signaller(pool, connect, [instrument.instrument_id for instrument in (*instruments, *others)])
         tenure = Tenure(
             owner, settings.engine_lease_seconds, settings.engine_snapshot_commands, settings.event_retention_count
         )
         self._runners = {
             instrument.instrument_id: Runner(
-                pool, instrument, tenure, publisher, signaller, preferred=instrument in instruments
+                pool, instrument, tenure, publisher, signaller, preferred=instrument in instruments, traces=traces
             )
             for instrument in (*instruments, *others)
         }
-        self._helpers = (publisher, signaller, Wakeups(pool, self._runners))
+        self._helpers = (publisher, signaller, traces, Wakeups(pool, self._runners))
 
     async def run(self) -> None:
         """Match until stopped; then every lease is released."""
@@ -69,6 +75,12 @@ class Engine:
             for task in helpers:
                 task.cancel()
 
+    async def check(self) -> None:
+        """Raises NotReadyError unless each instrument is matched here, or this engine stands by for it."""
+        late = {name: runner.state for name, runner in self._runners.items() if runner.state not in WELL}
+        if late:
+            raise NotReadyError(f"Expected {WELL}, was {late}")
+
     def stop(self) -> None:
         """Finish the batches at hand and return from `run`."""
         for runner in self._runners.values():
@@ -77,22 +89,26 @@ class Engine:
 
 async def serve(settings: Settings) -> None:
     """Run an engine until SIGTERM or SIGINT. Raises RuntimeError for an instrument that does not exist."""
+    start_tracing("engine", settings.otlp_endpoint)
     known = await _read_instruments(settings)
     instruments = choose(known, settings.engine_instruments)
     others = [instrument for instrument in known.values() if instrument not in instruments]
-    # A connection for every runner, and one each for the wake-ups, the signaller and the snapshots.
-    pool = await open_pool(settings.require_database_url(), size_max=len(known) + 3, name="engine")
+    # A connection for every runner, and one each for the wake-ups, the signaller, the snapshots and the probes.
+    pool = await open_pool(settings.require_database_url(), size_max=len(known) + 4, name="engine")
     redis = open_redis(settings)
     try:
         engine = Engine(pool, redis, settings, instruments, others=others)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, engine.stop)
-        await engine.run()
+        checks: Checks = {"postgres": lambda: pool.fetchval("SELECT 1"), "instruments": engine.check}
+        async with endpoint(settings.metrics_host, settings.metrics_port, checks):
+            await engine.run()
         log.info("Stopped")
     finally:
         await redis.aclose()
         await pool.close()
+        stop_tracing()
 
 
 async def _read_instruments(settings: Settings) -> dict[str, Instrument]:

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -17,7 +19,17 @@ from engine.publisher import Publisher
 from engine.retention import require_whole_log
 from engine.signaller import Signaller
 from engine.snapshots import BadSnapshotError, Snapshotter
+from engine.traces import MatchTraces
 from storage.db import Connection, Pool
+from telemetry.alerts import ENGINE_LEASE_LOST, ENGINE_STOPPED, alert
+from telemetry.metrics import (
+    ENGINE_BATCH,
+    ENGINE_BATCH_SECONDS,
+    ENGINE_COMMANDS,
+    ENGINE_EVENTS,
+    ENGINE_LEASE,
+    ENGINE_LEASES_LOST,
+)
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +40,9 @@ STANDBY_SECONDS = 3.0
 RETRY_SECONDS = 1.0
 # A log that cannot be replayed, or a bug: trying again rarely helps, so it should not cost much.
 DEFECT_RETRY_SECONDS = 10.0
+
+
+State = Literal["standing by", "rebuilding", "matching", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +61,7 @@ class Runner:
     """The life of one instrument in this process. Stops only when told to; after a failure it starts over.
 
     `preferred`: takes the instrument as soon as it is free; else only when nobody else has for some time.
+    `state` says what it does now.
     """
 
     def __init__(
@@ -57,14 +73,17 @@ class Runner:
         signaller: Signaller,
         *,
         preferred: bool = True,
+        traces: MatchTraces | None = None,
     ) -> None:
         self.command_seq = 0
+        self.state: State = "standing by"
         self._pool = pool
         self._instrument = instrument
         self._tenure = tenure
         self._free_for = 0.0 if preferred else STANDBY_SECONDS
         self._publisher = publisher
         self._signaller = signaller
+        self._traces = traces
         self._matcher = Matcher(instrument)
         self._woken = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -88,34 +107,43 @@ class Runner:
                 async with self._pool.acquire() as conn:
                     await self._own(conn)
             except LeaseLostError as error:
-                log.warning("%s: lost the lease, waiting to rebuild: %s", self._instrument.instrument_id, error)
+                ENGINE_LEASES_LOST.labels(self._instrument.instrument_id).inc()
+                alert(ENGINE_LEASE_LOST, "%s: lost the lease: %s", self._instrument.instrument_id, error)
             except DATABASE_ERRORS as error:
                 log.warning("%s: will rebuild, the database said %r", self._instrument.instrument_id, error)
                 await self._pause(RETRY_SECONDS)
-            except Exception:
+            except Exception as error:
                 # One instrument's defect must not stop the others; it is loud, and nothing of it was written.
                 log.exception("%s: stopped by a defect", self._instrument.instrument_id)
+                alert(ENGINE_STOPPED, "%s: stopped by a defect: %r", self._instrument.instrument_id, error)
                 await self._pause(DEFECT_RETRY_SECONDS)
 
     async def _own(self, conn: Connection) -> None:
         lease = await self._take_lease(conn)
         if lease is None:
             return
+        self.state = "rebuilding"
         snapshot_seq = await self._rebuild(conn, lease)
         self._signaller.advanced(lease.instrument_id, lease.event_seq)
         log.info("%s: matching from command %d in epoch %d", lease.instrument_id, self.command_seq, lease.epoch)
         tenure = self._tenure
         snapshotter = Snapshotter(self._pool, lease, tenure.snapshot_commands, snapshot_seq, tenure.events_kept)
+        held = ENGINE_LEASE.labels(lease.instrument_id)
+        held.set(1)
+        self.state = "matching"
         try:
             await self._follow(conn, lease, snapshotter)
             await snapshotter.finish(self._matcher, self.command_seq)
         finally:
+            self.state = "stopped"
+            held.set(0)
             await snapshotter.abandon()
         await leases.release(conn, lease)
 
     async def _take_lease(self, conn: Connection) -> Lease | None:
         """The lease as soon as it is free; None when told to stop first."""
         waiting = False
+        self.state = "standing by"
         while not self._stopping.is_set():
             lease = await leases.take(
                 conn, self._instrument.instrument_id, self._tenure.owner, self._tenure.lease_seconds, self._free_for
@@ -181,9 +209,11 @@ class Runner:
             self._woken.clear()
             commands = await self._read(conn, BATCH_MAX)
             if commands:
+                started = time.perf_counter()
                 batch = self._match(commands)
                 await write_batch(conn, lease, self._instrument, batch)
                 self._renew_later()
+                self._count(commands, batch, time.perf_counter() - started)
                 self._announce(batch)
                 snapshotter.offer(self._matcher, self.command_seq)
             if len(commands) < BATCH_MAX:
@@ -203,6 +233,14 @@ class Runner:
             causes += [seq] * len(caused)
         self.command_seq += len(commands)
         return Batch(self.command_seq, first_event_seq, events, causes)
+
+    def _count(self, commands: list[AnyCommand], batch: Batch, seconds: float) -> None:
+        ENGINE_BATCH_SECONDS.observe(seconds)
+        ENGINE_BATCH.observe(len(commands))
+        ENGINE_COMMANDS.labels(self._instrument.instrument_id).inc(len(commands))
+        ENGINE_EVENTS.labels(self._instrument.instrument_id).inc(len(batch.events))
+        if self._traces is not None:
+            self._traces.offer(self._instrument.instrument_id, commands, seconds)
 
     def _announce(self, batch: Batch) -> None:
         if batch.events:

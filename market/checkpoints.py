@@ -18,6 +18,7 @@ from domain.instruments import Instrument
 from market.instrument_market import CHECKPOINT_VERSION, InstrumentMarket
 from storage.db import Connection, Pool, columns
 from storage.leadership import OUTAGES
+from telemetry.alerts import NO_MARKET_DATA, alert
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ async def restore_markets(pool: Pool, instruments: Iterable[Instrument]) -> dict
         try:
             markets[instrument.instrument_id] = await restore(pool, instrument)
         except LogPrunedError as error:
-            log.critical("ALERT no market data for %s: %s", instrument.instrument_id, error)
+            alert(NO_MARKET_DATA, "no market data for %s: %s", instrument.instrument_id, error)
     return markets
 
 

@@ -14,6 +14,7 @@ from domain.instruments import Instrument, choose
 from market.checkpoints import Checkpointer, restore_markets
 from market.feed import EngineFeed
 from market.funding import FundingRates
+from market.health import market_checks
 from market.index_sources import choose_index
 from market.kline_feed import KlineFeed
 from market.marks import MarkPrices, last_index_prices
@@ -24,6 +25,7 @@ from storage.leadership import MARKET_LOCKS
 from storage.market_keys import HELD_PRICE_CHANNEL
 from storage.pubsub import Subscriber
 from storage.territory import Claims, run_territory
+from telemetry.endpoint import endpoint
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,11 @@ async def main(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with open_redis(settings) as redis, await open_pool(settings.require_database_url(), name="market") as pool:
+    async with (
+        open_redis(settings) as redis,
+        await open_pool(settings.require_database_url(), name="market") as pool,
+        endpoint(settings.metrics_host, settings.metrics_port, market_checks(pool, redis)),
+    ):
         await serve(pool, redis, settings, stop)
 
 

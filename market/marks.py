@@ -30,6 +30,7 @@ from storage.db import Pool, columns
 from storage.leadership import OUTAGES, wait_for_event
 from storage.market_keys import held_price_key, mark_key
 from storage.outbox import emit
+from telemetry.alerts import INDEX_FROZEN, alert
 
 log = logging.getLogger(__name__)
 
@@ -181,9 +182,8 @@ class MarkPrices:
     def _alert(self, frozen: Collection[str], readings: Mapping[str, IndexPrice]) -> None:
         for name in frozen:
             if name not in self._frozen_since:
-                log.error(
-                    "ALERT: %s has no fresh index, its mark price is frozen: %s", name, dict(readings[name].dropped)
-                )
+                dropped = dict(readings[name].dropped)
+                alert(INDEX_FROZEN, "%s has no fresh index, its mark price is frozen: %s", name, dropped)
         for name, since in self._frozen_since.items():
             if name not in frozen:
                 # As loud as the freeze was: who was alarmed by it waits for this.

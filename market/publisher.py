@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from market.instrument_market import InstrumentMarket, Publication
+from telemetry.metrics import MARKET_PUBLICATIONS
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,9 @@ async def publish_changes(redis: Redis, markets: Collection[InstrumentMarket], c
         try:
             async with asyncio.timeout(REDIS_SECONDS_MAX):
                 await publish(redis, markets)
+            MARKET_PUBLICATIONS.labels("ok").inc()
         except (RedisError, OSError) as error:
+            MARKET_PUBLICATIONS.labels("failed").inc()
             log.warning("Market data could not be published: %r", error)
             for market in markets:
                 market.break_chains()

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import asyncpg
 from redis.asyncio import Redis
@@ -19,6 +20,7 @@ from domain.events import SCHEMA_VERSION, USER_PUSH_TOPIC
 from storage.db import Connection, Pool
 from storage.leadership import RELAY_LOCK, run_as_leader, wait_for_event
 from storage.outbox import CHANNEL
+from telemetry.metrics import RELAY_SECONDS, RELAYED_ROWS
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,8 @@ async def move_batch(conn: Connection, script: AsyncScript) -> bool:
     for topic, call in _calls(rows):
         await _add(script, topic, call)
     await conn.execute(_DELETE, [row["message_id"] for row in rows])
+    RELAYED_ROWS.inc(len(rows))
+    RELAY_SECONDS.observe((datetime.now(UTC) - rows[0]["created_at"]).total_seconds())
     return True
 
 

@@ -10,6 +10,7 @@ from temporalio.service import RPCError
 from activities.sagas import start_saga, sweep_up
 from storage.db import Connection, Pool
 from storage.leadership import SWEEPER_LOCK, run_as_leader
+from telemetry.metrics import SWEPT_SAGAS
 
 log = logging.getLogger(__name__)
 
@@ -38,5 +39,6 @@ async def sweep(pool: Pool, client: Client) -> int:
     for saga in await sweep_up(pool, STALLED_AFTER, SWEEP_MAX):
         if await start_saga(client, saga, eager=False):
             log.warning("Saga %s had no workflow, started it", saga.batch.saga_id)
+            SWEPT_SAGAS.inc()
             started += 1
     return started

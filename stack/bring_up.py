@@ -1,6 +1,7 @@
 """From nothing to ready: servers, schema, admin account, services, each as soon as what it needs answers."""
 
 import asyncio
+import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from temporalio.client import Client
 from temporalio.service import RPCError
 
 from settings import Settings
-from stack.processes import SERVICES, Plan, addresses
+from stack.processes import Plan, addresses, scrape_targets
 from stack.screen import Screen
 from stack.servers import SEARCH_ATTRIBUTES, StackError, launcher, wait_until_ready
 from stack.state import StateFolder, write_private
@@ -23,6 +24,7 @@ EXTERNAL_SECONDS = 10
 STEP_SECONDS = 120
 SLOW_SECONDS = 60
 POLL_SECONDS = 0.1
+TARGETS = "prometheus-targets.json"
 
 _INDEXED_TYPES = {
     "Int": IndexedValueType.INDEXED_VALUE_TYPE_INT,
@@ -48,10 +50,11 @@ async def bring_up(
         _prepare_temporal(settings, plan),
     )
     await _step("Setting up the admin account", ["-m", "api.bootstrap"], state, environment)
-    for process in SERVICES:
+    for process in plan.services:
         supervisor.start(process.name)
     quoted = (f"{name}={shlex.quote(value)}\n" for name, value in addresses(settings, plan).items())
     write_private(state.path / "environment", "".join(quoted))
+    write_private(state.path / TARGETS, json.dumps(scrape_targets(settings, plan), indent=1))
     await _wait_for_services(settings, state, supervisor, screen)
     urls = {"API": _api_url(settings), "docs": f"{_api_url(settings)}/docs", "Temporal UI": plan.temporal_ui_url}
     screen.say("ready  " + "  ".join(f"{name} {url}" for name, url in urls.items() if url))

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from settings import Settings
@@ -14,6 +14,15 @@ from stack.state import StateFolder
 TEMPORAL_PORT = 7233
 TEMPORAL_UI_PORT = 8233
 PORTS_TRIED = 100
+FIRST_METRICS_PORT = 9464
+METRICS_PORT, TEMPORAL_METRICS_PORT = "EXCHANGE_METRICS_PORT", "EXCHANGE_TEMPORAL_METRICS_PORT"
+# Which ports for figures a process needs: the api shows its own where it serves.
+FIGURES = {
+    "engine": [METRICS_PORT],
+    "worker": [METRICS_PORT, TEMPORAL_METRICS_PORT],
+    "market": [METRICS_PORT],
+    "api": [TEMPORAL_METRICS_PORT],
+}
 
 SERVICES = (
     Process("engine", [*servers.launcher(), sys.executable, "-m", "engine"]),
@@ -32,11 +41,12 @@ class Plan:
     redis: Endpoint
     temporal: Endpoint
     temporal_ui_url: str | None
+    services: Sequence[Process]
 
     @property
     def processes(self) -> list[Process]:
         """Everything to supervise, in start order."""
-        return [*(server.process for server in self.embedded), *SERVICES]
+        return [*(server.process for server in self.embedded), *self.services]
 
 
 def make_plan(settings: Settings, state: StateFolder) -> Plan:
@@ -60,7 +70,7 @@ def make_plan(settings: Settings, state: StateFolder) -> Plan:
         port, ui_port = _temporal_ports()
         temporal = embed(servers.temporal(state.path, port, ui_port, [namespace]))
         ui_url = f"http://127.0.0.1:{ui_port}"
-    return Plan(embedded, database, redis, temporal, ui_url)
+    return Plan(embedded, database, redis, temporal, ui_url, _with_figures(settings))
 
 
 def addresses(settings: Settings, plan: Plan) -> dict[str, str]:
@@ -85,6 +95,29 @@ def service_environment(
         "EXCHANGE_JWT_PRIVATE_KEY_FILE": str(jwt_key),
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def scrape_targets(settings: Settings, plan: Plan) -> list[dict[str, object]]:
+    """Where the processes show their figures, as Prometheus reads it from a file (file_sd_configs)."""
+    ports = [
+        (process.name, port)
+        for process in plan.services
+        for name, port in process.environment.items()
+        if name in (METRICS_PORT, TEMPORAL_METRICS_PORT)
+    ]
+    ports.append(("api", str(settings.api_port)))
+    return [{"targets": [f"127.0.0.1:{port}"], "labels": {"job": job}} for job, port in ports]
+
+
+def _with_figures(settings: Settings) -> list[Process]:
+    """The services, each with ports of its own for its figures: those after EXCHANGE_METRICS_PORT that are free."""
+    first = settings.metrics_port or FIRST_METRICS_PORT
+    candidates = range(first, first + PORTS_TRIED)
+    free = [str(port) for port in candidates if servers.why_not_listen(settings.metrics_host, port) is None]
+    if len(free) < sum(map(len, FIGURES.values())):
+        raise StackError(f"No free ports for figures from {first} on: set EXCHANGE_METRICS_PORT")
+    ports = iter(free)
+    return [replace(process, environment={name: next(ports) for name in FIGURES[process.name]}) for process in SERVICES]
 
 
 def _temporal_ports() -> tuple[int, int]:

@@ -15,8 +15,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import asyncpg
@@ -85,11 +85,12 @@ class StackError(Exception):
 
 @dataclass(frozen=True)
 class Process:
-    """A command to run in the foreground; `stop_signal` asks it to end cleanly."""
+    """A command to run in the foreground with `environment` beside the common one; `stop_signal` ends it cleanly."""
 
     name: str
     command: Sequence[str]
     stop_signal: signal.Signals = signal.SIGTERM
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ _PROGRAM = """\
 [program:{name}]
 command = {command}
 directory = {root}
+environment = {environment}
 priority = {priority}
 autostart = false
 autorestart = true
@@ -154,6 +155,7 @@ def configuration(state: StateFolder, processes: Sequence[Process], socket: Path
             name=process.name,
             command=_escape(shlex.join(process.command)),
             root=_escape(str(ROOT)),
+            environment=",".join(f'{name}="{_escape(value)}"' for name, value in process.environment.items()),
             priority=priority,
             retries=RETRIES,
             signal=process.stop_signal.name.removeprefix("SIG"),

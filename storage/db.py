@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
+from telemetry.metrics import watch_pool
+
 # Generic for the type checker only: asyncpg's classes take no parameters at run time.
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
@@ -18,7 +20,7 @@ COMMAND_TIMEOUT_SECONDS = 30
 
 async def open_pool(url: str, *, size_min: int = 1, size_max: int = 10, name: str = "saga-exchange") -> Pool:
     """A pool of connections to `url`. Raises OSError or asyncpg errors when the server cannot be reached."""
-    return await asyncpg.create_pool(
+    pool = await asyncpg.create_pool(
         url,
         min_size=size_min,
         max_size=size_max,
@@ -27,6 +29,8 @@ async def open_pool(url: str, *, size_min: int = 1, size_max: int = 10, name: st
         reset=_leave_as_is,
         server_settings={"application_name": name, "jit": "off", "timezone": "UTC"},
     )
+    watch_pool(name, pool)
+    return pool
 
 
 async def _leave_as_is(_: object) -> None:

@@ -1,7 +1,11 @@
 """What a service publishes for the others to read. A service's SQL names its own tables and these views only."""
 
 VIEWS: dict[str, str] = {
+    "outbox.v_backlog": "SELECT count(*) AS messages, min(created_at) AS oldest FROM outbox.messages",
     "users.v_users": "SELECT user_id, email, status, roles FROM users.users",
+    "users.v_open_registrations": (
+        "SELECT user_id, status, created_at FROM users.user_registration_prepare WHERE status <> 'COMPLETED'"
+    ),
     # What orders claim of their users' margin, and amendments beside their orders (they are no orders more).
     "orders.v_claims": (
         "SELECT order_id, user_id, instrument_id, side, status, reduce_only, open_loss, 1 AS orders,"
@@ -12,13 +16,17 @@ VIEWS: dict[str, str] = {
         " UNION ALL SELECT amendment_id, user_id, instrument_id, side, status, reduce_only, open_loss, 0,"
         " open_quantity, claimed_quantity, claimed_notional FROM orders.amendments"
     ),
-    "orders.v_open_sagas": "SELECT workflow_id, kind, order_ids FROM orders.sagas WHERE NOT done",
+    "orders.v_open_sagas": "SELECT workflow_id, kind, order_ids, created_at FROM orders.sagas WHERE NOT done",
     "orders.v_cursors": "SELECT instrument_id, applied_seq FROM orders.cursors",
     "risk.v_exposures": (
         "SELECT user_id, instrument_id, leverage, margin_mode, signed_quantity, entry_notional, bid_quantity,"
         " bid_notional, ask_quantity, ask_notional, order_margin, open_orders, pending_step FROM risk.exposures"
     ),
     "risk.v_price_bands": "SELECT instrument_id, price_band FROM risk.risk_limits WHERE user_id IS NULL",
+    "risk.v_open_liquidations": (
+        "SELECT liquidation_id, status, created_at FROM risk.liquidation_queue"
+        " WHERE status IN ('PENDING', 'PROCESSING')"
+    ),
     "risk.v_steps": "SELECT step_id, result FROM risk.steps",
     "risk.v_cursors": "SELECT instrument_id, applied_seq FROM risk.cursors",
     "risk.v_leverage_tiers": (
@@ -61,6 +69,14 @@ VIEWS: dict[str, str] = {
     "matching.v_instruments": "SELECT * FROM matching.instruments",
     "matching.v_events": "SELECT instrument_id, seq, command_seq, payload FROM matching.events",
     "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",
+    # How far the engine is behind its log, and settlement behind the engine.
+    "matching.v_lags": (
+        "SELECT c.instrument_id, s.last_seq - c.command_seq AS commands_behind,"
+        " c.event_seq - coalesce(k.acked_seq, 0) AS events_behind, coalesce(k.acked_seq, 0) AS acked_seq,"
+        " c.owner IS NOT NULL AND c.lease_until > clock_timestamp() AS owned"
+        " FROM matching.cursors c JOIN matching.sequencers s USING (instrument_id)"
+        " LEFT JOIN matching.consumers k ON k.instrument_id = c.instrument_id AND k.consumer = 'settlement'"
+    ),
     "matching.v_trades": "SELECT * FROM matching.trade_tickers",
     "matching.v_deleveragings": "SELECT * FROM matching.deleveragings",
     "matching.v_pruned": "SELECT instrument_id, event_seq, trades, quantity, fees FROM matching.pruned",

@@ -21,6 +21,7 @@ class LedgerAuditWorkflow:
             result_type=AuditReport,
             start_to_close_timeout=timedelta(minutes=10),
             retry_policy=RetryPolicy(maximum_interval=timedelta(minutes=1), maximum_attempts=5),
+            summary="Every invariant of the ledger",
         )
         broken = [check.name for check in report.checks if not check.ok]
         workflow.set_current_details("Clean" if report.ok else f"BROKEN: {', '.join(broken)}")

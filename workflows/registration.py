@@ -4,7 +4,7 @@ import asyncio
 from datetime import timedelta
 
 from temporalio import workflow
-from temporalio.common import RetryPolicy
+from temporalio.common import RetryPolicy, SearchAttributeKey, SearchAttributePair, TypedSearchAttributes
 from temporalio.exceptions import ActivityError, ApplicationError, WorkflowAlreadyStartedError, is_cancelled_exception
 from temporalio.workflow import ParentClosePolicy
 
@@ -23,6 +23,7 @@ with workflow.unsafe.imports_passed_through():
         registration_workflow_id,
     )
 
+USER_ID = SearchAttributeKey.for_keyword("UserId")
 STEP_TIMEOUT = timedelta(seconds=10)
 # The credential store may be away for some minutes; then the registration fails and operators are told.
 CREATE_RETRY = RetryPolicy(
@@ -100,6 +101,7 @@ class RegistrationResumerWorkflow:
                 id=registration_workflow_id(user_id),
                 parent_close_policy=ParentClosePolicy.ABANDON,
                 static_summary=f"Registers user {user_id} (resumed)",
+                search_attributes=TypedSearchAttributes([SearchAttributePair(USER_ID, str(user_id))]),
             )
         except WorkflowAlreadyStartedError:
             return False

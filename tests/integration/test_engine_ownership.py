@@ -98,7 +98,7 @@ async def test_an_engine_that_was_paused_while_another_took_over_writes_nothing(
             os.kill(paused.pid, signal.SIGCONT)
 
             async def noticed() -> bool:
-                return f"{paused.pid} WARNING engine.runner {BTC.instrument_id}: lost the lease" in log.read_text()
+                return f"{paused.pid} ERROR alerts ALERT {BTC.instrument_id}: lost the lease" in log.read_text()
 
             await until(noticed, 10, "the paused engine to see that it lost the lease")
             await append(pool, commands[4_000:])

@@ -70,7 +70,7 @@ async def frozen_since(pool: Pool, instrument_id: str) -> object:
 
 def alerts(caplog: pytest.LogCaptureFixture, instrument_id: str) -> list[str]:
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    return [text.partition(":")[0] for text in errors if instrument_id in text]
+    return [text.partition(f" {instrument_id}")[0].rstrip(":") for text in errors if instrument_id in text]
 
 
 async def test_the_index_and_what_it_was_made_of_are_kept(

@@ -1,7 +1,17 @@
 """Today's workflow code continues every saved history, and a change that could not is caught."""
 
+import asyncio
+import json
+from typing import Any
+
 import pytest
 from temporalio import workflow
+from temporalio.worker import (
+    ExecuteWorkflowInput,
+    Interceptor,
+    WorkflowInboundInterceptor,
+    WorkflowInterceptorClassInput,
+)
 
 from domain.sagas import (
     ACCEPT_ORDERS,
@@ -14,26 +24,24 @@ from domain.sagas import (
     StepRequest,
     Verdict,
 )
-from tests.replay import HISTORIES, replay
-from workflows.audit import LedgerAuditWorkflow
-from workflows.funding import FundingSettlementWorkflow
-from workflows.liquidation import LiquidationWorkflow
-from workflows.margin import MarginChangeWorkflow
-from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
-from workflows.settlement import SettlementWorkflow
+from tests.replay import HISTORIES, every_workflow, replay
 from workflows.steps import run_step
 
-WORKFLOWS = [
-    OrderPlacementWorkflow,
-    OrderCancellationWorkflow,
-    SettlementWorkflow,
-    FundingSettlementWorkflow,
-    LiquidationWorkflow,
-    LedgerAuditWorkflow,
-    MarginChangeWorkflow,
-]
-KINDS = ("placement", "cancellation", "settlement", "funding", "liquidation", "ledger_audit", "margin")
-SAVED = [path.stem for path in sorted(HISTORIES.glob("*.json")) if path.stem.startswith(KINDS)]
+WORKFLOWS = every_workflow()
+SAVED = [path.stem for path in sorted(HISTORIES.glob("*.json"))]
+
+
+def workflow_name(found: type) -> str:
+    """Under which name Temporal knows a workflow class."""
+    name: str = getattr(found, "__temporal_workflow_definition").name
+    return name
+
+
+def type_of(history: str) -> str:
+    """Of which workflow a saved history is."""
+    first = json.loads((HISTORIES / f"{history}.json").read_text())["events"][0]
+    name: str = first["workflowExecutionStartedEventAttributes"]["workflowType"]["name"]
+    return name
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -78,7 +86,14 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "margin_busy",
         "margin_retried",
         "margin_uncovered",
+        "registration",
+        "registration_failed",
+        "registration_resumer",
     }
+
+
+def test_every_workflow_has_a_saved_history() -> None:
+    assert {workflow_name(found) for found in WORKFLOWS} == {type_of(name) for name in SAVED}
 
 
 @workflow.defn(name=ORDER_PLACEMENT)
@@ -112,3 +127,32 @@ class WithTwoChecks:
 async def test_a_changed_workflow_does_not_replay(changed: type) -> None:
     with pytest.raises(workflow.NondeterminismError):
         await replay("placement", [changed])
+
+
+class PauseFirst(Interceptor):
+    """Changes any workflow: a timer before everything else; if `patch` is set, only in runs that begin with it."""
+
+    def __init__(self, patch: str | None) -> None:
+        self._patch = patch
+
+    def workflow_interceptor_class(self, input: WorkflowInterceptorClassInput) -> type[WorkflowInboundInterceptor]:  # noqa: A002 - the name is the library's
+        """What runs around the workflow."""
+        patch = self._patch
+
+        class Pausing(WorkflowInboundInterceptor):
+            async def execute_workflow(self, input: ExecuteWorkflowInput) -> Any:  # noqa: A002 - the name is the library's
+                if patch is None or workflow.patched(patch):
+                    await asyncio.sleep(1)
+                return await super().execute_workflow(input)
+
+        return Pausing
+
+
+@pytest.mark.parametrize("found", WORKFLOWS, ids=workflow_name)
+async def test_a_change_of_any_workflow_is_caught_unless_it_is_patched(found: type) -> None:
+    histories = [name for name in SAVED if type_of(name) == workflow_name(found)]
+    assert histories
+    for name in histories:
+        with pytest.raises(workflow.NondeterminismError):
+            await replay(name, [found], PauseFirst(None))
+        await replay(name, [found], PauseFirst("pause-first"))
