@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
 
-from api import admin, auth, health, ledger, market, orders, positions, risk, sockets, users
+from api import admin, auth, credentials, health, ledger, market, orders, positions, risk, sockets, users
 from api.gateway import Gateway
 from api.problems import add_handlers
 from api.state import open_state
@@ -18,6 +18,7 @@ ROUTERS: list[APIRouter] = [
     risk.router,
     ledger.router,
     positions.router,
+    credentials.router,
     admin.router,
     market.router,
     market.admin_router,

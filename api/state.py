@@ -14,6 +14,7 @@ from api.feeds import Feeds, open_feeds
 from api.order_desk import OrderDesk, open_desk
 from api.passwords import Passwords
 from api.sessions import SessionGuard
+from api.throttle import LoginThrottle
 from api.tokens import AccessTokens, load_private_key
 from clients import connect_temporal, open_redis
 from settings import Settings
@@ -30,6 +31,7 @@ class AppState:
     temporal: Client
     tokens: AccessTokens
     passwords: Passwords
+    throttle: LoginThrottle
     sessions: SessionGuard
     feeds: Feeds
     desk: OrderDesk
@@ -52,7 +54,18 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
         sessions = SessionGuard(pool, redis)
         feeds = await stack.enter_async_context(open_feeds(pool, redis, sessions))
         desk = await stack.enter_async_context(open_desk(pool, redis, temporal))
-        yield AppState(settings, pool, redis, temporal, tokens, passwords, sessions, feeds, desk)
+        yield AppState(
+            settings=settings,
+            pool=pool,
+            redis=redis,
+            temporal=temporal,
+            tokens=tokens,
+            passwords=passwords,
+            throttle=LoginThrottle(redis),
+            sessions=sessions,
+            feeds=feeds,
+            desk=desk,
+        )
 
 
 async def app_state(connection: HTTPConnection) -> AppState:

@@ -5,7 +5,7 @@ import logging
 from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from temporalio.client import WorkflowFailureError
 from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.service import RPCError
@@ -24,6 +24,7 @@ from domain.identity import (
     registration_workflow_id,
     valid_email,
 )
+from domain.passwords import good_password
 from domain.problems import Problem
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,11 @@ class UserRegisterRequest(ApiModel):
 
     email: Annotated[str, Field(max_length=EMAIL_LENGTH_MAX), AfterValidator(valid_email)]
     password: str = Field(min_length=PASSWORD_LENGTH_MIN, max_length=PASSWORD_LENGTH_MAX, repr=False)
+
+    @field_validator("password")
+    @classmethod
+    def _not_common(cls, password: str, others: ValidationInfo) -> str:
+        return good_password(password, others.data.get("email", ""))
 
 
 class UserResponse(ApiModel):
