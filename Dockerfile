@@ -6,7 +6,7 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_
 # The lock file is that of `make`: it brings the test tools and the embedded servers along.
 COPY requirements.lock .
 RUN pip install --require-hashes --requirement requirements.lock
-COPY alembic.ini settings.py clients.py worker.py ./
+COPY alembic.ini settings.py clients.py logs.py worker.py ./
 COPY domain domain
 COPY storage storage
 COPY activities activities

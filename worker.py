@@ -10,6 +10,7 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from activities.registry import operations_activities, order_activities, register_schedules, settlement_activities
 from clients import OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE, connect_temporal, open_redis
+from logs import set_up_logging
 from monitors.countdowns import run_countdowns
 from monitors.pruner import run_pruner
 from monitors.relay import run_relay
@@ -76,7 +77,7 @@ async def _run_worker(worker: Worker, stop: asyncio.Event) -> None:
 async def main() -> None:
     """Entry: run until SIGTERM or SIGINT."""
     settings = get_settings()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

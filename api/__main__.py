@@ -1,10 +1,10 @@
 """`python -m api`: one api process, until SIGTERM or SIGINT; requests in flight get ten seconds to finish."""
 
-import logging
-
 import uvicorn
 
 from api.app import create_app
+from api.server import BoundedHttpProtocol
+from logs import set_up_logging
 from settings import get_settings
 
 GRACE_SECONDS = 10
@@ -13,13 +13,16 @@ GRACE_SECONDS = 10
 def main() -> None:
     """Serve on EXCHANGE_API_HOST:EXCHANGE_API_PORT."""
     settings = get_settings()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings)
     uvicorn.run(
         create_app(settings),
         host=settings.api_host,
         port=settings.api_port,
         loop="uvloop",
-        http="httptools",
+        http=BoundedHttpProtocol,
+        # The application does that itself, for proxies it is told to trust.
+        proxy_headers=False,
+        server_header=False,
         ws="websockets-sansio",
         # Compression would be done anew for every client; what clients send is short.
         ws_per_message_deflate=False,

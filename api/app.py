@@ -1,12 +1,31 @@
 """The application: gateway, routers, problem documents, and the state they share."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from api import admin, auth, credentials, health, ledger, market, orders, positions, risk, sockets, users
+from api import (
+    admin,
+    api_keys,
+    auth,
+    credentials,
+    health,
+    ledger,
+    market,
+    orders,
+    positions,
+    risk,
+    sockets,
+    users,
+    well_known,
+)
 from api.gateway import Gateway
+from api.load import Load
 from api.problems import add_handlers
 from api.state import open_state
 from settings import Settings
@@ -14,6 +33,7 @@ from settings import Settings
 ROUTERS: list[APIRouter] = [
     users.router,
     auth.router,
+    api_keys.router,
     orders.router,
     risk.router,
     ledger.router,
@@ -23,8 +43,18 @@ ROUTERS: list[APIRouter] = [
     market.router,
     market.admin_router,
     sockets.router,
+    well_known.router,
     health.router,
 ]
+# What anybody may call. Every other route says in its signature (`User`, `Admin`, …) whom it is for.
+PUBLIC_PREFIXES = ("/api/market/", "/health/", "/.well-known/", "/metrics")
+PUBLIC_CALLS = {
+    ("/api/users", "post"),
+    ("/api/auth/login", "post"),
+    ("/api/auth/token/refresh", "post"),
+    ("/api/auth/password/renew", "post"),
+}
+_API_KEY_HEADERS = ["X-Api-Key", "X-Api-Timestamp", "X-Api-Recv-Window", "X-Api-Nonce", "X-Api-Signature"]
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -34,17 +64,48 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_state(settings) as state:
             app.state.exchange = state
+            watching = asyncio.create_task(app.state.load.watch())
             yield
+            watching.cancel()
 
-    app = FastAPI(
+    app = _Api(
         title="Saga Exchange",
         version="0.1.0",
         lifespan=lifespan,
         # Spans and metrics of every request cost more than most requests.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
+    app.state.load = Load(settings.requests_in_flight_max, settings.loop_lag_seconds_max)
+    app.state.logs_all_requests = settings.access_log == "all"
     add_handlers(app)
+    # The last one added is the outermost.
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=_listed(settings.cors_origins),
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id", *_API_KEY_HEADERS],
+            expose_headers=["X-Request-Id", "Retry-After", "RateLimit", "RateLimit-Policy"],
+        )
     app.add_middleware(Gateway)
+    if settings.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=_listed(settings.trusted_proxies))
     for router in ROUTERS:
         app.include_router(router)
     return app
+
+
+class _Api(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The document, with `security: []` where no one needs to say who they are."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            for path, calls in document["paths"].items():
+                for method, call in calls.items():
+                    if path.startswith(PUBLIC_PREFIXES) or (path, method) in PUBLIC_CALLS:
+                        call.setdefault("security", [])
+        return super().openapi()
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]

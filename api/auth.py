@@ -5,7 +5,6 @@ import logging
 import secrets
 import uuid
 from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -24,7 +23,8 @@ from activities.auth import (
     replace_hash,
 )
 from activities.sessions import Session, good_sessions, new_session, open_session, revoke, rotate
-from api.gateway import User, require_internal
+from api.addresses import Address, client_address
+from api.gateway import SignedIn, limit_sign_ins, require_internal
 from api.models import ApiModel, Page, Timestamp, UserId
 from api.passwords import is_argon2id
 from api.state import AppState, State
@@ -124,7 +124,7 @@ def device_of(request: Request) -> Device:
     """Where the request comes from. The headers say what the client likes: they are kept, never trusted."""
     agent = request.headers.get("user-agent", "")[:DEVICE_LENGTH_MAX] or None
     fingerprint = request.headers.get("x-device-fingerprint", "")[:DEVICE_LENGTH_MAX] or agent
-    return Device(_ip(request), agent, fingerprint)
+    return Device(client_address(request.scope), agent, fingerprint)
 
 
 ClientDevice = Annotated[Device, Depends(device_of)]
@@ -141,7 +141,7 @@ async def create(request: AuthCredentialCreateRequest, state: State) -> AuthCred
     )
 
 
-@router.post("/login")
+@router.post("/login", dependencies=[Depends(limit_sign_ins)])
 async def login(request: LoginRequest, device: ClientDevice, state: State, response: Response) -> TokenResponse:
     """Sign in; 401 for a wrong email or password, 403 when the credential is locked or has expired, and 429 while the
     account or the address must wait after failures."""
@@ -176,13 +176,15 @@ async def refresh(request: RefreshRequest, state: State, response: Response) -> 
 
 
 @router.post("/logout", status_code=204)
-async def logout(user: User, state: State) -> None:
+async def logout(user: SignedIn, state: State) -> None:
     """End the session of the access token."""
     await _end(state, user, user.session_id, "LOGOUT")
 
 
 @router.post("/password", status_code=204)
-async def change_own_password(request: PasswordChangeRequest, device: ClientDevice, user: User, state: State) -> None:
+async def change_own_password(
+    request: PasswordChangeRequest, device: ClientDevice, user: SignedIn, state: State
+) -> None:
     """Change one's password, which ends all other sessions; 401 INVALID_CREDENTIALS when the current one is wrong."""
     now = datetime.now(UTC)
     credential = await find_password_of(state.pool, user.user_id)
@@ -192,7 +194,7 @@ async def change_own_password(request: PasswordChangeRequest, device: ClientDevi
     await _change(state, credential, request, now, but=user.session_id)
 
 
-@router.post("/password/renew", status_code=204)
+@router.post("/password/renew", status_code=204, dependencies=[Depends(limit_sign_ins)])
 async def renew_password(request: PasswordRenewalRequest, device: ClientDevice, state: State) -> None:
     """Replace a password that has expired, or any, and end all sessions; refused like a login."""
     now = datetime.now(UTC)
@@ -202,7 +204,7 @@ async def renew_password(request: PasswordRenewalRequest, device: ClientDevice, 
 
 @router.get("/sessions")
 async def sessions(
-    user: User,
+    user: SignedIn,
     state: State,
     limit: Annotated[int, Query(ge=1, le=SESSIONS_MAX)] = SESSIONS_MAX,
     cursor: Annotated[uuid.UUID | None, Query(description="nextCursor of the part before")] = None,
@@ -215,7 +217,7 @@ async def sessions(
 
 
 @router.delete("/sessions/{session_id}", status_code=204)
-async def delete_session(session_id: uuid.UUID, user: User, state: State) -> None:
+async def delete_session(session_id: uuid.UUID, user: SignedIn, state: State) -> None:
     """End one of one's own sessions; its access token is refused and its sockets close at once."""
     if not await _end(state, user, str(session_id), "REVOKED_BY_USER"):
         raise Problem("NOT_FOUND", "There is no such session")
@@ -345,13 +347,5 @@ def _digest(refresh_token: str) -> str:
     return hashlib.sha256(refresh_token.encode()).hexdigest()
 
 
-def _ip(request: Request) -> IPv4Address | IPv6Address | None:
-    host = request.client.host if request.client is not None else ""
-    try:
-        return ip_address(host.partition("%")[0])
-    except ValueError:
-        return None
-
-
-def _text(ip: IPv4Address | IPv6Address | None) -> str | None:
+def _text(ip: Address | None) -> str | None:
     return str(ip) if ip is not None else None

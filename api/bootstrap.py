@@ -13,6 +13,7 @@ from api.passwords import Passwords
 from clients import open_redis
 from domain.identity import ADMIN_ROLE, valid_email
 from domain.passwords import good_password
+from logs import set_up_logging
 from settings import Settings, get_settings
 from storage.db import Pool, open_pool
 
@@ -56,7 +57,7 @@ def _account(settings: Settings) -> tuple[str, str]:
 async def main() -> None:
     """Run once against the database of the environment."""
     settings = get_settings()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings)
     async with (
         await open_pool(settings.require_database_url(), name="bootstrap") as pool,
         open_redis(settings) as redis,

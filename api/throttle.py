@@ -6,11 +6,11 @@ back when it was right. Unknown addresses are treated like accounts: nobody lear
 
 import hashlib
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import cast
 
 from redis.asyncio import Redis
 
+from api.addresses import Address, network_of
 from domain.problems import Problem
 
 # Failures that cost no delay; then 1 s, doubled with each further one.
@@ -85,7 +85,7 @@ class LoginThrottle:
         self._admit = redis.register_script(_ADMIT)
         self._take_back = redis.register_script(_TAKE_BACK)
 
-    async def admit(self, email: str, ip: IPv4Address | IPv6Address | None) -> Attempt:
+    async def admit(self, email: str, ip: Address | None) -> Attempt:
         """Count an attempt as failed. Raises Problem RATE_LIMITED while the account or the address must wait, and
         CREDENTIAL_LOCKED when the account has failed `LOCK_AFTER` times in a row; the password is not looked at then.
         """
@@ -123,7 +123,5 @@ def _account_key(email: str) -> str:
     return f"auth:failures:account:{hashlib.sha256(email.encode()).hexdigest()}"
 
 
-def _address_key(ip: IPv4Address | IPv6Address | None) -> str:
-    # Whoever has one IPv6 address has all of its /64.
-    network = ip if not isinstance(ip, IPv6Address) else ip_network((ip, 64), strict=False)
-    return f"auth:failures:address:{network}"
+def _address_key(ip: Address | None) -> str:
+    return f"auth:failures:address:{network_of(ip)}"

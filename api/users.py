@@ -4,14 +4,14 @@ import asyncio
 import logging
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from temporalio.client import WorkflowFailureError
 from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.service import RPCError
 
 from activities.users import find_account, prepare_registration, require_email_free
-from api.gateway import User
+from api.gateway import User, limit_sign_ins
 from api.models import ApiModel, Timestamp, UserId
 from api.state import AppState, State
 from clients import OPERATIONS_QUEUE
@@ -55,7 +55,7 @@ class UserResponse(ApiModel):
     created_at: Timestamp
 
 
-@router.post("")
+@router.post("", dependencies=[Depends(limit_sign_ins)])
 async def register(request: UserRegisterRequest, state: State) -> UserResponse:
     """Register a user; 400 when the email is taken, 500 when the credential could not be created in time."""
     await require_email_free(state.pool, request.email)
