@@ -97,13 +97,15 @@ def create_app(settings: Settings) -> FastAPI:
 
 class _Api(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """The document, with `security: []` where no one needs to say who they are."""
+        """The document: `security` lists who may call, with the role that is needed; `[]` where that is anybody."""
         if self.openapi_schema is None:
-            document = super().openapi()
-            for path, calls in document["paths"].items():
+            for path, calls in super().openapi()["paths"].items():
                 for method, call in calls.items():
                     if path.startswith(PUBLIC_PREFIXES) or (path, method) in PUBLIC_CALLS:
                         call.setdefault("security", [])
+                    elif {"internalToken": ["internal"]} in call.get("security", []):
+                        # The others are looked at only to tell a user, who is forbidden, from a stranger.
+                        call["security"] = [{"internalToken": ["internal"]}]
         return super().openapi()
 
 
