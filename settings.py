@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -25,6 +25,13 @@ class Settings(BaseSettings):
     internal_token: str | None = None
     index_source: Literal["simulated", "ccxt"] = "simulated"
     index_seed: int = 1
+    index_replay_file: Path | None = None
+    index_exchanges: str = "binance:1,coinbase:1,kraken:1"
+    index_urls: str = ""
+    index_poll_seconds: PositiveFloat = 2.0
+    index_timeout_seconds: PositiveFloat = 3.0
+    index_stale_seconds: PositiveFloat = 10.0
+    index_vwap_seconds: PositiveFloat = 10.0
     funding_interval_seconds: int = 8 * 3600
     mark_price_interval_seconds: float = 1.0
     jwt_private_key_file: Path | None = None
@@ -48,7 +55,10 @@ class Settings(BaseSettings):
     # From here on requests are refused with 503, in each api process.
     requests_in_flight_max: int = 2_000
     loop_lag_seconds_max: float = 0.5
+    sockets_per_address: int = 200
     engine_instruments: str = ""
+    market_instruments: str = ""
+    market_takeover_seconds: float = 3.0
     engine_lease_seconds: float = 5.0
     engine_snapshot_commands: int = 50_000
     # The newest events of each instrument that are kept in any case, and the trades among them.

@@ -17,6 +17,7 @@ from api import (
     health,
     ledger,
     market,
+    market_history,
     orders,
     positions,
     risk,
@@ -41,6 +42,7 @@ ROUTERS: list[APIRouter] = [
     credentials.router,
     admin.router,
     market.router,
+    market_history.router,
     market.admin_router,
     sockets.router,
     well_known.router,
@@ -57,6 +59,12 @@ PUBLIC_CALLS = {
 _API_KEY_HEADERS = ["X-Api-Key", "X-Api-Timestamp", "X-Api-Recv-Window", "X-Api-Nonce", "X-Api-Signature"]
 
 
+DESCRIPTION = """
+Answers of `/api/market` may be kept for one second and have an ETag. Market data and a user's own events are pushed
+over WebSockets, `/ws/market` and `/ws/user`: `docs/websocket.md` has their messages, heartbeat, limits, closing codes.
+"""
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The api process as an ASGI application; its lifespan connects to the servers and leaves them."""
 
@@ -71,6 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = _Api(
         title="Saga Exchange",
         version="0.1.0",
+        description=DESCRIPTION,
         lifespan=lifespan,
         # Spans and metrics of every request cost more than most requests.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},

@@ -1,6 +1,7 @@
 """What feeds the sockets of one api process: one Redis subscriber and one stream reader for all of them."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from storage.pubsub import Subscriber
 
 @dataclass(frozen=True)
 class Feeds:
-    """Public and private messages."""
+    """Public and private messages, and how many sockets of this process each address has open."""
 
     market: MarketFeed
     user: UserFeed
+    sockets: Counter[str]
 
 
 @asynccontextmanager
@@ -49,7 +51,7 @@ async def open_feeds(pool: Pool, redis: Redis, sessions: SessionGuard, keys: Api
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(task) for task in (subscriber.run(), user.follow_stream(), user.check_sessions())]
         try:
-            yield Feeds(market, user)
+            yield Feeds(market, user, Counter())
         finally:
             for task in tasks:
                 task.cancel()

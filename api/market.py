@@ -11,6 +11,7 @@ from pydantic import AliasChoices, Field
 from redis.asyncio import Redis
 
 from activities.instruments import read_instruments
+from api.caching import CachedRoute
 from api.gateway import require_admin
 from api.models import Amount, ApiModel, Page, SafeText, Timestamp
 from api.state import AppState, State
@@ -19,7 +20,7 @@ from domain.money import plain
 from domain.problems import Problem
 from storage.market_keys import HELD_PRICE_CHANNEL, held_price_key, mark_key, snapshot_key
 
-router = APIRouter(prefix="/api/market", tags=["market"])
+router = APIRouter(prefix="/api/market", tags=["market"], route_class=CachedRoute)
 admin_router = APIRouter(prefix="/api/admin", tags=["admin"], dependencies=[Depends(require_admin)])
 
 DEPTH_LIMIT_MAX = 5000
@@ -60,7 +61,9 @@ class TickerResponse(ApiModel):
     mark_price: Amount | None
     index_price: Amount | None
     index_source: str | None
+    is_frozen: bool
     funding_rate: Amount | None
+    predicted_funding_rate: Amount | None
     next_funding_time: Timestamp | None
 
 
@@ -84,7 +87,11 @@ class TradeResponse(ApiModel):
 
 
 class MarkPriceResponse(ApiModel):
-    """The mark price and what it was made of; `source` says where the index comes from."""
+    """The mark price and what it was made of; `source` says where the index comes from.
+
+    Frozen: there is no fresh index since then, and the mark is the last there was.
+    `predictedFundingRate` is what the funding rate would be if the running interval ended now.
+    """
 
     instrument_id: str
     mark_price: Amount
@@ -94,6 +101,9 @@ class MarkPriceResponse(ApiModel):
     funding_basis: Amount
     calculated_at: Timestamp
     source: str
+    is_frozen: bool
+    frozen_since: Timestamp | None
+    predicted_funding_rate: Amount | None
 
 
 class HoldIndexRequest(ApiModel):

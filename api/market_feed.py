@@ -18,15 +18,16 @@ from redis.exceptions import RedisError
 
 from api.socket_client import SocketClient
 from domain.problems import Problem
-from storage.market_keys import CHANNELS, snapshot_key, update_channel
+from storage.market_keys import CHANNELS, KLINE_CHANNELS, snapshot_key, update_channel
 
 log = logging.getLogger(__name__)
 
 RECENT_UPDATES = 256
+SUBSCRIPTIONS_MAX = 50
 RETRY_SECONDS = 0.2
 READ_SECONDS_MAX = 5.0
 # A state makes the ones before it obsolete; a trade does not.
-_STATE_CHANNELS = frozenset({"depth", "tickers"})
+_STATE_CHANNELS = frozenset({"depth", "tickers", *KLINE_CHANNELS})
 
 
 class _Position(msgspec.Struct, rename="camel"):
@@ -41,7 +42,7 @@ _decode_position = msgspec.json.Decoder(_Position).decode
 class _Update:
     previous: int
     seq: int
-    text: str
+    payload: bytes
 
 
 class _Subscription:
@@ -53,9 +54,9 @@ class _Subscription:
         self._client = client
         self._topic = topic
 
-    def send(self, text: str, seq: int) -> None:
+    def send(self, payload: bytes, seq: int) -> None:
         self.seq = seq
-        self._client.offer(text, self if self._topic.channel in _STATE_CHANNELS else None)
+        self._client.offer(payload, self if self._topic.channel in _STATE_CHANNELS else None)
 
     def skipped(self) -> None:
         self.seq = None
@@ -85,7 +86,7 @@ class _Topic:
 
     def on_update(self, payload: bytes) -> None:
         position = _decode_position(payload)
-        update = _Update(position.prev_seq, position.seq, payload.decode())
+        update = _Update(position.prev_seq, position.seq, payload)
         last = self._updates[-1].seq if self._updates else update.previous
         if update.previous != last:
             if update.seq == last:
@@ -115,7 +116,7 @@ class _Topic:
         if subscription.seq is None or update.previous < subscription.seq:
             return
         if update.previous == subscription.seq:
-            subscription.send(update.text, update.seq)
+            subscription.send(update.payload, update.seq)
         else:
             subscription.seq = None
             self.send_snapshots()
@@ -128,7 +129,7 @@ class _Topic:
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
                 for subscription in self._waiting():
-                    subscription.send(snapshot.text, snapshot.seq)
+                    subscription.send(snapshot.payload, snapshot.seq)
                     for update in list(self._updates):
                         self._forward(subscription, update)
         finally:
@@ -152,7 +153,7 @@ class _Topic:
         if payload is None:
             return None
         position = _decode_position(payload)
-        return _Update(position.prev_seq, position.seq, payload.decode())
+        return _Update(position.prev_seq, position.seq, payload)
 
 
 class MarketFeed:
@@ -161,7 +162,7 @@ class MarketFeed:
     def __init__(self, redis: Redis, instrument_ids: Iterable[str]) -> None:
         self._topics = {
             update_channel(channel, instrument_id): _Topic(redis, channel, instrument_id)
-            for channel in CHANNELS
+            for channel in (*CHANNELS, *KLINE_CHANNELS)
             for instrument_id in instrument_ids
         }
 
@@ -181,6 +182,8 @@ class MarketFeed:
     def subscribe(self, client: SocketClient, channel: str, instrument_id: str) -> None:
         """Send `client` a snapshot, then updates; also when it was subscribed before. Raises Problem."""
         topic = self._topic(channel, instrument_id)
+        if client not in topic.subscriptions and self._subscriptions(client) >= SUBSCRIPTIONS_MAX:
+            raise Problem("RATE_LIMITED", f"A connection may have {SUBSCRIPTIONS_MAX} subscriptions")
         topic.subscriptions[client] = _Subscription(client, topic)
         topic.send_snapshots()
 
@@ -198,9 +201,13 @@ class MarketFeed:
         for topic in self._topics.values():
             await topic.close()
 
+    def _subscriptions(self, client: SocketClient) -> int:
+        return sum(client in topic.subscriptions for topic in self._topics.values())
+
     def _topic(self, channel: str, instrument_id: str) -> _Topic:
-        if channel not in CHANNELS:
-            raise Problem("VALIDATION_FAILED", f"Expected a channel out of {', '.join(CHANNELS)}, was {channel!r}")
+        if channel not in CHANNELS and channel not in KLINE_CHANNELS:
+            known = ", ".join((*CHANNELS, "kline"))
+            raise Problem("VALIDATION_FAILED", f"Expected a channel out of {known}, was {channel!r}")
         topic = self._topics.get(update_channel(channel, instrument_id))
         if topic is None:
             raise Problem("INSTRUMENT_NOT_FOUND", f"There is no instrument {instrument_id!r}")

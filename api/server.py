@@ -1,65 +1,37 @@
-"""The HTTP/1.1 protocol of the api's sockets: uvicorn's, with bounds on the head of a request.
+"""How the application is served."""
 
-httptools keeps whatever a client sends as a head, for as long as it takes to send it; the ASGI application has no say
-before the head is complete. Bodies are bounded by the gateway.
-"""
+import uvicorn
+from fastapi import FastAPI
 
-import asyncio
-from typing import Any
+from api.http_protocol import BoundedHttpProtocol
+from api.socket_protocol import OutletProtocol
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+GRACE_SECONDS = 10
+# A peer that does not answer a ping is gone 40 s after its last sign of life; see docs/websocket.md.
+PING_SECONDS = 20.0
+PONG_SECONDS = 20.0
+SOCKET_MESSAGE_BYTES_MAX = 16 * 1024
 
-HEAD_SECONDS_MAX = 10.0
-HEAD_BYTES_MAX = 64 * 1024
 
-
-class BoundedHttpProtocol(HttpToolsProtocol):
-    """Closes connections whose request line and headers take more than 10 seconds or 64 KiB."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._deadline: asyncio.TimerHandle | None = None
-        self._head_bytes = 0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
-        """A connection must begin with a request."""
-        super().connection_made(transport)
-        self._expect_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The peer or we have closed."""
-        self._head_is_there()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        """Parse, and refuse a head that grows without end."""
-        super().data_received(data)
-        if self._deadline is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES_MAX:
-                self._refuse()
-
-    def on_message_begin(self) -> None:
-        """The first byte of a request."""
-        self._expect_head()
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        """The head is complete."""
-        self._head_is_there()
-        super().on_headers_complete()
-
-    def _expect_head(self) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(HEAD_SECONDS_MAX, self._refuse)
-
-    def _head_is_there(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = None
-        self._head_bytes = 0
-
-    def _refuse(self) -> None:
-        self._head_is_there()
-        if self.transport is not None and not self.transport.is_closing():
-            self.send_400_response("The head of the request is too long or too late.")
+def server_config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
+    """Serve `app` on `host`:`port`; requests in flight at the end get ten seconds to finish."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        loop="uvloop",
+        http=BoundedHttpProtocol,
+        # The application does that itself, for proxies it is told to trust.
+        proxy_headers=False,
+        server_header=False,
+        ws=OutletProtocol,
+        # Compression would be done anew for every client; what clients send is short.
+        ws_per_message_deflate=False,
+        ws_max_size=SOCKET_MESSAGE_BYTES_MAX,
+        ws_ping_interval=PING_SECONDS,
+        ws_ping_timeout=PONG_SECONDS,
+        access_log=False,
+        log_config=None,
+        backlog=2048,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )

@@ -1,6 +1,7 @@
-"""One connected socket: a bounded queue of encoded messages and the code it is closed with."""
+"""One connected socket: a bounded queue of encoded messages, what it may send, and the code it is closed with."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -8,13 +9,19 @@ from typing import Protocol
 import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from api.socket_protocol import Outlet, outlet_of
 from domain.problems import Problem
 
+# The table of codes is in docs/websocket.md.
 UNAUTHENTICATED_CLOSE = 4401
 SLOW_READER_CLOSE = 4008
+RATE_LIMITED_CLOSE = 4029
 TRY_AGAIN_LATER_CLOSE = 1013
 # Even the closing frame of a socket whose reader stands still may not hold us up for longer.
 CLOSE_SECONDS = 5.0
+# A client may send so many messages in any so many seconds.
+RECEIVED_MAX = 50
+RECEIVED_SECONDS = 5.0
 
 
 class Source(Protocol):
@@ -33,20 +40,25 @@ class SocketClient:
     def __init__(self, websocket: WebSocket, queue_max: int) -> None:
         self._websocket = websocket
         self._queue_max = queue_max
-        self._queue: deque[tuple[str, Source | None]] = deque()
+        self._queue: deque[tuple[bytes, Source | None]] = deque()
         self._skipped: set[Source] = set()
-        self._ready = asyncio.Event()
+        self._outlet: Outlet | None = None
         self._closing: tuple[int, str] | None = None
         self._closed = asyncio.Event()
 
-    def offer(self, text: str, source: Source | None = None) -> None:
-        """Queue `text`. When the queue is full, whatever has a `source` gives way; then the socket is closed (4008)."""
+    def offer(self, payload: bytes, source: Source | None = None) -> None:
+        """Send `payload`, or queue it while the peer does not read.
+
+        When the queue is full, whatever has a `source` gives way; then the socket is closed (4008).
+        """
         if self._closing is not None:
             return
-        self._queue.append((text, source))
+        if self._outlet is not None and not self._queue and self._outlet.can_write:
+            self._outlet.write(payload)
+            return
+        self._queue.append((payload, source))
         if len(self._queue) > self._queue_max:
             self._make_room()
-        self._ready.set()
 
     def close(self, code: int, reason: str) -> None:
         """Drop what is queued and close the socket soon."""
@@ -57,11 +69,10 @@ class SocketClient:
 
     async def serve(self, on_message: Callable[[bytes], None]) -> None:
         """Read and write until the peer leaves or `close` is called. `on_message` gets every received message."""
-        tasks = [
-            asyncio.create_task(self._read(on_message)),
-            asyncio.create_task(self._write()),
-            asyncio.create_task(self._closed.wait()),
-        ]
+        self._outlet = outlet_of(self._websocket)
+        self._outlet.on_writable = self._flush
+        self._flush()
+        tasks = [asyncio.create_task(self._read(on_message)), asyncio.create_task(self._closed.wait())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -69,6 +80,7 @@ class SocketClient:
         except WebSocketDisconnect:
             return
         finally:
+            self._outlet.on_writable = None
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -76,16 +88,21 @@ class SocketClient:
             await close_socket(self._websocket, *self._closing)
 
     async def _read(self, on_message: Callable[[bytes], None]) -> None:
+        times: deque[float] = deque(maxlen=RECEIVED_MAX + 1)
         while True:
-            on_message(await receive(self._websocket))
+            message = await receive(self._websocket)
+            times.append(time.monotonic())
+            if len(times) > RECEIVED_MAX and times[-1] - times[0] < RECEIVED_SECONDS:
+                self.close(RATE_LIMITED_CLOSE, f"More than {RECEIVED_MAX} messages in {RECEIVED_SECONDS:g} seconds")
+                return
+            on_message(message)
 
-    async def _write(self) -> None:
-        while True:
-            await self._ready.wait()
-            while self._queue:
-                text, _ = self._queue.popleft()
-                await self._websocket.send_text(text)
-            self._ready.clear()
+    def _flush(self) -> None:
+        assert self._outlet is not None
+        while self._queue and self._outlet.can_write:
+            payload, _ = self._queue.popleft()
+            self._outlet.write(payload)
+        if not self._queue and self._outlet.can_write:
             skipped, self._skipped = self._skipped, set()
             for source in skipped:
                 source.resume()
@@ -118,6 +135,6 @@ async def close_socket(websocket: WebSocket, code: int, reason: str) -> None:
         return
 
 
-def error_message(problem: Problem) -> str:
+def error_message(problem: Problem) -> bytes:
     """What a socket is told about a message it sent."""
-    return msgspec.json.encode({"type": "error", "code": problem.code, "detail": problem.detail}).decode()
+    return msgspec.json.encode({"type": "error", "code": problem.code, "detail": problem.detail})

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 
 import msgspec
 from fastapi import APIRouter, WebSocket
@@ -11,6 +12,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from api.gateway import authenticate
 from api.market_feed import MarketFeed
+from api.problems import problem_response
 from api.socket_client import (
     TRY_AGAIN_LATER_CLOSE,
     UNAUTHENTICATED_CLOSE,
@@ -21,9 +23,10 @@ from api.socket_client import (
 )
 from api.state import AppState, State
 from api.user_feed import user_message
+from domain.periods import PERIODS_MS
 from domain.problems import Problem
 from storage.leadership import OUTAGES
-from storage.market_keys import CHANNELS
+from storage.market_keys import CHANNELS, kline_channel
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +37,15 @@ JOIN_SECONDS = 5.0
 MARKET_QUEUE_MAX = 512
 # One batch of orders may push thousands of messages to its user at once.
 USER_QUEUE_MAX = 10_000
+SOCKET_CHANNELS = (*CHANNELS, "kline")
+PONG = b'{"type":"pong"}'
 
 
 class _Request(msgspec.Struct, rename="camel"):
     op: str
     channel: str = ""
     instrument_id: str = ""
+    period: str = ""
     token: str = ""
 
 
@@ -54,22 +60,28 @@ _decode_snake_case = msgspec.json.Decoder(_SnakeCaseRequest).decode
 @router.websocket("/ws/market")
 async def market_socket(websocket: WebSocket, state: State) -> None:
     """Subscribe and unsubscribe to any public channel."""
-    await _serve_market(websocket, state.feeds.market, CHANNELS)
+    await _serve_market(websocket, state, SOCKET_CHANNELS)
 
 
 @router.websocket("/ws/market/{channel}")
 async def market_channel_socket(websocket: WebSocket, state: State, channel: str) -> None:
-    """One channel; `?instrumentId=` is subscribed at once."""
+    """One channel; `?instrumentId=` (and `&period=` of klines) is subscribed at once."""
     query = websocket.query_params
     instrument_id = query.get("instrumentId") or query.get("instrument_id") or ""
-    first = _Request(op="subscribe", channel=channel, instrument_id=instrument_id)
-    await _serve_market(websocket, state.feeds.market, (channel,), first)
+    period = query.get("period", "")
+    first = _Request(op="subscribe", channel=channel, instrument_id=instrument_id, period=period)
+    await _serve_market(websocket, state, (channel,), first)
 
 
 @router.websocket("/ws/user")
 async def user_socket(websocket: WebSocket, state: State) -> None:
     """A user's own messages, after `{"op":"auth","token":…}`; 4401 when that fails or the session ends."""
-    await websocket.accept()
+    async with _accepted(websocket, state) as accepted:
+        if accepted:
+            await _serve_new_user(websocket, state)
+
+
+async def _serve_new_user(websocket: WebSocket, state: AppState) -> None:
     try:
         await _serve_user(websocket, state, await _first_token(websocket))
     except WebSocketDisconnect:
@@ -79,6 +91,26 @@ async def user_socket(websocket: WebSocket, state: State) -> None:
     except (RedisError, *OUTAGES) as error:
         log.warning("A user socket cannot be served: %r", error)
         await close_socket(websocket, TRY_AGAIN_LATER_CLOSE, "Try again later")
+
+
+@asynccontextmanager
+async def _accepted(websocket: WebSocket, state: AppState) -> AsyncIterator[bool]:
+    """The socket open, or refused with HTTP 429 when its address has too many of them here."""
+    address = websocket.client.host if websocket.client is not None else ""
+    sockets, sockets_max = state.feeds.sockets, state.settings.sockets_per_address
+    if sockets[address] >= sockets_max:
+        problem = Problem("RATE_LIMITED", f"An address may have {sockets_max} sockets open")
+        await websocket.send_denial_response(problem_response(problem))
+        yield False
+        return
+    sockets[address] += 1
+    try:
+        await websocket.accept()
+        yield True
+    finally:
+        sockets[address] -= 1
+        if not sockets[address]:
+            del sockets[address]
 
 
 async def _first_token(websocket: WebSocket) -> str:
@@ -93,14 +125,27 @@ async def _first_token(websocket: WebSocket) -> str:
 
 
 async def _serve_market(
-    websocket: WebSocket, feed: MarketFeed, channels: Collection[str], first: _Request | None = None
+    websocket: WebSocket, state: AppState, channels: Collection[str], first: _Request | None = None
 ) -> None:
-    await websocket.accept()
+    async with _accepted(websocket, state) as accepted:
+        if accepted:
+            await _serve_channels(websocket, state.feeds.market, channels, first)
+
+
+async def _serve_channels(
+    websocket: WebSocket, feed: MarketFeed, channels: Collection[str], first: _Request | None
+) -> None:
     client = SocketClient(websocket, MARKET_QUEUE_MAX)
+
+    def on_request(request: _Request) -> None:
+        if request.op == "ping":
+            client.offer(PONG)
+        else:
+            _change_subscription(feed, client, channels, request)
 
     def on_message(raw: bytes) -> None:
         try:
-            _change_subscription(feed, client, channels, _parse(raw))
+            on_request(_parse(raw))
         except Problem as problem:
             client.offer(error_message(problem))
 
@@ -115,18 +160,33 @@ async def _serve_market(
 def _change_subscription(feed: MarketFeed, client: SocketClient, channels: Collection[str], request: _Request) -> None:
     change = {"subscribe": feed.subscribe, "unsubscribe": feed.unsubscribe}.get(request.op)
     if change is None:
-        raise Problem("VALIDATION_FAILED", f"Expected op subscribe or unsubscribe, was {request.op!r}")
-    if request.channel in CHANNELS and request.channel not in channels:
+        raise Problem("VALIDATION_FAILED", f"Expected op subscribe, unsubscribe or ping, was {request.op!r}")
+    if request.channel in SOCKET_CHANNELS and request.channel not in channels:
         raise Problem("VALIDATION_FAILED", f"This socket serves {', '.join(channels)} only")
-    change(client, request.channel, request.instrument_id)
+    change(client, _channel(request), request.instrument_id)
+
+
+def _channel(request: _Request) -> str:
+    """The channel as `MarketFeed` knows it: klines have one for each period."""
+    if request.channel != "kline":
+        return request.channel
+    if request.period not in PERIODS_MS:
+        raise Problem("VALIDATION_FAILED", f"Expected a period out of {', '.join(PERIODS_MS)}, was {request.period!r}")
+    return kline_channel(request.period)
 
 
 async def _serve_user(websocket: WebSocket, state: AppState, token: str) -> None:
     client = SocketClient(websocket, USER_QUEUE_MAX)
     feed = state.feeds.user
 
-    def on_message(_: bytes) -> None:
-        client.offer(error_message(Problem("VALIDATION_FAILED", "This socket is authenticated and takes no messages")))
+    def on_message(raw: bytes) -> None:
+        try:
+            request = _parse(raw)
+            if request.op != "ping":
+                raise Problem("VALIDATION_FAILED", f"This socket now takes op ping only, was {request.op!r}")
+            client.offer(PONG)
+        except Problem as problem:
+            client.offer(error_message(problem))
 
     identity = await authenticate(state, token)
     try:

@@ -122,9 +122,9 @@ class UserFeed:
         for push in _decode_pushes(fields[b"data"]):
             clients = self._clients.get(push.user_id)
             if clients:
-                text = user_message(push.channel, bytes(push.data))
+                message = user_message(push.channel, bytes(push.data))
                 for client in clients:
-                    client.offer(text)
+                    client.offer(message)
 
     def _is_repeat(self, message_id: bytes) -> bool:
         if message_id in self._seen:
@@ -143,6 +143,6 @@ class UserFeed:
                 client.close(UNAUTHENTICATED_CLOSE, problem.detail)
 
 
-def user_message(channel: str, data: bytes) -> str:
+def user_message(channel: str, data: bytes) -> bytes:
     """A message of `/ws/user`; `data` is JSON."""
-    return f'{{"channel":"{channel}","data":{data.decode()}}}'
+    return b'{"channel":"%b","data":%b}' % (channel.encode(), data)

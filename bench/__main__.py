@@ -3,13 +3,14 @@
 import argparse
 from collections.abc import Callable
 
-from bench import engine_core, engine_process, market_checkpoint, order_pipeline
+from bench import engine_core, engine_process, fanout, market_checkpoint, order_pipeline
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "order_pipeline": order_pipeline.main,
     "engine_core": engine_core.main,
     "engine_process": engine_process.main,
     "market_checkpoint": market_checkpoint.main,
+    "fanout": fanout.main,
 }
 
 

@@ -245,6 +245,9 @@ class MarkPriceUpdated(BusinessEvent, frozen=True):
     funding_basis: str
     calculated_at: str
     source: str
+    # Without a fresh index the last mark stands, and this says since when.
+    is_frozen: bool = False
+    frozen_since: str | None = None
 
 
 class FundingRateUpdated(BusinessEvent, frozen=True):
@@ -252,6 +255,7 @@ class FundingRateUpdated(BusinessEvent, frozen=True):
     instrument_id: str
     rate: str
     effective_at: str
+    source: str
 
 
 class KlineClosed(BusinessEvent, frozen=True):

@@ -51,6 +51,15 @@ class Instrument:
         return round_up(self.ticks_to_price(ticks) * self.lots_to_quantity(lots) * rate)
 
 
+def choose(instruments: dict[str, Instrument], wanted: str) -> list[Instrument]:
+    """The instruments named in `wanted`, comma-separated; all if it is empty. Raises RuntimeError for others."""
+    names = [name.strip() for name in wanted.split(",") if name.strip()] or list(instruments)
+    unknown = sorted(set(names) - set(instruments))
+    if unknown:
+        raise RuntimeError(f"Expected instruments out of {sorted(instruments)}, was {unknown}")
+    return [instruments[name] for name in dict.fromkeys(names)]
+
+
 def _perpetual(number: int, base: str, tick: str, lot: str, max_leverage: int) -> Instrument:
     return Instrument(
         instrument_id=f"{base}-USDT-PERP",

@@ -14,7 +14,7 @@ from temporalio.client import Client
 
 from activities.instruments import read_instruments
 from clients import connect_temporal, open_redis
-from domain.instruments import Instrument
+from domain.instruments import Instrument, choose
 from engine.publisher import Publisher
 from engine.runner import Runner, Tenure
 from engine.signaller import Signaller
@@ -101,12 +101,3 @@ async def _read_instruments(settings: Settings) -> dict[str, Instrument]:
         return await read_instruments(conn)
     finally:
         await conn.close()
-
-
-def choose(instruments: dict[str, Instrument], wanted: str) -> list[Instrument]:
-    """The instruments named in `wanted`, comma-separated; all if it is empty. Raises RuntimeError for others."""
-    names = [name.strip() for name in wanted.split(",") if name.strip()] or list(instruments)
-    unknown = sorted(set(names) - set(instruments))
-    if unknown:
-        raise RuntimeError(f"Expected instruments out of {sorted(instruments)}, was {unknown}")
-    return [instruments[name] for name in dict.fromkeys(names)]

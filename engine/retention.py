@@ -1,8 +1,9 @@
 """What the engine may forget: old snapshots, the commands before those it keeps, and the events that nobody needs.
 
 An event is needed by whoever has not applied it yet, by the market process if it restarts from its oldest checkpoint,
-by an engine that compares what it replays after its oldest snapshot; and the newest are kept in any case. A trade of
-the tape goes with its event: `matching.pruned` keeps the totals, by which the audit still compares it with the fills.
+by an engine that compares what it replays after its oldest snapshot; and the newest are kept in any case. A trade is
+needed until the klines have counted it. It goes with its event: `matching.pruned` keeps the totals, by which
+the audit still compares the tape with the fills.
 """
 
 import logging
@@ -38,7 +39,7 @@ _OLD_COMMANDS = """
 _EVENTS = """
     SELECT coalesce(d.event_seq, 0) AS pruned_seq,
            least($2, c.event_seq - $3, r.applied_seq, l.applied_seq, p.applied_seq, p.confirmed_seq, o.applied_seq,
-                 k.acked_seq, m.seq) AS needless_seq
+                 k.acked_seq, m.seq, t.seq - 1) AS needless_seq
     FROM matching.cursors c
     JOIN risk.v_cursors r USING (instrument_id)
     JOIN ledger.v_cursors l USING (instrument_id)
@@ -49,6 +50,9 @@ _EVENTS = """
     JOIN (SELECT instrument_id, min(seq) AS seq FROM market.v_checkpoints GROUP BY instrument_id
           HAVING count(*) >= $4 AND bool_and(undamaged)) m USING (instrument_id)
     LEFT JOIN matching.pruned d USING (instrument_id)
+    LEFT JOIN market.v_kline_positions n USING (instrument_id)
+    LEFT JOIN LATERAL (SELECT seq FROM matching.trade_tickers WHERE instrument_id = c.instrument_id
+                       AND seq > coalesce(n.seq, 0) ORDER BY seq LIMIT 1) t ON TRUE
     WHERE c.instrument_id = $1
 """
 _DELETE_EVENTS = """

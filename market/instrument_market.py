@@ -66,7 +66,9 @@ class Ticker(msgspec.Struct, rename="camel"):
     mark_price: str | None
     index_price: str | None
     index_source: str | None
+    is_frozen: bool
     funding_rate: str | None
+    predicted_funding_rate: str | None
     next_funding_time: str | None
 
 
@@ -112,6 +114,7 @@ class InstrumentMarket:
         self.book = DepthBook()
         self.mark: MarkPriceUpdated | None = None
         self.funding: Funding | None = None
+        self.predicted_rate: str | None = None
         # Stop orders that the mark price triggers: only while there are some does the engine have to hear of it.
         self.waiting_for_mark: set[int] = set()
         self._id = instrument.instrument_id.encode()
@@ -279,7 +282,9 @@ class InstrumentMarket:
             mark_price=mark.mark_price if mark else None,
             index_price=mark.index_price if mark else None,
             index_source=mark.source if mark else None,
+            is_frozen=mark.is_frozen if mark else False,
             funding_rate=funding.rate if funding else None,
+            predicted_funding_rate=self.predicted_rate,
             next_funding_time=funding.next_time if funding else None,
         )
 

@@ -1,13 +1,18 @@
-"""The mark price of every instrument, once an interval: calculated, kept as history, announced."""
+"""The mark price of every instrument, once an interval: calculated, kept as history, announced.
+
+Without a fresh index an instrument is *frozen*: its last mark stands, marked as such for everyone who reads it (the
+document in Redis, the ticker, `market.v_index_states`), until its index is fresh again.
+"""
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import cast
 
 import msgspec
+from asyncpg import Record
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -15,10 +20,11 @@ from activities.matching import append_commands
 from domain import mark_price
 from domain.clock import iso, to_ms
 from domain.events import MarkPriceUpdated
+from domain.index_price import IndexPrice
 from domain.mark_price import MarkPrice
 from domain.matching import MarkPrice as MarkPriceCommand
 from domain.money import ZERO, plain
-from market.index_price import SOURCE, SimulatedIndex
+from market.index_sources import IndexSource
 from market.instrument_market import Funding, InstrumentMarket
 from storage.db import Pool, columns
 from storage.leadership import OUTAGES, wait_for_event
@@ -36,6 +42,13 @@ _LAST_INDEX = """
         (SELECT index_price FROM market.mark_prices WHERE instrument_id = name
          ORDER BY calculated_at DESC LIMIT 1) AS last
 """
+_LAST_MARKS = """
+    SELECT last.* FROM unnest($1::text[]) AS name CROSS JOIN LATERAL
+        (SELECT instrument_id, index_price, mark_price, fair_price, premium_index, funding_basis, calculated_at, source
+         FROM market.mark_prices WHERE instrument_id = name ORDER BY calculated_at DESC LIMIT 1) AS last
+    WHERE last.source = $2
+"""
+_FROZEN = "SELECT instrument_id, frozen_since FROM market.index_states WHERE source = $1 AND frozen_since IS NOT NULL"
 _LAST_RATES = """
     SELECT name, last.rate FROM unnest($1::text[]) AS name CROSS JOIN LATERAL
         (SELECT rate FROM market.funding_rates WHERE instrument_id = name
@@ -48,17 +61,29 @@ _INSERT = """
     FROM unnest($1::text[], $4::numeric[], $5::numeric[], $6::numeric[], $7::numeric[], $8::numeric[])
         AS u (instrument_id, index_price, mark_price, fair_price, premium_index, funding_basis)
 """
+_INSERT_INDEX = """
+    INSERT INTO market.index_prices (instrument_id, calculated_at, index_price, source, sources)
+    SELECT u.instrument_id, $1, u.index_price, $2, u.sources::jsonb
+    FROM unnest($3::text[], $4::numeric[], $5::text[]) AS u (instrument_id, index_price, sources)
+"""
+_SET_STATES = """
+    INSERT INTO market.index_states (instrument_id, source, checked_at, frozen_since)
+    SELECT u.instrument_id, $1, $2, u.frozen_since
+    FROM unnest($3::text[], $4::timestamptz[]) AS u (instrument_id, frozen_since)
+    ON CONFLICT (instrument_id) DO UPDATE
+    SET source = excluded.source, checked_at = excluded.checked_at, frozen_since = excluded.frozen_since
+"""
 
 
 class MarkPrices:
-    """Prices `markets` from the simulated index; sets `changed` after each round."""
+    """Prices `markets` from `index`; sets `changed` after each round."""
 
     def __init__(
         self,
         pool: Pool,
         redis: Redis,
         markets: Mapping[str, InstrumentMarket],
-        index: SimulatedIndex,
+        index: IndexSource,
         funding_interval: timedelta,
         changed: asyncio.Event,
     ) -> None:
@@ -70,6 +95,8 @@ class MarkPrices:
         self._changed = changed
         self._nudged = asyncio.Event()
         self._told: dict[str, int] = {}
+        self._last: dict[str, MarkPriceUpdated] = {}
+        self._frozen_since: dict[str, datetime] = {}
 
     def nudge(self) -> None:
         """Price again now: an operator has held or released an index."""
@@ -77,6 +104,8 @@ class MarkPrices:
 
     async def run(self, interval_seconds: float) -> None:
         """Price everything each interval until cancelled; an outage of a server skips rounds."""
+        await self._restore()
+        await self._index.warm_up()
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + interval_seconds
@@ -89,29 +118,76 @@ class MarkPrices:
             self._nudged.clear()
 
     async def update(self, now: datetime) -> None:
-        """One round: history and events in one transaction, then the documents in Redis."""
-        held = await self._held_prices()
-        index = self._index.step(held)
+        """One round: history, states and events in one transaction, then the documents in Redis."""
+        held = await self._held_prices() if self._index.can_be_held else {}
+        readings = self._index.read(now, held)
+        fresh = {name: reading.price for name, reading in readings.items() if reading.price is not None}
+        frozen = {name: self._frozen_since.get(name, now) for name in readings.keys() - fresh.keys()}
         async with self._pool.acquire() as conn, conn.transaction():
             rates = {row["name"]: row["rate"] for row in await conn.fetch(_LAST_RATES, list(self._markets))}
             marks = {
-                name: self._price(market, index[name], rates.get(name), now, is_held=name in held)
-                for name, market in self._markets.items()
+                name: self._price(self._markets[name], price, rates.get(name), now, is_held=name in held)
+                for name, price in fresh.items()
             }
-            await conn.execute(_INSERT, *_history(marks, now))
-            events = {name: _event(name, mark, now) for name, mark in marks.items()}
-            await emit(conn, list(events.values()))
+            label = self._index.label
+            await conn.execute(_INSERT, *_history(marks, now, label))
+            await conn.execute(_INSERT_INDEX, now, label, *_index_history(readings))
+            await conn.execute(_SET_STATES, label, now, list(readings), [frozen.get(name) for name in readings])
+            events = {name: _event(name, mark, now, label) for name, mark in marks.items()}
+            halted = self._newly_frozen(frozen)
+            await emit(conn, [*events.values(), *halted.values()])
             told = self._to_tell(marks)
             at_ms = to_ms(now)
             await append_commands(conn, {name: [MarkPriceCommand(at=at_ms, price=told[name])] for name in told})
         self._told.update(told)
-        await self._redis.mset({mark_key(name): _encode(event) for name, event in events.items()})
+        self._last.update(events | halted)
+        self._alert(frozen, readings)
+        self._frozen_since = frozen
+        await self._publish(rates, now)
+
+    async def _restore(self) -> None:
+        """Know what stood before this process: without a fresh index it stands on."""
+        async with self._pool.acquire() as conn:
+            marks = await conn.fetch(_LAST_MARKS, list(self._markets), self._index.label)
+            frozen = await conn.fetch(_FROZEN, self._index.label)
+        self._last = {row["instrument_id"]: _event_of_row(row) for row in marks}
+        self._frozen_since = {row["instrument_id"]: row["frozen_since"] for row in frozen}
+        for name, since in self._frozen_since.items():
+            if name in self._last:
+                self._last[name] = _as_frozen(self._last[name], since)
+
+    async def _publish(self, rates: Mapping[str, Decimal], now: datetime) -> None:
+        if self._last:
+            await self._redis.mset({mark_key(name): self._document(event) for name, event in self._last.items()})
         next_funding = iso(mark_price.next_funding_time(now, self._funding_interval))
         for name, market in self._markets.items():
             rate = rates.get(name)
-            market.mark = events[name]
+            market.mark = self._last.get(name)
             market.funding = Funding(None if rate is None else plain(rate), next_funding)
         self._changed.set()
+
+    def _document(self, event: MarkPriceUpdated) -> bytes:
+        predicted = self._markets[event.instrument_id].predicted_rate
+        return _encode(msgspec.to_builtins(event) | {"predictedFundingRate": predicted})
+
+    def _newly_frozen(self, frozen: Mapping[str, datetime]) -> dict[str, MarkPriceUpdated]:
+        """The last marks again, as frozen, of those instruments whose index was fresh until now."""
+        return {
+            name: _as_frozen(self._last[name], since)
+            for name, since in frozen.items()
+            if name not in self._frozen_since and name in self._last
+        }
+
+    def _alert(self, frozen: Collection[str], readings: Mapping[str, IndexPrice]) -> None:
+        for name in frozen:
+            if name not in self._frozen_since:
+                log.error(
+                    "ALERT: %s has no fresh index, its mark price is frozen: %s", name, dict(readings[name].dropped)
+                )
+        for name, since in self._frozen_since.items():
+            if name not in frozen:
+                # As loud as the freeze was: who was alarmed by it waits for this.
+                log.error("ALERT over: %s has a fresh index again, it was frozen since %s", name, iso(since))
 
     def _to_tell(self, marks: Mapping[str, MarkPrice]) -> dict[str, int]:
         """Marks, in ticks, that the engine has to hear: those that stop orders wait for, when they have moved."""
@@ -148,15 +224,25 @@ async def last_index_prices(pool: Pool, instrument_ids: Sequence[str]) -> dict[s
     return {row["name"]: row["index_price"] for row in await pool.fetch(_LAST_INDEX, instrument_ids)}
 
 
-def _history(marks: Mapping[str, MarkPrice], now: datetime) -> list[object]:
+def _history(marks: Mapping[str, MarkPrice], now: datetime, label: str) -> list[object]:
     rows = [
         (name, m.index_price, m.mark_price, m.fair_price, m.premium_index, m.funding_basis) for name, m in marks.items()
     ]
     names, *figures = columns(rows, 6)
-    return [names, now, SOURCE, *figures]
+    return [names, now, label, *figures]
 
 
-def _event(instrument_id: str, mark: MarkPrice, now: datetime) -> MarkPriceUpdated:
+def _index_history(readings: Mapping[str, IndexPrice]) -> list[list[object]]:
+    return columns(
+        [
+            (name, reading.price, _encode({"used": reading.used, "dropped": reading.dropped}).decode())
+            for name, reading in readings.items()
+        ],
+        3,
+    )
+
+
+def _event(instrument_id: str, mark: MarkPrice, now: datetime, label: str) -> MarkPriceUpdated:
     return MarkPriceUpdated(
         instrument_id=instrument_id,
         index_price=plain(mark.index_price),
@@ -165,5 +251,14 @@ def _event(instrument_id: str, mark: MarkPrice, now: datetime) -> MarkPriceUpdat
         premium_index=plain(mark.premium_index),
         funding_basis=plain(mark.funding_basis),
         calculated_at=iso(now),
-        source=SOURCE,
+        source=label,
     )
+
+
+def _event_of_row(row: Record) -> MarkPriceUpdated:
+    figures = (row[name] for name in ("index_price", "mark_price", "fair_price", "premium_index", "funding_basis"))
+    return _event(row["instrument_id"], MarkPrice(*figures), row["calculated_at"], row["source"])
+
+
+def _as_frozen(event: MarkPriceUpdated, since: datetime) -> MarkPriceUpdated:
+    return msgspec.structs.replace(event, is_frozen=True, frozen_since=iso(since))

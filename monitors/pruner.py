@@ -1,4 +1,4 @@
-"""The pruner: deletes finished sagas and the results of their steps once nothing can ask for them any more.
+"""The pruner: deletes old prices, and finished sagas and the results of their steps once nothing can ask for them.
 
 Deposits and withdrawals keep theirs for ever: their references are the callers', who may repeat one at any time.
 """
@@ -7,6 +7,7 @@ import asyncio
 import logging
 from datetime import timedelta
 
+from activities.market import forget_prices
 from activities.sagas import forget_done_sagas, time_before_open_sagas
 from storage.db import Connection, Pool
 from storage.leadership import PRUNER_LOCK, run_as_leader
@@ -15,6 +16,7 @@ from storage.once import forget_steps
 log = logging.getLogger(__name__)
 
 KEPT = timedelta(days=7)
+PRICES_KEPT = timedelta(days=7)
 PRUNE_SECONDS = 600.0
 # Short transactions: neither locks nor vacuum wait for a long one.
 DELETED_MAX = 2_000
@@ -27,7 +29,7 @@ async def run_pruner(pool: Pool, stop: asyncio.Event) -> None:
         while True:
             deleted = await prune(conn, KEPT)
             if deleted:
-                log.info("Deleted %d old steps and sagas", deleted)
+                log.info("Deleted %d old steps, sagas and prices", deleted)
             await asyncio.sleep(PRUNE_SECONDS)
 
     await run_as_leader(pool, PRUNER_LOCK, stop, prune_for_ever)
@@ -41,6 +43,7 @@ async def prune(conn: Connection, kept: timedelta, limit: int = DELETED_MAX) -> 
         await forget_steps(conn, "risk", before, limit)
         + await forget_steps(conn, "ledger", before, limit)
         + await forget_done_sagas(conn, before, limit)
+        + await forget_prices(conn, PRICES_KEPT, limit)
     ):
         total += deleted
     return total

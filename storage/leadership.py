@@ -12,10 +12,11 @@ from storage.db import Connection, Pool
 log = logging.getLogger(__name__)
 
 RELAY_LOCK = 7_203_201
-MARKET_LOCK = 7_203_202
 SWEEPER_LOCK = 7_203_203
 COUNTDOWN_LOCK = 7_203_204
 PRUNER_LOCK = 7_203_205
+# The first of as many as there are instruments: their numbers are added.
+MARKET_LOCKS = 7_203_202 << 16
 STANDBY_SECONDS = 1.0
 
 OUTAGES = (
@@ -40,19 +41,20 @@ async def run_as_leader(pool: Pool, lock: int, stop: asyncio.Event, work: Work) 
             async with pool.acquire() as conn:
                 if await conn.fetchval("SELECT pg_try_advisory_lock($1)", lock):
                     log.info("Leading under lock %d", lock)
-                    try:
-                        await _work_while_connected(conn, stop, work)
-                    finally:
-                        await _unlock(conn, lock)
+                    await lead_while_connected(conn, stop, work)
         except* OUTAGES as outages:
             log.warning("Postgres is away or lock %d is lost: %s", lock, outages.exceptions[0])
         await wait_for_event(stop, STANDBY_SECONDS)
 
 
-async def _unlock(conn: Connection, lock: int) -> None:
-    # A connection that is gone has taken its lock along.
-    with contextlib.suppress(*OUTAGES):
-        await conn.execute("SELECT pg_advisory_unlock($1)", lock)
+async def lead_while_connected(conn: Connection, stop: asyncio.Event, work: Work) -> None:
+    """Run `work` until `stop` or the end of `conn`, and give back the advisory locks that it holds or has taken."""
+    try:
+        await _work_while_connected(conn, stop, work)
+    finally:
+        # A connection that is gone has taken its locks along.
+        with contextlib.suppress(*OUTAGES):
+            await conn.execute("SELECT pg_advisory_unlock_all()")
 
 
 async def _work_while_connected(conn: Connection, stop: asyncio.Event, work: Work) -> None:

@@ -1,9 +1,19 @@
 """Names in Redis of what the market process publishes; the api process reads them."""
 
+from domain.periods import PERIODS_MS
+
 # An operator's wish to hold the index of an instrument at a price: a key with the price, and a nudge to look at it.
 HELD_PRICE_CHANNEL = "market:admin-price"
 
 CHANNELS = ("depth", "trades", "tickers")
+
+
+def kline_channel(period: str) -> str:
+    """Klines are a channel a period."""
+    return f"kline:{period}"
+
+
+KLINE_CHANNELS = tuple(map(kline_channel, PERIODS_MS))
 
 
 def snapshot_key(channel: str, instrument_id: str) -> str:

@@ -708,6 +708,29 @@ mark_prices = Table(
     schema="market",
 )
 
+# `sources`: {"used": [{name, price, clamped, weight}], "dropped": {name: reason}}; no price when none was fresh.
+index_prices = Table(
+    "index_prices",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("calculated_at", TIME, primary_key=True),
+    _col("index_price", AMOUNT, null=True),
+    _col("source", Text()),
+    _col("sources", JSONB()),
+    schema="market",
+)
+
+# Rewritten each round: `checked_at` that has grown old means that nobody calculates marks.
+index_states = Table(
+    "index_states",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    _col("source", Text()),
+    _col("checked_at", TIME),
+    _col("frozen_since", TIME, null=True),
+    schema="market",
+)
+
 kline_buckets = Table(
     "kline_buckets",
     metadata,
@@ -723,6 +746,7 @@ kline_buckets = Table(
     _col("last_seq", BigInteger()),
     _col("closed", Boolean(), default="false"),
     schema="market",
+    postgresql_with={"fillfactor": 70},
 )
 
 market_snapshots = Table(
@@ -748,6 +772,9 @@ funding_rates = Table(
     _col("rate", Numeric(20, 12)),
     _col("premium_average", Numeric(20, 12)),
     _col("mark_price", AMOUNT),
+    # Premium samples in the average; with none, the rate is that of a premium of zero.
+    _col("samples", Integer()),
+    _col("source", Text()),
     _created(),
     schema="market",
 )

@@ -45,7 +45,13 @@ VIEWS: dict[str, str] = {
     "matching.v_cursors": "SELECT instrument_id, command_seq, event_seq FROM matching.cursors",
     "matching.v_trades": "SELECT * FROM matching.trade_tickers",
     "matching.v_pruned": "SELECT instrument_id, event_seq, trades, quantity, fees FROM matching.pruned",
+    # Up to which trade the klines have counted.
+    "market.v_kline_positions": (
+        "SELECT instrument_id, max(last_seq) AS seq FROM market.kline_buckets"
+        " WHERE period = '1d' GROUP BY instrument_id"
+    ),
     "market.v_checkpoints": (
         "SELECT instrument_id, seq, sha256(payload) = checksum AS undamaged FROM market.checkpoints"
     ),
+    "market.v_index_states": "SELECT instrument_id, source, checked_at, frozen_since FROM market.index_states",
 }

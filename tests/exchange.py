@@ -116,7 +116,7 @@ class Exchange:
                 self._children[name] = subprocess.Popen(
                     self._commands[name],
                     cwd=ROOT,
-                    env=_environment(self.settings),
+                    env=environment_of(self.settings),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -261,7 +261,7 @@ def _write_key(path: Path) -> Path:
     return path
 
 
-def _environment(settings: Settings) -> dict[str, str]:
+def environment_of(settings: Settings) -> dict[str, str]:
     """Our environment, with the exchange's settings from `settings` alone."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("EXCHANGE_")}
     ours = {f"EXCHANGE_{name.upper()}": str(value) for name, value in settings if value is not None}

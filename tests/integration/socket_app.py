@@ -12,6 +12,7 @@ from websockets.asyncio.client import connect
 
 from activities.sessions import new_session, open_session
 from api.app import create_app
+from api.server import server_config
 from api.state import AppState
 from domain.identity import Identity
 from settings import Settings
@@ -51,8 +52,7 @@ class Api:
 async def running_api(settings: Settings) -> AsyncIterator[Api]:
     """The api on a free port of this machine."""
     app = create_app(complete(settings, settings.state_dir))
-    config = uvicorn.Config(app, ws="websockets-sansio", lifespan="on", log_config=None, access_log=False)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(app, "127.0.0.1", 0))
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER_BYTES)
     task = asyncio.create_task(server.serve([listener]))

@@ -175,6 +175,9 @@ async def everything_was_applied(pool: Pool) -> None:
         await pool.execute(f"UPDATE {service}.cursors SET applied_seq = $1", head)
     await pool.execute("UPDATE positions.cursors SET confirmed_seq = $1", head)
     await pool.execute("INSERT INTO matching.consumers VALUES ($1, 'settlement', $2)", ID, head)
+    await pool.execute(
+        "INSERT INTO market.kline_buckets VALUES ($1, '1d', now(), 1, 1, 1, 1, 0, 0, $2, FALSE)", ID, head
+    )
     for seq in (head - 1, head):
         await pool.execute(
             "INSERT INTO market.checkpoints VALUES ($1, $2, 1, $3, $4)", ID, seq, hashlib.sha256(b"").digest(), b""

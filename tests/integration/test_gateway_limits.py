@@ -14,9 +14,10 @@ import pytest_asyncio
 import uvicorn
 from redis.asyncio import Redis
 
-from api import gateway, server
+from api import gateway, http_protocol
+from api.app import create_app
 from api.rate_limits import Limit, RateLimiter
-from api.server import BoundedHttpProtocol
+from api.server import server_config
 from domain.problems import Problem
 from logs import JsonLines, TextLines
 from settings import Settings
@@ -227,13 +228,8 @@ def test_the_logs_last_net_catches_secrets_that_an_error_quotes(message: str) ->
 @asynccontextmanager
 async def served(settings: Settings) -> AsyncIterator[int]:
     """The api behind a real socket, in this process; the port."""
-    from api.app import create_app
-
     port = closed_port()
-    config = uvicorn.Config(
-        create_app(settings), port=port, http=BoundedHttpProtocol, log_config=None, access_log=False, lifespan="on"
-    )
-    api = uvicorn.Server(config)
+    api = uvicorn.Server(server_config(create_app(settings), "127.0.0.1", port))
     api.install_signal_handlers = lambda: None  # type: ignore[attr-defined]  # pytest keeps its own
     task = asyncio.create_task(api._serve())
     while not api.started:  # noqa: ASYNC110  # uvicorn tells nobody
@@ -248,7 +244,7 @@ async def served(settings: Settings) -> AsyncIterator[int]:
 async def test_slow_and_endless_clients_are_cut_off_and_others_served(
     exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "HEAD_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS_MAX", 0.5)
     monkeypatch.setattr(gateway, "BODY_SECONDS_MAX", 0.5)
 
     async def talk(port: int, *parts: bytes, pause: float = 0.1) -> bytes:

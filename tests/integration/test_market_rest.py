@@ -94,6 +94,40 @@ async def test_trades_come_newest_first_up_to_the_limit(exchange: Exchange, mark
     assert [item["tradeId"] for item in (await get(exchange, f"/trades/{BTC}?limit=1")).json()["items"]] == [8]
 
 
+@pytest.mark.parametrize("path", ["/instruments", "/tickers", f"/depth/{BTC}", f"/trades/{BTC}", f"/mark-price/{BTC}"])
+@pytest.mark.usefixtures("market")
+async def test_an_answer_may_be_kept_for_a_second_and_has_a_tag(exchange: Exchange, path: str) -> None:
+    headers = (await get(exchange, path)).headers
+    assert headers["cache-control"] == "public, max-age=1"
+    assert headers["etag"].startswith('"')
+
+
+@pytest.mark.parametrize("form", ["{}", 'W/{}, "another"', "*"])
+async def test_what_the_caller_has_is_not_sent_again_until_it_changes(
+    exchange: Exchange, market: EngineLog, redis: Redis, form: str
+) -> None:
+    path = f"/api/market/depth/{BTC}"
+    tag = (await exchange.client.get(path)).headers["etag"]
+    again = await exchange.client.get(path, headers={"If-None-Match": form.format(tag)})
+    assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+    await market.append(BTC, [placed(8, "BUY", 500_000, 1)])
+
+    async def has_changed() -> bool:
+        return b'"50000"' in (await redis.get(f"market:depth:{BTC}") or b"")
+
+    await eventually(has_changed)
+    changed = await exchange.client.get(path, headers={"If-None-Match": tag})
+    assert changed.status_code == 200
+    assert changed.headers["etag"] != tag
+
+
+async def test_a_refusal_is_not_kept(exchange: Exchange) -> None:
+    response = await exchange.client.get(f"/api/market/depth/{BTC}")
+    assert response.status_code == 503
+    assert "etag" not in response.headers
+    assert "max-age" not in response.headers.get("cache-control", "")
+
+
 @pytest.mark.parametrize("path", ["tickers", "depth", "trades", "mark-price"])
 async def test_an_unknown_instrument_is_not_found(exchange: Exchange, path: str) -> None:
     response = await exchange.client.get(f"/api/market/{path}/DOGE-USDT-PERP")

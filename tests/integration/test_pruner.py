@@ -84,3 +84,23 @@ async def test_a_saga_that_is_still_open_keeps_its_steps(world: World, pool: Poo
     assert await kinds(pool) == before
     await advance(placement, "accepted")
     assert await pruned(pool) == 2
+
+
+async def test_old_prices_go_but_the_last_of_an_instrument_stays(pool: Pool) -> None:
+    for table, column in (
+        ("mark_prices", "mark_price, fair_price, premium_index, funding_basis"),
+        ("index_prices", ""),
+    ):
+        values = ", 1, 1, 0, 0" if column else ", '{}'"
+        await pool.execute(
+            f"INSERT INTO market.{table} (instrument_id, calculated_at, index_price, source, {column or 'sources'})"
+            f" SELECT i, now() - n * interval '1 day', 1, 'simulated'{values}"
+            " FROM unnest('{BTC-USDT-PERP,ETH-USDT-PERP}'::text[]) AS i, generate_series(5, 10) AS n"
+            " WHERE i = 'BTC-USDT-PERP' OR n > 8",
+        )
+    # Of BTC the days 7 to 10 (seven days ago is a moment more than seven days by now), of ETH all but the ninth.
+    assert await pruned(pool, limit=1) == 2 * (4 + 1)
+    for table in ("mark_prices", "index_prices"):
+        rows = await pool.fetch(f"SELECT instrument_id, count(*) FROM market.{table} GROUP BY 1 ORDER BY 1")
+        assert [tuple(row) for row in rows] == [("BTC-USDT-PERP", 2), ("ETH-USDT-PERP", 1)]
+    assert await pruned(pool) == 0

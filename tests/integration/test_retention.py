@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
@@ -9,9 +10,11 @@ from redis.asyncio import Redis
 
 from activities import audit
 from activities.audit import run_audit
+from domain.clock import to_ms
 from engine import retention
 from engine.lease import Lease
 from engine.retention import CHECKPOINTS_MIN, SNAPSHOTS_KEPT, prune
+from market.kline_feed import KlineFeed
 from storage.db import Pool
 from tests.integration.ledger_world import BTC, ETH, World, limit
 
@@ -23,7 +26,7 @@ TAPE = "SELECT count(*), sum(quantity), sum(maker_fee + taker_fee) FROM matching
 
 @pytest.fixture
 async def world(pool: Pool, redis: Redis) -> World:
-    """Trades on two instruments, settled; snapshots and checkpoints of BTC at its last event."""
+    """Trades on two instruments, settled; snapshots and checkpoints of BTC at its last event, its klines counted."""
     world = World(pool, redis)
     await world.deposit(50_000, 1, 2, 3)
     for price in (60_000, 60_100, 60_200, 60_300):
@@ -41,6 +44,7 @@ async def world(pool: Pool, redis: Redis) -> World:
         await pool.execute(
             "INSERT INTO market.checkpoints VALUES ($1, $2, 1, $3, $4)", ID, head + number, CHECKSUM, PAYLOAD
         )
+    await KlineFeed(pool, redis, [ID]).update(to_ms(datetime.now(UTC)))
     return world
 
 
@@ -103,6 +107,15 @@ async def test_nobody_loses_an_event_that_it_has_not_seen(world: World, pool: Po
     await pool.execute(BEHIND[who])
     assert await pruned(pool) == 3
     assert await pool.fetchval("SELECT min(seq) FROM matching.trade_tickers WHERE instrument_id = $1", ID) > 3
+
+
+@pytest.mark.parametrize("counted", [0, 3])
+async def test_a_trade_stays_until_the_klines_have_counted_it(world: World, pool: Pool, counted: int) -> None:
+    await pool.execute("UPDATE market.kline_buckets SET last_seq = $1", counted)
+    tape = [row[0] for row in await pool.fetch("SELECT seq FROM matching.trade_tickers WHERE instrument_id = $1", ID)]
+    first = min(seq for seq in tape if seq > counted)
+    assert await pruned(pool) == first - 1
+    assert first in tape
 
 
 UNKNOWN = [

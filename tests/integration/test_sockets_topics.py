@@ -23,8 +23,8 @@ class Recorder(SocketClient):
         super().__init__(cast(WebSocket, None), 100)
         self.received: list[tuple[str, int]] = []
 
-    def offer(self, text: str, source: object = None) -> None:
-        decoded = msgspec.json.decode(text)
+    def offer(self, payload: bytes, source: object = None) -> None:
+        decoded = msgspec.json.decode(payload)
         self.received.append((decoded["type"], decoded["seq"]))
 
     async def has(self, count: int) -> None:

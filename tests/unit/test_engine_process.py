@@ -8,10 +8,9 @@ import pytest
 
 from domain.clock import from_ms
 from domain.events import OrderCancelled, OrderFilled, OrderPlaced, OrderRejected, TradeExecuted
-from domain.instruments import SHIPPED
+from domain.instruments import SHIPPED, choose
 from domain.matching import Cancel, Trade, encode
 from engine.log import Batch
-from engine.main import choose
 from engine.matcher import Matcher
 from engine.outgoing import business_event, trade_row
 from engine.publisher import message

@@ -35,7 +35,7 @@ SERVICE_OF = {
     "api/orders.py": "orders",
     "api/ledger.py": "ledger",
     "api/positions.py": "positions",
-    "api/market.py": "market",
+    "api/market_history.py": "market",
     "engine/lease.py": "matching",
     "engine/log.py": "matching",
     "engine/retention.py": "matching",
@@ -43,6 +43,8 @@ SERVICE_OF = {
     "engine/snapshots.py": "matching",
     "engine/wakeups.py": "matching",
     "market/checkpoints.py": "market",
+    "market/funding.py": "market",
+    "market/kline_store.py": "market",
     "market/marks.py": "market",
     "monitors/relay.py": "outbox",
 }

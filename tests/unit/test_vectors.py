@@ -7,12 +7,16 @@ import json
 from collections.abc import Callable
 from datetime import timedelta
 from decimal import ROUND_FLOOR, Decimal
+from fractions import Fraction
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 
 from domain.exposure import Exposure
+from domain.funding_rate import bounded, funding_rate
+from domain.index_price import clamp_to_median, weighted_average
 from domain.margin import (
     Tier,
     bankruptcy_price,
@@ -23,7 +27,7 @@ from domain.margin import (
     order_margin,
     unrealized_pnl,
 )
-from domain.mark_price import funding_basis, impact_notional, mark_price
+from domain.mark_price import funding_basis, impact_notional, mark_price, premium_index
 from domain.money import AMOUNT_STEP, ZERO, round_down, round_up
 from domain.positions import Position, apply_fill
 from domain.wallet import Wallet, settle
@@ -120,6 +124,23 @@ def impact(given: Inputs) -> Figures:
     return {"impact_notional": impact_notional(Decimal(given["imf"]), Decimal(given["numerator"]))}
 
 
+def rate_damped(given: Inputs) -> Figures:
+    """Some state the premium, one the impact bid that it comes from; none has a cap as low as ours."""
+    interest = Decimal(given["interest"])
+    if "premium_avg" in given:
+        hours = timedelta(hours=given["interval_h"])
+        return {"rate": funding_rate(Decimal(given["premium_avg"]), hours, Decimal(1), interest)}
+    premium = premium_index(Decimal(given["impact_bid"]), Decimal(given["oracle"]))
+    return {"premium": premium, "rate_8h": funding_rate(premium, timedelta(hours=8), Decimal(1), interest)}
+
+
+def rate_capped(given: Inputs) -> Figures:
+    """Premium and cap are ours; their rate has neither interest nor damper, and goes on from a rounded premium."""
+    premium = premium_index(Decimal(given["perp"]), Decimal(given["index"])).quantize(Decimal("0.0001"))
+    rate = premium / given["realisation_hours"]
+    return {"uncapped_per_hour": rate, "rate_per_hour": bounded(rate, Decimal(given["cap_per_hour"]))}
+
+
 def mark_with_basis(given: Inputs) -> Decimal:
     rate = Decimal(given.get("last_funding_rate") or given["funding_rate"])
     left = timedelta(hours=float(given["time_until_funding_h"]))
@@ -201,6 +222,26 @@ def received(given: Inputs) -> Figures:
     }
 
 
+def index_capped(given: Inputs) -> Figures:
+    prices = [Decimal(price) for _, price, _ in given["sources"]]
+    middle = median(prices)
+    capped = [clamp_to_median(price, middle, Decimal(given["cap"])) for price in prices]
+    index = weighted_average(capped, [Decimal(weight) for *_, weight in given["sources"]])
+    return {"median": middle, "capped": capped, "index": index}
+
+
+def index_outlier(given: Inputs) -> Figures:
+    cap = Decimal(given["cap"])
+    if "median" in given:
+        middle = Decimal(given["median"])
+        return {"value_used": clamp_to_median(middle * (1 + Decimal(given["source_deviation"])), middle, cap)}
+    prices = [Decimal(price) for price in given["sources"]]
+    used = [clamp_to_median(price, median(prices), cap) for price in prices]
+    weights = [Fraction(weight) for weight in given["weights"]]
+    relative = [Decimal(int(weight / min(weights))) for weight in weights]
+    return {"used": used, "index": weighted_average(used, relative)}
+
+
 OURS: dict[str, Callable[[Inputs], Figures]] = {
     "liquidation_price.isolated.linear": liquidation_dydx,
     "liquidation_price.isolated.linear.hyperliquid_form": liquidation_hyperliquid,
@@ -212,8 +253,13 @@ OURS: dict[str, Callable[[Inputs], Figures]] = {
     "insurance_fund.contribution": insurance,
     "deleverage.close_price": deleverage,
     "funding.impact_notional": impact,
+    "funding.rate.clamp": rate_damped,
+    "funding.rate.interval_scaling": rate_damped,
+    "funding.rate.cap": rate_capped,
     "mark_price.price1": lambda given: {"price1": mark_with_basis(given)},
     "mark_price.fair_price": lambda given: {"mark_price": mark_with_basis(given)},
+    "index_price.capped_median": index_capped,
+    "index_price.outlier_cap": index_outlier,
     "maintenance_margin.tiered.progressive": maintenance_progressive,
     "maintenance_margin.tier_amount": maintenance_amount,
     "pnl.linear.unrealised": pnl_unrealized,
@@ -241,15 +287,10 @@ NOT_OURS = {
     "liquidation.partial.size_to_cover_shortage": "positions are liquidated whole",
     "insurance_fund.liquidation_fee": "not yet: the fee of a liquidation",
     "socialised_loss.per_unit": "losses are deleveraged, not socialised",
-    "funding.rate.clamp": "not yet: funding rate",
-    "funding.rate.cap": "not yet: funding rate",
-    "funding.rate.interval_scaling": "not yet: funding rate",
     "funding.rate.damper_deadband": "Deribit: our rate has the clamp instead",
     "funding.payment.linear": "not yet: funding payment",
     "mark_price.clamp_to_book_and_index": "Deribit's old rule",
     "mark_price.median_of_three": "Hyperliquid: our mark is index and premium",
-    "index_price.capped_median": "not yet: index from several sources",
-    "index_price.outlier_cap": "not yet: index from several sources",
     "margin.linear_in_size": "Deribit: ours has tiers",
     "adl.score.binance": "not yet: auto-deleveraging",
     "adl.score.bitmex": "not yet: auto-deleveraging",
