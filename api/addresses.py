@@ -14,6 +14,7 @@ def client_address(scope: Scope) -> Address | None:
     return _parsed(client[0]) if client else None
 
 
+@lru_cache(10_000)
 def network_of(address: Address | None) -> str:
     """What counts as one place: an IPv4 address, or a /64 of IPv6, of which whoever has one address has all."""
     return str(ip_network((address, 64), strict=False)) if isinstance(address, IPv6Address) else str(address)

@@ -32,10 +32,11 @@ from api.state import open_state
 from settings import Settings
 
 ROUTERS: list[APIRouter] = [
+    # First, because routes are tried in turn and most requests are orders.
+    orders.router,
     users.router,
     auth.router,
     api_keys.router,
-    orders.router,
     risk.router,
     ledger.router,
     positions.router,

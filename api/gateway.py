@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -71,8 +71,9 @@ class RequestRecord:
     started: float
     status: int = 0
     user_id: int | None = None
-    # The headers of the limit that this request was counted by last.
-    limit: list[tuple[bytes, bytes]] = field(default_factory=list)
+    # What this request was counted by last, and how many more there may be at once.
+    limit: Limit | None = None
+    remaining: int = 0
 
 
 class Gateway:
@@ -124,7 +125,9 @@ def _request_id(scope: Scope) -> bytes:
 
 def _headers(scope: Scope, record: RequestRecord, given: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     path: str = scope["path"]
-    added = [(b"x-request-id", record.request_id), *_SECURITY_HEADERS, *record.limit]
+    added = [(b"x-request-id", record.request_id), *_SECURITY_HEADERS]
+    if record.limit is not None:
+        added += record.limit.headers(record.remaining)
     added.append(_DOCS_POLICY if path.startswith(_DOCS) else _POLICY)
     if scope["scheme"] == "https":
         added.append(_HSTS)
@@ -188,17 +191,11 @@ async def spend(scope: Scope, state: AppState, limit: Limit, who: str) -> None:
     if not limit.per_second:
         return
     record: RequestRecord | None = scope.get(_RECORD)
-    try:
-        remaining = await state.rates.spend(limit, who)
-    except Problem:
-        remaining = 0
-        raise
-    finally:
-        if record is not None:
-            record.limit = [
-                (b"ratelimit-policy", limit.policy.encode()),
-                (b"ratelimit", limit.state(remaining).encode()),
-            ]
+    if record is not None:
+        record.limit, record.remaining = limit, 0
+    remaining = await state.rates.spend(limit, who)
+    if record is not None:
+        record.remaining = remaining
 
 
 def _limited(scope: Scope, receive: Receive) -> Receive:

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 from redis.asyncio import Redis
@@ -48,14 +49,16 @@ class Limit:
     per_second: float
     burst: int
 
-    @property
-    def policy(self) -> str:
-        """The item of the RateLimit-Policy header (draft-ietf-httpapi-ratelimit-headers): quota and window."""
-        return f'"{self.name}";q={self.burst};w={math.ceil(self.burst / self.per_second)}'
+    @cached_property
+    def _policy(self) -> bytes:
+        return f'"{self.name}";q={self.burst};w={math.ceil(self.burst / self.per_second)}'.encode()
 
-    def state(self, remaining: int) -> str:
-        """The item of the RateLimit header: what is left, and in how many seconds it will be the whole quota again."""
-        return f'"{self.name}";r={remaining};t={math.ceil((self.burst - remaining) / self.per_second)}'
+    def headers(self, remaining: int) -> list[tuple[bytes, bytes]]:
+        """RateLimit-Policy and RateLimit (draft-ietf-httpapi-ratelimit-headers): quota and window in seconds; what is
+        left, and in how many seconds it will be the whole quota again."""
+        reset = math.ceil((self.burst - remaining) / self.per_second)
+        state = f'"{self.name}";r={remaining};t={reset}'.encode()
+        return [(b"ratelimit-policy", self._policy), (b"ratelimit", state)]
 
 
 @dataclass(slots=True)
