@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     rate_limit_address: float = Field(5_000, ge=0)
     rate_limit_user: float = Field(1_000, ge=0)
     rate_limit_api_key: float = Field(1_000, ge=0)
-    rate_limit_sign_in: float = Field(20, ge=0)
+    rate_limit_sign_in: float = Field(50, ge=0)
     # From here on requests are refused with 503, in each api process.
     requests_in_flight_max: int = 2_000
     loop_lag_seconds_max: float = 0.5
