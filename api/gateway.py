@@ -105,11 +105,13 @@ class Gateway:
         try:
             refusal = await _refusal(scope)
             if refusal is not None:
-                await problem_response(refusal, {"Connection": "close"})(scope, receive, send_with_headers)
+                # What is not read of a body would have to be skipped.
+                headers = {"Connection": "close"} if refusal.code == "REQUEST_TOO_LARGE" else None
+                await problem_response(refusal, headers)(scope, receive, send_with_headers)
             else:
                 await self._app(scope, _limited(scope, receive), send_with_headers)
         except Exception:
-            log.exception("request %s failed: %s %s", record.request_id.decode(), scope["method"], scope["path"])
+            log.exception("request %s failed: %s %r", record.request_id.decode(), scope["method"], scope["path"])
             if record.status:
                 raise
             await internal_error()(scope, receive, send_with_headers)
