@@ -11,7 +11,7 @@ FROM python:3.11-slim
 WORKDIR /app
 ENV PATH=/packages/bin:$PATH PYTHONUNBUFFERED=1
 COPY --from=packages /packages /packages
-COPY alembic.ini settings.py clients.py worker.py ./
+COPY alembic.ini settings.py clients.py logs.py worker.py ./
 COPY domain domain
 COPY telemetry telemetry
 COPY storage storage

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -37,6 +37,10 @@ class Settings(BaseSettings):
     funding_interval_seconds: int = 8 * 3600
     mark_price_interval_seconds: float = 1.0
     jwt_private_key_file: Path | None = None
+    # Further Ed25519 keys whose tokens are good (PEM files, private or public, commas between): docs/identity.md.
+    jwt_verification_key_files: str = ""
+    # Fernet keys, one a line, that encrypt the secrets of HMAC API keys: the first encrypts, all decrypt.
+    api_key_secrets_file: Path | None = None
     log_level: str = "INFO"
     # Where engine, worker and market answer /metrics and /health/…; nowhere without a port. The api has its own.
     metrics_host: str = "127.0.0.1"
@@ -45,6 +49,21 @@ class Settings(BaseSettings):
     temporal_metrics_port: int | None = None
     # The base URL of an OTLP/HTTP receiver of traces; none are made without one.
     otlp_endpoint: str | None = None
+    log_format: Literal["text", "json"] = "text"
+    # Which requests are logged: all, or those that failed (5xx, 401, 403, 429) or took longer than a second.
+    access_log: Literal["all", "problems"] = "problems"
+    # Origins of web pages that may call the api, separated by commas; none: no CORS headers at all.
+    cors_origins: str = ""
+    # Addresses or networks of proxies whose X-Forwarded-For and -Proto are believed, separated by commas.
+    trusted_proxies: str = ""
+    # Requests a second; twice as many at once (ten times as many sign-ins). 0: no limit.
+    rate_limit_address: float = Field(5_000, ge=0)
+    rate_limit_user: float = Field(1_000, ge=0)
+    rate_limit_api_key: float = Field(1_000, ge=0)
+    rate_limit_sign_in: float = Field(50, ge=0)
+    # From here on requests are refused with 503, in each api process.
+    requests_in_flight_max: int = 2_000
+    loop_lag_seconds_max: float = 0.5
     sockets_per_address: int = 200
     engine_instruments: str = ""
     market_instruments: str = ""

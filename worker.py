@@ -26,6 +26,7 @@ from clients import (
     connect_temporal,
     open_redis,
 )
+from logs import set_up_logging
 from monitors.countdowns import run_countdowns
 from monitors.liquidations import run_liquidations
 from monitors.observer import run_observer
@@ -123,7 +124,7 @@ async def _run_worker(worker: Worker, stop: asyncio.Event) -> None:
 async def main() -> None:
     """Entry: run until SIGTERM or SIGINT."""
     settings = get_settings()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -1,8 +1,9 @@
 """The auth service: credentials and the record of who tried to sign in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from ipaddress import IPv4Address, IPv6Address
+from typing import Literal
 
 import asyncpg
 from temporalio import activity
@@ -21,8 +22,12 @@ ON CONFLICT (user_id, type) DO NOTHING
 """
 _FIND = "SELECT user_id, type, status, created_at FROM auth.auth_credentials WHERE user_id = $1 AND type = $2"
 _FIND_BY_EMAIL = """
-SELECT user_id, roles, status, expires_at, secret_hash FROM auth.auth_credentials
+SELECT user_id, email, roles, status, expires_at, locked_until, secret_hash FROM auth.auth_credentials
 WHERE lower(email) = lower($1) AND type = 'PASSWORD'
+"""
+_FIND_BY_USER = """
+SELECT user_id, email, roles, status, expires_at, locked_until, secret_hash FROM auth.auth_credentials
+WHERE user_id = $1 AND type = 'PASSWORD'
 """
 _REPLACE_HASH = """
 UPDATE auth.auth_credentials SET secret_hash = $3, updated_at = now()
@@ -33,7 +38,23 @@ INSERT INTO auth.auth_credentials (user_id, type, email, secret_hash, roles)
 SELECT user_id, 'PASSWORD', email, $2, roles FROM users.v_users WHERE user_id = $1
 ON CONFLICT (user_id, type) DO UPDATE
 SET email = excluded.email, secret_hash = excluded.secret_hash, roles = excluded.roles, status = 'ACTIVE',
-    expires_at = NULL, updated_at = now()
+    expires_at = NULL, locked_until = NULL, updated_at = now()
+"""
+_CHANGE = """
+UPDATE auth.auth_credentials
+SET secret_hash = $3, status = CASE status WHEN 'EXPIRED' THEN 'ACTIVE' ELSE status END, expires_at = NULL,
+    updated_at = now()
+WHERE user_id = $1 AND type = 'PASSWORD' AND secret_hash = $2
+RETURNING true
+"""
+_LOCK_UNTIL = """
+UPDATE auth.auth_credentials SET locked_until = $2, updated_at = now() WHERE user_id = $1 AND type = 'PASSWORD'
+"""
+_SET_STATUS = """
+UPDATE auth.auth_credentials SET status = $2, locked_until = NULL,
+    expires_at = CASE $2 WHEN 'ACTIVE' THEN NULL ELSE expires_at END, updated_at = now()
+WHERE user_id = $1 AND type = 'PASSWORD'
+RETURNING user_id, email, roles, status, expires_at, locked_until, secret_hash
 """
 _AUDIT = """
 INSERT INTO auth.login_audits (user_id, email, outcome, reason, ip, device) VALUES ($1, $2, $3, $4, $5, $6)
@@ -52,13 +73,16 @@ class Credential:
 
 @dataclass(frozen=True)
 class PasswordCredential:
-    """What signing in with a password needs to know."""
+    """What signing in with a password needs to know. Nobody signs in before `locked_until`, after too many failures;
+    status LOCKED is an operator's word, and ends when an operator says so."""
 
     user_id: int
+    email: str
     roles: list[str]
     status: str
     expires_at: datetime | None
-    secret_hash: str
+    locked_until: datetime | None
+    secret_hash: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -80,6 +104,30 @@ async def create_credential(pool: Pool, user_id: int, kind: str, secret_hash: st
 async def find_password(pool: Pool, email: str) -> PasswordCredential | None:
     """The password credential of this address."""
     row = await pool.fetchrow(_FIND_BY_EMAIL, email)
+    return PasswordCredential(**row) if row is not None else None
+
+
+async def find_password_of(pool: Pool, user_id: int) -> PasswordCredential | None:
+    """The password credential of this user."""
+    row = await pool.fetchrow(_FIND_BY_USER, user_id)
+    return PasswordCredential(**row) if row is not None else None
+
+
+async def change_password(conn: Connection, user_id: int, old_hash: str, new_hash: str) -> bool:
+    """Give the user another password, which ends expiry. False when the old one is no longer `old_hash`."""
+    return bool(await conn.fetchval(_CHANGE, user_id, old_hash, new_hash))
+
+
+async def lock_until(pool: Pool, user_id: int, until: datetime) -> None:
+    """Nobody signs in with the user's password before `until`."""
+    await pool.execute(_LOCK_UNTIL, user_id, until)
+
+
+async def set_status(
+    conn: Connection, user_id: int, status: Literal["ACTIVE", "LOCKED", "EXPIRED"]
+) -> PasswordCredential | None:
+    """Put the user's credential into this state, free of any lock that ends by itself. None without a credential."""
+    row = await conn.fetchrow(_SET_STATUS, user_id, status)
     return PasswordCredential(**row) if row is not None else None
 
 

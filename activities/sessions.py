@@ -46,12 +46,15 @@ FOR SHARE
 """
 _LIST_GOOD = """
 SELECT session_id, user_id, roles, ip, device_fingerprint, created_at, expires_at FROM auth.auth_sessions
-WHERE user_id = $1 AND revoked_at IS NULL AND expires_at > $2
-ORDER BY created_at DESC LIMIT 100
+WHERE user_id = $1 AND revoked_at IS NULL AND expires_at > $2 AND ($3::uuid IS NULL OR (created_at, session_id) < (
+    SELECT created_at, session_id FROM auth.auth_sessions WHERE session_id = $3 AND user_id = $1
+))
+ORDER BY created_at DESC, session_id DESC LIMIT $4
 """
 _REVOKE = """
 UPDATE auth.auth_sessions SET revoked_at = $3, revoke_reason = $4, updated_at = $3
 WHERE user_id = $1 AND revoked_at IS NULL AND ($2::uuid IS NULL OR session_id = $2)
+    AND ($5::uuid IS NULL OR session_id <> $5)
 RETURNING session_id
 """
 
@@ -128,22 +131,29 @@ async def rotate(pool: Pool, redis: Redis, session_id: str, *, old_hash: str, ne
 
 
 async def revoke(
-    conn: Connection, redis: Redis, user_id: int, *, session_id: str | None, reason: str, now: datetime
+    conn: Connection,
+    redis: Redis,
+    user_id: int,
+    *,
+    session_id: str | None,
+    reason: str,
+    now: datetime,
+    but: str | None = None,
 ) -> list[str]:
-    """End one session of the user, or all of them when `session_id` is None; the ids of those that ended.
+    """End one session of the user, or all of them but one when `session_id` is None; the ids of those that ended.
 
     Runs in the caller's transaction.
     """
-    revoked = [str(row["session_id"]) for row in await conn.fetch(_REVOKE, user_id, session_id, now, reason)]
+    revoked = [str(row["session_id"]) for row in await conn.fetch(_REVOKE, user_id, session_id, now, reason, but)]
     if revoked:
         await emit(conn, [AuthSessionRevoked(each, str(user_id), reason) for each in revoked])
         await _forget(redis, revoked)
     return revoked
 
 
-async def good_sessions(pool: Pool, user_id: int, now: datetime) -> list[Session]:
-    """The user's sessions that are neither revoked nor expired, newest first, at most 100."""
-    return [_session(row) for row in await pool.fetch(_LIST_GOOD, user_id, now)]
+async def good_sessions(pool: Pool, user_id: int, now: datetime, after: str | None, limit: int) -> list[Session]:
+    """The user's sessions that are neither revoked nor expired, newest first, from the one that follows `after` on."""
+    return [_session(row) for row in await pool.fetch(_LIST_GOOD, user_id, now, after, limit)]
 
 
 async def _mirror(redis: Redis, session: Session) -> None:

@@ -1,19 +1,19 @@
 """`python -m api`: one api process, until SIGTERM or SIGINT."""
 
-import logging
 import sys
 
 import uvicorn
 
 from api.app import create_app
 from api.server import server_config
+from logs import set_up_logging
 from settings import get_settings
 
 
 def main() -> None:
     """Serve on EXCHANGE_API_HOST:EXCHANGE_API_PORT. Raises SystemExit when it cannot start."""
     settings = get_settings()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings)
     server = uvicorn.Server(server_config(create_app(settings), settings.api_host, settings.api_port))
     server.run()
     if not server.started:

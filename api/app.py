@@ -1,14 +1,19 @@
 """The application: gateway, routers, problem documents, and the state they share."""
 
+import asyncio
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from api import (
     admin,
+    api_keys,
     auth,
+    credentials,
     funding,
     health,
     insurance,
@@ -20,8 +25,10 @@ from api import (
     risk,
     sockets,
     users,
+    well_known,
 )
 from api.gateway import Gateway
+from api.load import Load
 from api.metering import Meter
 from api.problems import add_handlers
 from api.state import open_state
@@ -29,21 +36,34 @@ from settings import Settings
 from telemetry.tracing import start_tracing, stop_tracing
 
 ROUTERS: list[APIRouter] = [
+    # First, because routes are tried in turn and most requests are orders.
+    orders.router,
     users.router,
     auth.router,
-    orders.router,
+    api_keys.router,
     risk.router,
     ledger.router,
     positions.router,
     funding.router,
+    credentials.router,
     admin.router,
     insurance.router,
     market.router,
     market_history.router,
     market.admin_router,
     sockets.router,
+    well_known.router,
     health.router,
 ]
+# What anybody may call. Every other route says in its signature (`User`, `Admin`, …) whom it is for.
+PUBLIC_PREFIXES = ("/api/market/", "/health/", "/.well-known/", "/metrics")
+PUBLIC_CALLS = {
+    ("/api/users", "post"),
+    ("/api/auth/login", "post"),
+    ("/api/auth/token/refresh", "post"),
+    ("/api/auth/password/renew", "post"),
+}
+_API_KEY_HEADERS = ["X-Api-Key", "X-Api-Timestamp", "X-Api-Recv-Window", "X-Api-Nonce", "X-Api-Signature"]
 
 
 DESCRIPTION = """
@@ -59,11 +79,13 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_state(settings) as state:
             app.state.exchange = state
+            watching = asyncio.create_task(app.state.load.watch())
             yield
+            watching.cancel()
         stop_tracing()
 
     start_tracing("api", settings.otlp_endpoint)
-    app = FastAPI(
+    app = _Api(
         title="Saga Exchange",
         version="0.1.0",
         description=DESCRIPTION,
@@ -78,9 +100,22 @@ def create_app(settings: Settings) -> FastAPI:
             "exclude": _is_unobserved,
         },
     )
+    app.state.load = Load(settings.requests_in_flight_max, settings.loop_lag_seconds_max)
+    app.state.logs_all_requests = settings.access_log == "all"
     add_handlers(app)
+    # The last one added is the outermost.
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=_listed(settings.cors_origins),
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id", *_API_KEY_HEADERS],
+            expose_headers=["X-Request-Id", "Retry-After", "RateLimit", "RateLimit-Policy"],
+        )
     app.add_middleware(Gateway)
     app.add_middleware(Meter)
+    if settings.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=_listed(settings.trusted_proxies))
     for router in ROUTERS:
         app.include_router(router)
     return app
@@ -90,3 +125,21 @@ def _is_unobserved(scope: MutableMapping[str, Any]) -> bool:
     """Whether a request makes no trace: probes come every few seconds, sockets last for hours."""
     path: str = scope.get("path", "")
     return scope["type"] != "http" or path == "/metrics" or path.startswith("/health/")
+
+
+class _Api(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The document: `security` lists who may call, with the role that is needed; `[]` where that is anybody."""
+        if self.openapi_schema is None:
+            for path, calls in super().openapi()["paths"].items():
+                for method, call in calls.items():
+                    if path.startswith(PUBLIC_PREFIXES) or (path, method) in PUBLIC_CALLS:
+                        call.setdefault("security", [])
+                    elif {"internalToken": ["internal"]} in call.get("security", []):
+                        # The others are looked at only to tell a user, who is forbidden, from a stranger.
+                        call["security"] = [{"internalToken": ["internal"]}]
+        return super().openapi()
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]

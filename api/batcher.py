@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from domain.problems import Problem
 from telemetry.metrics import DESK_BATCH, DESK_SECONDS, DESK_WAITING
 
 log = logging.getLogger(__name__)
+
+WAIT_SECONDS_MAX = 2.5
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,8 +30,8 @@ class _Submission(Generic[Item, Result]):
 class Lane(Generic[Item, Result]):
     """Runs `work(items, answer)` over ever new batches; `work` calls `answer` as soon as results are safe.
 
-    Submissions have a weight: a batch takes as many as fit in `batch_max` (always one), `waiting_max` may wait.
-    `name` is that of its figures.
+    Submissions have a weight: a batch takes as many as fit in `batch_max` (always one), `waiting_max` may wait, and
+    none that could expect to wait for longer than `WAIT_SECONDS_MAX`. `name` is that of its figures.
     """
 
     def __init__(
@@ -50,10 +53,27 @@ class Lane(Generic[Item, Result]):
         self._waiting_figure = DESK_WAITING.labels(name)
         self._batch_figure = DESK_BATCH.labels(name)
         self._seconds_figure = DESK_SECONDS.labels(name)
+        self._started: float | None = None
+        self._batch_seconds = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits or is worked on."""
+        return self._started is None and not self._waiting
+
+    def expected_wait(self, now: float) -> float:
+        """Seconds until a submission of now would be worked on, if batches go on to take as long as the last one. The
+        first to wait is never told to go: its batch shows how long one takes now."""
+        if self._started is None or not self._waiting:
+            return 0.0
+        running = now - self._started
+        each = max(self._batch_seconds, running)
+        return each - running + each * (1 + self._waiting_weight // self._batch_max)
 
     async def submit(self, items: Sequence[Item]) -> Sequence[Result | Exception]:
         """Results of `items`, in their order, which stay together. Raises Problem OVERLOADED when too many wait."""
-        if self._waiting_weight + len(items) > self._waiting_max:
+        too_many = self._waiting_weight + len(items) > self._waiting_max
+        if too_many or self.expected_wait(time.monotonic()) > WAIT_SECONDS_MAX:
             raise Problem("OVERLOADED", "Too many requests are waiting; try again shortly")
         return await self._put(_Submission(items, len(items)))
 
@@ -81,12 +101,16 @@ class Lane(Generic[Item, Result]):
         while True:
             await self._arrived.wait()
             submissions = self._take()
+            self._started = time.monotonic()
             try:
                 with self._seconds_figure.time():
                     await self._work([item for s in submissions for item in s.items], _answering(submissions))
             except Exception as error:  # whatever it was, these callers must hear of it and the next batch must run
                 log.exception("A batch of %d failed", sum(s.weight for s in submissions))
                 _fail(submissions, error)
+            finally:
+                self._batch_seconds = time.monotonic() - self._started
+                self._started = None
 
     def _take(self) -> list[_Submission[Item, Result]]:
         taken: list[_Submission[Item, Result]] = []

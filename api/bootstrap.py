@@ -13,7 +13,9 @@ from activities.sessions import revoke
 from activities.users import upsert_admin
 from api.passwords import Passwords
 from clients import open_redis
-from domain.identity import ADMIN_ROLE, PASSWORD_LENGTH_MAX, PASSWORD_LENGTH_MIN, valid_email
+from domain.identity import ADMIN_ROLE, valid_email
+from domain.passwords import good_password
+from logs import set_up_logging
 from settings import Settings, get_settings
 from storage.db import Pool, open_pool
 
@@ -49,21 +51,20 @@ async def bootstrap(settings: Settings, pool: Pool, redis: Redis) -> int:
 
 
 def _account(settings: Settings) -> tuple[str, str]:
-    password = settings.admin_password or ""
-    if not PASSWORD_LENGTH_MIN <= len(password) <= PASSWORD_LENGTH_MAX:
-        raise RuntimeError(
-            f"EXCHANGE_ADMIN_PASSWORD must have {PASSWORD_LENGTH_MIN} to {PASSWORD_LENGTH_MAX} characters"
-        )
     try:
-        return valid_email(settings.admin_email), password
+        email = valid_email(settings.admin_email)
     except ValueError as error:
         raise RuntimeError(f"EXCHANGE_ADMIN_EMAIL {error}") from error
+    try:
+        return email, good_password(settings.admin_password or "", email)
+    except ValueError as error:
+        raise RuntimeError(f"EXCHANGE_ADMIN_PASSWORD {error}") from error
 
 
 async def main() -> None:
     """Run once against the database of the environment."""
     settings = get_settings()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings)
     async with (
         await open_pool(settings.require_database_url(), name="bootstrap") as pool,
         open_redis(settings) as redis,

@@ -12,6 +12,7 @@ from activities.instruments import read_instruments
 from activities.sessions import REVOKED_CHANNEL
 from api.market_feed import MarketFeed
 from api.sessions import SessionGuard
+from api.signatures import ApiKeys
 from api.user_feed import UserFeed
 from storage.db import Pool
 from storage.pubsub import Subscriber
@@ -27,7 +28,7 @@ class Feeds:
 
 
 @asynccontextmanager
-async def open_feeds(pool: Pool, redis: Redis, sessions: SessionGuard) -> AsyncIterator[Feeds]:
+async def open_feeds(pool: Pool, redis: Redis, sessions: SessionGuard, keys: ApiKeys) -> AsyncIterator[Feeds]:
     """Feeds that run until the block is left. Instruments are read once: a new one needs a restart."""
     market = MarketFeed(redis, await read_instruments(pool))
     user = UserFeed(redis, sessions)
@@ -35,12 +36,14 @@ async def open_feeds(pool: Pool, redis: Redis, sessions: SessionGuard) -> AsyncI
     def on_message(channel: str, payload: bytes) -> None:
         if channel == REVOKED_CHANNEL:
             user.on_revoked(payload.decode())
+            keys.forget(payload.decode())
         else:
             market.on_message(channel, payload)
 
     def on_subscribed(channel: str) -> None:
         if channel == REVOKED_CHANNEL:
             user.recheck_sessions()
+            keys.forget_all()
         else:
             market.on_subscribed(channel)
 

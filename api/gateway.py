@@ -1,64 +1,123 @@
-"""The edge of every request: its id, its size, and who sends it."""
+"""The edge of every request: its id, its bounds, how often it may come, and who sends it."""
 
+import asyncio
 import hmac
 import logging
 import re
+import time
 import uuid
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import Depends, Header, Query, Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Depends, Query, Request, Security
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.addresses import client_address, network_of
 from api.models import UserId
 from api.problems import internal_error, problem_response
+from api.rate_limits import Limit
 from api.state import AppState, State
 from domain.identity import SERVICE, Identity
 from domain.problems import Problem
 
 log = logging.getLogger(__name__)
+access_log = logging.getLogger("access")
 
 BODY_BYTES_MAX = 1 << 20
+BODY_SECONDS_MAX = 10.0
+SLOW_SECONDS = 1.0
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
-_bearer = HTTPBearer(auto_error=False, description="An access token of POST /api/auth/login")
+_RECORD = "exchange.record"
+# Probes tell the truth also, and above all, under load.
+_UNLIMITED = ("/health/",)
+_SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+_HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
+_NO_STORE = (b"cache-control", b"no-store")
+_POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+# Swagger UI and ReDoc as FastAPI serves them: from a CDN, started by a script in the page.
+_DOCS_POLICY = (
+    b"content-security-policy",
+    b"default-src 'none'; connect-src 'self'; img-src 'self' data: https://fastapi.tiangolo.com;"
+    b" script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net"
+    b" https://fonts.googleapis.com; font-src https://fonts.gstatic.com; worker-src blob:; frame-ancestors 'none'",
+)
+_DOCS = ("/docs", "/redoc")
+
+_bearer = HTTPBearer(auto_error=False, scheme_name="accessToken", description="An access token of POST /api/auth/login")
+_api_key = APIKeyHeader(
+    name="X-Api-Key", auto_error=False, scheme_name="apiKey", description="A signed request: see docs/identity.md"
+)
+_internal_token = APIKeyHeader(
+    name="X-Internal-Token", auto_error=False, scheme_name="internalToken", description="One of our own services"
+)
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
-InternalToken = Annotated[str | None, Header(alias="X-Internal-Token")]
+ApiKeyId = Annotated[str | None, Security(_api_key)]
+InternalToken = Annotated[str | None, Security(_internal_token)]
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What the gateway learns of a request on its way, for headers and the log."""
+
+    request_id: bytes
+    started: float
+    status: int = 0
+    user_id: int | None = None
+    # What this request was counted by last, and how many more there may be at once.
+    limit: Limit | None = None
+    remaining: int = 0
 
 
 class Gateway:
-    """ASGI middleware: X-Request-Id, a limit on bodies, and no request without an answer."""
+    """ASGI middleware: ids, limits on bodies, rates and load, headers, the log, and no request without an answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; sockets pass untouched."""
-        if scope["type"] != "http":
+        """Serve one request or socket."""
+        if scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        elif scope["type"] == "websocket" and not await _socket_may_open(scope):
+            await send({"type": "websocket.close", "code": 1013, "reason": "Too many requests"})
+        else:
             await self._app(scope, receive, send)
-            return
-        request_id = _request_id(scope)
-        started = False
 
-        async def send_with_id(message: Message) -> None:
-            nonlocal started
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = scope[_RECORD] = RequestRecord(_request_id(scope), time.perf_counter())
+        load = scope["app"].state.load
+
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                record.status = message["status"]
+                message["headers"] = [*message["headers"], *_headers(scope, record, message["headers"])]
             await send(message)
 
+        load.in_flight += 1
         try:
-            refusal = _refusal(scope)
+            refusal = await _refusal(scope)
             if refusal is not None:
-                await problem_response(refusal, {"Connection": "close"})(scope, receive, send_with_id)
+                # What is not read of a body would have to be skipped.
+                headers = {"Connection": "close"} if refusal.code == "REQUEST_TOO_LARGE" else None
+                await problem_response(refusal, headers)(scope, receive, send_with_headers)
             else:
-                await self._app(scope, _limited(receive), send_with_id)
+                await self._app(scope, _limited(scope, receive), send_with_headers)
         except Exception:
-            log.exception("request %s failed: %s %s", request_id.decode(), scope["method"], scope["path"])
-            if started:
+            log.exception("request %s failed: %s %r", record.request_id.decode(), scope["method"], scope["path"])
+            if record.status:
                 raise
-            await internal_error()(scope, receive, send_with_id)
+            await internal_error()(scope, receive, send_with_headers)
+        finally:
+            load.in_flight -= 1
+            _log_request(scope, record)
 
 
 def _request_id(scope: Scope) -> bytes:
@@ -66,27 +125,102 @@ def _request_id(scope: Scope) -> bytes:
     return given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
 
 
-def _refusal(scope: Scope) -> Problem | None:
+def _headers(scope: Scope, record: RequestRecord, given: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    path: str = scope["path"]
+    added = [(b"x-request-id", record.request_id), *_SECURITY_HEADERS]
+    if record.limit is not None:
+        added += record.limit.headers(record.remaining)
+    added.append(_DOCS_POLICY if path.startswith(_DOCS) else _POLICY)
+    if scope["scheme"] == "https":
+        added.append(_HSTS)
+    is_private = path.startswith("/api/") and not path.startswith("/api/market/")
+    if is_private and all(name != b"cache-control" for name, _ in given):
+        added.append(_NO_STORE)
+    return added
+
+
+def _log_request(scope: Scope, record: RequestRecord) -> None:
+    """One line, with the route and not the path: no ids, no query, no headers, no body."""
+    seconds = time.perf_counter() - record.started
+    problem = record.status >= 500 or record.status in (0, 401, 403, 408, 413, 429) or seconds > SLOW_SECONDS
+    if not problem and not scope["app"].state.logs_all_requests:
+        return
+    route = scope.get("route")
+    fields = {
+        "requestId": record.request_id.decode(),
+        "userId": record.user_id,
+        "address": str(client_address(scope)),
+        "method": scope["method"],
+        "route": getattr(route, "path", None),
+        "status": record.status,
+        "ms": round(seconds * 1000, 1),
+    }
+    access_log.log(logging.WARNING if problem else logging.INFO, "request", extra={"fields": fields})
+
+
+async def _refusal(scope: Scope) -> Problem | None:
     length = _header(scope, b"content-length")
     if length is not None and length.isdigit() and int(length) > BODY_BYTES_MAX:
         return Problem("REQUEST_TOO_LARGE", f"A body may have {BODY_BYTES_MAX} bytes")
     if b"%00" in scope.get("raw_path", b"") or b"%00" in scope["query_string"]:
         return Problem("VALIDATION_FAILED", "The address must not contain NUL characters")
+    if scope["path"].startswith(_UNLIMITED):
+        return None
+    if scope["app"].state.load.is_too_high:
+        return Problem("OVERLOADED", "The exchange has more to do than it can; try again shortly")
+    try:
+        await _spend_of_address(scope)
+    except Problem as problem:
+        return problem
     return None
 
 
-def _limited(receive: Receive) -> Receive:
-    received = 0
+async def _spend_of_address(scope: Scope) -> None:
+    state: AppState = scope["app"].state.exchange
+    await spend(scope, state, state.limits.address, network_of(client_address(scope)))
+
+
+async def _socket_may_open(scope: Scope) -> bool:
+    try:
+        await _spend_of_address(scope)
+    except Problem:
+        return False
+    return True
+
+
+async def spend(scope: Scope, state: AppState, limit: Limit, who: str) -> None:
+    """Count a request by a limit, and say so in its answer. Raises Problem RATE_LIMITED."""
+    if not limit.per_second:
+        return
+    record: RequestRecord | None = scope.get(_RECORD)
+    if record is not None:
+        record.limit, record.remaining = limit, 0
+    remaining = await state.rates.spend(limit, who)
+    if record is not None:
+        record.remaining = remaining
+
+
+def _limited(scope: Scope, receive: Receive) -> Receive:
+    received, complete = 0, False
+    deadline = asyncio.get_running_loop().time() + BODY_SECONDS_MAX
 
     async def receive_limited() -> Message:
-        nonlocal received
-        message = await receive()
+        nonlocal received, complete
+        if complete:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            raise HTTPException(408, f"A body may take {BODY_SECONDS_MAX:g} s", {"Connection": "close"}) from None
+        complete = not message.get("more_body", False)
         received += len(message.get("body", b""))
         if received > BODY_BYTES_MAX:
             raise HTTPException(413, f"A body may have {BODY_BYTES_MAX} bytes", {"Connection": "close"})
         return message
 
-    return receive_limited
+    has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+    return receive_limited if has_body else receive
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:
@@ -101,33 +235,52 @@ async def authenticate(state: AppState, token: str) -> Identity:
     return identity
 
 
-async def current_user(state: State, bearer: Bearer) -> Identity:
-    """The signed-in user. Raises Problem UNAUTHENTICATED."""
+async def current_signed_in(request: Request, state: State, bearer: Bearer) -> Identity:
+    """The user who has signed in, in person: an API key is refused. Raises Problem UNAUTHENTICATED, RATE_LIMITED."""
     if bearer is None:
         raise Problem("UNAUTHENTICATED", "An access token is needed: Authorization: Bearer …")
-    return await authenticate(state, bearer.credentials)
+    identity = await authenticate(state, bearer.credentials)
+    _know(request, identity)
+    await spend(request.scope, state, state.limits.user, str(identity.user_id))
+    return identity
 
 
-async def current_caller(state: State, bearer: Bearer, internal_token: InternalToken = None) -> Identity:
-    """A signed-in user, or one of our services (`SERVICE`). Raises Problem UNAUTHENTICATED."""
+async def current_user(request: Request, state: State, bearer: Bearer, key_id: ApiKeyId) -> Identity:
+    """The signed-in user, or whose API key has signed the request. Raises Problem UNAUTHENTICATED, FORBIDDEN,
+    RATE_LIMITED."""
+    if key_id is None:
+        return await current_signed_in(request, state, bearer)
+    if bearer is not None:
+        raise Problem("UNAUTHENTICATED", "Expected an access token or an API key, was both")
+    identity = await state.keys.authenticate(request, key_id, datetime.now(UTC))
+    _know(request, identity)
+    await spend(request.scope, state, state.limits.api_key, key_id)
+    return identity
+
+
+async def current_caller(
+    request: Request, state: State, bearer: Bearer, key_id: ApiKeyId, internal_token: InternalToken
+) -> Identity:
+    """A user, or one of our services (`SERVICE`). Raises Problem UNAUTHENTICATED, FORBIDDEN, RATE_LIMITED."""
     if _is_internal(state, bearer, internal_token):
         return SERVICE
-    return await current_user(state, bearer)
+    return await current_user(request, state, bearer, key_id)
 
 
-async def require_internal(state: State, bearer: Bearer, internal_token: InternalToken = None) -> Identity:
-    """One of our services. Raises Problem FORBIDDEN for a signed-in user, UNAUTHENTICATED for anybody else."""
-    caller = await current_caller(state, bearer, internal_token)
+async def require_internal(caller: Annotated[Identity, Security(current_caller, scopes=["internal"])]) -> Identity:
+    """One of our services. Raises Problem FORBIDDEN for a user, UNAUTHENTICATED for anybody else."""
     if not caller.is_internal:
         raise Problem("FORBIDDEN", "This endpoint is for the exchange's own services")
     return caller
 
 
+# A user in person or by key; in person only; a user or one of our services.
 User = Annotated[Identity, Depends(current_user)]
+SignedIn = Annotated[Identity, Depends(current_signed_in)]
 Caller = Annotated[Identity, Depends(current_caller)]
 
 
-async def require_admin(user: User) -> Identity:
+async def require_admin(user: Annotated[Identity, Security(current_signed_in, scopes=["admin"])]) -> Identity:
     """A signed-in operator. Raises Problem FORBIDDEN for other users."""
     if not user.is_admin:
         raise Problem("FORBIDDEN", "This endpoint is for operators")
@@ -135,6 +288,17 @@ async def require_admin(user: User) -> Identity:
 
 
 Admin = Annotated[Identity, Depends(require_admin)]
+
+
+async def limit_sign_ins(request: Request, state: State) -> None:
+    """Count a request that makes us hash a password, by its address. Raises Problem RATE_LIMITED."""
+    await spend(request.scope, state, state.limits.sign_in, network_of(client_address(request.scope)))
+
+
+def _know(request: Request, identity: Identity) -> None:
+    record: RequestRecord | None = request.scope.get(_RECORD)
+    if record is not None:
+        record.user_id = identity.user_id
 
 
 async def served_user_id(user: User, user_id: Annotated[UserId | None, Query(alias="userId")] = None) -> int:

@@ -60,6 +60,9 @@ PLACED_SECONDS_MAX = 5.0
 INSTRUMENTS_SECONDS = 1.0
 REFERENCE_SECONDS = 0.1
 FIRST_PAUSE_SECONDS = 0.02
+# With the ten seconds for requests before it (api/__main__.py) still within what the supervisor waits.
+DRAIN_SECONDS_MAX = 7.0
+DRAIN_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,19 @@ class OrderDesk:
             tasks.create_task(self._cancels.run())
             tasks.create_task(self._cancel_sagas.run())
             ready.set()
+
+    async def drain(self) -> None:
+        """Returns when nothing that was taken in waits any more, or after `DRAIN_SECONDS_MAX`: the sweeper has the
+        rest."""
+        lanes: list[Lane[Any, Any]] = [self._cancels, self._cancel_sagas]
+        for placement in self._placements:
+            lanes += [placement.intake, placement.sagas]
+        deadline = time.monotonic() + DRAIN_SECONDS_MAX
+        while not all(lane.is_idle for lane in lanes):
+            if time.monotonic() > deadline:
+                log.warning("Sagas are left to the sweeper: they take longer than %g s", DRAIN_SECONDS_MAX)
+                return
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     def instrument(self, instrument_id: str) -> Instrument:
         """Raises Problem INSTRUMENT_NOT_FOUND."""
@@ -371,6 +387,8 @@ async def open_desk(pool: Pool, redis: Redis, temporal: Client) -> AsyncIterator
         task.result()
     try:
         yield desk
+        if not task.done():
+            await desk.drain()
     finally:
         task.cancel()
         await asyncio.wait([task])

@@ -25,6 +25,7 @@ _CODE_OF_STATUS = {
     403: "FORBIDDEN",
     404: "NOT_FOUND",
     405: "METHOD_NOT_ALLOWED",
+    408: "REQUEST_TIMEOUT",
     413: "REQUEST_TOO_LARGE",
     415: "VALIDATION_FAILED",
     429: "RATE_LIMITED",
@@ -48,7 +49,7 @@ _TEMPORAL_OUTAGES = {RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED,
 def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The document of a problem; 429 and 503 carry Retry-After, 401 says how to authenticate."""
     members = problem_members(problem)
-    return JSONResponse(members, problem.status, {**_headers(problem.code), **(headers or {})}, media_type=MEDIA_TYPE)
+    return JSONResponse(members, problem.status, {**_headers(problem), **(headers or {})}, media_type=MEDIA_TYPE)
 
 
 def problem_members(problem: Problem) -> dict[str, Any]:
@@ -88,10 +89,10 @@ def internal_error() -> JSONResponse:
     return problem_response(Problem("REMOTE_SERVICE_ERROR", "The request could not be served"))
 
 
-def _headers(code: str) -> dict[str, str]:
-    if code in ("RATE_LIMITED", "OVERLOADED"):
-        return {"Retry-After": str(RETRY_AFTER_SECONDS)}
-    return {"WWW-Authenticate": "Bearer"} if HTTP_STATUS[code] == 401 else {}
+def _headers(problem: Problem) -> dict[str, str]:
+    if problem.code in ("RATE_LIMITED", "OVERLOADED") or "retryAfter" in problem.extra:
+        return {"Retry-After": str(problem.extra.get("retryAfter", RETRY_AFTER_SECONDS))}
+    return {"WWW-Authenticate": "Bearer"} if HTTP_STATUS[problem.code] == 401 else {}
 
 
 async def _business(_: Request, error: Exception) -> JSONResponse:

@@ -3,6 +3,7 @@
 import uvicorn
 from fastapi import FastAPI
 
+from api.http_protocol import BoundedHttpProtocol
 from api.socket_protocol import OutletProtocol
 
 GRACE_SECONDS = 10
@@ -19,7 +20,10 @@ def server_config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
         host=host,
         port=port,
         loop="uvloop",
-        http="httptools",
+        http=BoundedHttpProtocol,
+        # The application does that itself, for proxies it is told to trust.
+        proxy_headers=False,
+        server_header=False,
         ws=OutletProtocol,
         # Compression would be done anew for every client; what clients send is short.
         ws_per_message_deflate=False,

@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
+from cryptography.fernet import MultiFernet
 from fastapi import Depends
 from redis.asyncio import Redis
 from starlette.requests import HTTPConnection
@@ -13,11 +14,25 @@ from temporalio.client import Client
 from api.feeds import Feeds, open_feeds
 from api.order_desk import OrderDesk, open_desk
 from api.passwords import Passwords
+from api.rate_limits import Limit, RateLimiter
 from api.sessions import SessionGuard
-from api.tokens import AccessTokens, load_private_key
+from api.signatures import ApiKeys
+from api.throttle import LoginThrottle
+from api.tokens import AccessTokens, load_private_key, load_public_keys
+from api.vault import open_vault
 from clients import connect_temporal, open_redis
 from settings import Settings
 from storage.db import Pool, open_pool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How often somebody may call, by what they are known by."""
+
+    address: Limit
+    user: Limit
+    api_key: Limit
+    sign_in: Limit
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,12 @@ class AppState:
     temporal: Client
     tokens: AccessTokens
     passwords: Passwords
+    throttle: LoginThrottle
     sessions: SessionGuard
+    rates: RateLimiter
+    limits: Limits
+    keys: ApiKeys
+    vault: MultiFernet | None
     feeds: Feeds
     desk: OrderDesk
 
@@ -41,7 +61,9 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
     if settings.jwt_private_key_file is None:
         raise RuntimeError("EXCHANGE_JWT_PRIVATE_KEY_FILE is not set: start the stack, or name a PEM file")
     async with AsyncExitStack() as stack:
-        tokens = AccessTokens(load_private_key(settings.jwt_private_key_file))
+        signing_key = load_private_key(settings.jwt_private_key_file)
+        tokens = AccessTokens(signing_key, load_public_keys(settings.jwt_verification_key_files))
+        vault = open_vault(settings.api_key_secrets_file)
         passwords = Passwords()
         stack.callback(passwords.close)
         pool = await open_pool(settings.require_database_url(), size_min=2, size_max=10, name="api")
@@ -50,9 +72,37 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
         stack.push_async_callback(redis.aclose)
         temporal = await connect_temporal(settings)
         sessions = SessionGuard(pool, redis)
-        feeds = await stack.enter_async_context(open_feeds(pool, redis, sessions))
+        keys = ApiKeys(pool, redis, vault)
+        feeds = await stack.enter_async_context(open_feeds(pool, redis, sessions, keys))
         desk = await stack.enter_async_context(open_desk(pool, redis, temporal))
-        yield AppState(settings, pool, redis, temporal, tokens, passwords, sessions, feeds, desk)
+        yield AppState(
+            settings=settings,
+            pool=pool,
+            redis=redis,
+            temporal=temporal,
+            tokens=tokens,
+            passwords=passwords,
+            throttle=LoginThrottle(redis),
+            sessions=sessions,
+            rates=RateLimiter(redis),
+            limits=_limits(settings),
+            keys=keys,
+            vault=vault,
+            feeds=feeds,
+            desk=desk,
+        )
+
+
+def _limits(settings: Settings) -> Limits:
+    def limit(name: str, per_second: float, burst_seconds: int) -> Limit:
+        return Limit(name, per_second, max(1, int(per_second * burst_seconds)))
+
+    return Limits(
+        address=limit("address", settings.rate_limit_address, 2),
+        user=limit("user", settings.rate_limit_user, 2),
+        api_key=limit("api-key", settings.rate_limit_api_key, 2),
+        sign_in=limit("sign-in", settings.rate_limit_sign_in, 10),
+    )
 
 
 async def app_state(connection: HTTPConnection) -> AppState:

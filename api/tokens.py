@@ -4,12 +4,19 @@ import base64
 import hashlib
 import json
 import secrets
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jwt
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
 
 from domain.identity import ACCESS_TOKEN_LIFETIME, Identity
 from domain.problems import Problem
@@ -30,21 +37,41 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def key_id(key: Ed25519PrivateKey) -> str:
+def load_public_keys(files: str) -> list[Ed25519PublicKey]:
+    """The keys in PEM files, public or private, named with commas between. Raises OSError, ValueError."""
+    return [_load_public_key(Path(name.strip())) for name in files.split(",") if name.strip()]
+
+
+def _load_public_key(path: Path) -> Ed25519PublicKey:
+    pem = path.read_bytes()
+    if b"PRIVATE" in pem:
+        return load_private_key(path).public_key()
+    key = load_pem_public_key(pem)
+    if not isinstance(key, Ed25519PublicKey):
+        raise ValueError(f"Expected an Ed25519 key in {path}, was {type(key).__name__}")
+    return key
+
+
+def key_id(key: Ed25519PrivateKey | Ed25519PublicKey) -> str:
     """The RFC 7638 thumbprint of the public key."""
-    raw = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-    members = {"crv": "Ed25519", "kty": "OKP", "x": _base64url(raw)}
+    members = _public_members(key)
     canonical = json.dumps(members, separators=(",", ":"), sort_keys=True)
     return _base64url(hashlib.sha256(canonical.encode()).digest())
 
 
-class AccessTokens:
-    """Issues access tokens and verifies them; a token verified once is remembered until it expires."""
+def _public_members(key: Ed25519PrivateKey | Ed25519PublicKey) -> dict[str, str]:
+    public = key.public_key() if isinstance(key, Ed25519PrivateKey) else key
+    return {"crv": "Ed25519", "kty": "OKP", "x": _base64url(public.public_bytes(Encoding.Raw, PublicFormat.Raw))}
 
-    def __init__(self, key: Ed25519PrivateKey) -> None:
+
+class AccessTokens:
+    """Issues access tokens with one key and verifies those of `others` too, each by its key id; a token verified once
+    is remembered until it expires."""
+
+    def __init__(self, key: Ed25519PrivateKey, others: Sequence[Ed25519PublicKey] = ()) -> None:
         self._private_key = key
-        self._public_key = key.public_key()
         self._key_id = key_id(key)
+        self._public_keys = {key_id(each): each for each in (key.public_key(), *others)}
         self._verified: dict[str, tuple[Identity, int]] = {}
 
     def issue(self, identity: Identity, now: datetime) -> str:
@@ -61,6 +88,13 @@ class AccessTokens:
         }
         headers = {"typ": TOKEN_TYPE, "kid": self._key_id}
         return jwt.encode(claims, self._private_key, algorithm=ALGORITHM, headers=headers)
+
+    def public_keys(self) -> list[dict[str, Any]]:
+        """The keys that verify, as RFC 7517 writes them; the one that signs comes first."""
+        return [
+            {**_public_members(key), "kid": name, "alg": ALGORITHM, "use": "sig"}
+            for name, key in self._public_keys.items()
+        ]
 
     def verify(self, token: str, now: datetime) -> Identity:
         """Whose token this is. Raises Problem UNAUTHENTICATED; its session must still be checked."""
@@ -79,9 +113,10 @@ class AccessTokens:
 
     def _decode(self, token: str) -> tuple[Identity, int]:
         try:
+            key = self._public_keys[jwt.get_unverified_header(token)["kid"]]
             decoded = jwt.decode_complete(
                 token,
-                self._public_key,
+                key,
                 algorithms=[ALGORITHM],
                 audience=AUDIENCE,
                 issuer=ISSUER,
@@ -89,7 +124,7 @@ class AccessTokens:
                 options={"require": _CLAIMS, "verify_exp": False, "verify_iat": False},
             )
             header, claims = decoded["header"], decoded["payload"]
-            if header.get("typ") != TOKEN_TYPE or header.get("kid") != self._key_id:
+            if header.get("typ") != TOKEN_TYPE:
                 raise jwt.InvalidTokenError("not an access token of this exchange")
             return Identity(int(claims["sub"]), frozenset(claims["roles"]), claims["sid"]), int(claims["exp"])
         except (jwt.InvalidTokenError, ValueError, KeyError, TypeError) as error:

@@ -4,15 +4,15 @@ import asyncio
 import logging
 from typing import Annotated
 
-from fastapi import APIRouter
-from pydantic import AfterValidator, Field
+from fastapi import APIRouter, Depends
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from temporalio.client import WorkflowFailureError
 from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDConflictPolicy
 from temporalio.service import RPCError
 
 from activities.sagas import USER_ID
 from activities.users import find_account, prepare_registration, require_email_free
-from api.gateway import User
+from api.gateway import User, limit_sign_ins
 from api.models import ApiModel, Timestamp, UserId
 from api.state import AppState, State
 from clients import OPERATIONS_QUEUE
@@ -25,6 +25,7 @@ from domain.identity import (
     registration_workflow_id,
     valid_email,
 )
+from domain.passwords import good_password
 from domain.problems import Problem
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,11 @@ class UserRegisterRequest(ApiModel):
     email: Annotated[str, Field(max_length=EMAIL_LENGTH_MAX), AfterValidator(valid_email)]
     password: str = Field(min_length=PASSWORD_LENGTH_MIN, max_length=PASSWORD_LENGTH_MAX, repr=False)
 
+    @field_validator("password")
+    @classmethod
+    def _not_common(cls, password: str, others: ValidationInfo) -> str:
+        return good_password(password, others.data.get("email", ""))
+
 
 class UserResponse(ApiModel):
     """An account; `status` is PREPARE, ACTIVE or FAILED."""
@@ -50,7 +56,7 @@ class UserResponse(ApiModel):
     created_at: Timestamp
 
 
-@router.post("")
+@router.post("", dependencies=[Depends(limit_sign_ins)])
 async def register(request: UserRegisterRequest, state: State) -> UserResponse:
     """Register a user; 400 when the email is taken, 500 when the credential could not be created in time."""
     await require_email_free(state.pool, request.email)

@@ -37,7 +37,7 @@ _EMAIL = re.compile(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """An authenticated caller. A service has user id 0, no session and the role `internal`."""
+    """An authenticated caller. A service has user id 0, no session and the role `internal`; an API key no session."""
 
     user_id: int
     roles: frozenset[str]

@@ -16,7 +16,14 @@ from stack.bring_up import bring_up
 from stack.processes import make_plan, service_environment
 from stack.screen import Screen
 from stack.servers import StackError, why_not_listen
-from stack.state import StateFolder, keep_admin_password, keep_internal_token, keep_jwt_key, open_state_folder
+from stack.state import (
+    StateFolder,
+    keep_admin_password,
+    keep_api_key_secrets,
+    keep_internal_token,
+    keep_jwt_key,
+    open_state_folder,
+)
 from stack.supervision import RPC_ERRORS, Supervisor, start_supervisor
 
 WATCH_SECONDS = 0.25
@@ -54,8 +61,9 @@ async def _run(settings: Settings) -> None:
     password = _admin_password(settings, state, screen)
     token = settings.internal_token or keep_internal_token(state)
     key = settings.jwt_private_key_file or keep_jwt_key(state)
+    secrets_file = settings.api_key_secrets_file or keep_api_key_secrets(state)
     plan = make_plan(settings, state)
-    environment = service_environment(settings, state, plan, token, key)
+    environment = service_environment(settings, state, plan, token, key, secrets_file)
     supervisor = await start_supervisor(state, plan.processes, environment)
     with screen:
         try:

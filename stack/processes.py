@@ -84,7 +84,7 @@ def addresses(settings: Settings, plan: Plan) -> dict[str, str]:
 
 
 def service_environment(
-    settings: Settings, state: StateFolder, plan: Plan, internal_token: str, jwt_key: Path
+    settings: Settings, state: StateFolder, plan: Plan, internal_token: str, jwt_key: Path, api_key_secrets: Path
 ) -> dict[str, str]:
     """The environment of our processes: that of the stack with everything it found out or made."""
     return {
@@ -93,6 +93,7 @@ def service_environment(
         "EXCHANGE_STATE_DIR": str(state.path),
         "EXCHANGE_INTERNAL_TOKEN": internal_token,
         "EXCHANGE_JWT_PRIVATE_KEY_FILE": str(jwt_key),
+        "EXCHANGE_API_KEY_SECRETS_FILE": str(api_key_secrets),
         "PYTHONUNBUFFERED": "1",
     }
 

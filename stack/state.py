@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -15,6 +16,7 @@ from stack.servers import StackError
 LOCK = "lock"
 ADMIN_PASSWORD = "admin-password"
 INTERNAL_TOKEN = "internal-token"
+API_KEY_SECRETS = "api-key-secrets"
 JWT_KEY = "jwt-ed25519.pem"
 
 
@@ -66,6 +68,12 @@ def keep_jwt_key(state: StateFolder) -> Path:
     """The file of the Ed25519 key that signs access tokens."""
     _keep(state.path / JWT_KEY, _new_jwt_key)
     return state.path / JWT_KEY
+
+
+def keep_api_key_secrets(state: StateFolder) -> Path:
+    """The file of the Fernet key that encrypts the secrets of HMAC API keys."""
+    _keep(state.path / API_KEY_SECRETS, lambda: Fernet.generate_key().decode("ascii"))
+    return state.path / API_KEY_SECRETS
 
 
 def write_private(path: Path, text: str) -> None:

@@ -112,6 +112,8 @@ auth_credentials = Table(
     _col("roles", ARRAY(Text), default="'{user}'"),
     _col("status", Text(), default="'ACTIVE'"),
     _col("expires_at", TIME, null=True),
+    # After too many failures, until then: unlike status LOCKED, which an operator sets and takes back.
+    _col("locked_until", TIME, null=True),
     _created(),
     _updated(),
     CheckConstraint("status IN ('ACTIVE', 'LOCKED', 'EXPIRED')", name="status"),
@@ -156,6 +158,24 @@ auth_sessions = Table(
     _created(),
     _updated(),
     Index("ix_auth_sessions_user_id", "user_id", "created_at"),
+    schema="auth",
+)
+
+# Keys of programs. A secret that signs with HMAC is encrypted; of an Ed25519 key only the public half is here.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("key_id", Text, primary_key=True),
+    _col("user_id", BigInteger()),
+    _col("label", Text()),
+    _col("algorithm", Text()),
+    _col("secret", LargeBinary()),
+    _col("permissions", ARRAY(Text)),
+    _col("allowed_addresses", ARRAY(Text)),
+    _col("revoked_at", TIME, null=True),
+    _created(),
+    CheckConstraint("algorithm IN ('HMAC_SHA256', 'ED25519')", name="algorithm"),
+    Index("ix_api_keys_user_id", "user_id", "created_at"),
     schema="auth",
 )
 

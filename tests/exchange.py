@@ -129,6 +129,10 @@ class Exchange:
         child.kill()
         child.wait()
 
+    def signal(self, name: str, number: int) -> None:
+        """Send a signal to a process."""
+        self._children[name].send_signal(number)
+
     def is_running(self, name: str) -> bool:
         """Whether the process has not ended by itself."""
         return self._children[name].poll() is None

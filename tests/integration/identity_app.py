@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from fastapi import FastAPI
@@ -71,8 +72,14 @@ def write_key(path: Path) -> Path:
 
 def complete(settings: Settings, folder: Path) -> Settings:
     """The settings with a signing key and a service token of their own."""
-    key_file = write_key(folder / "jwt.pem")
-    return settings.model_copy(update={"jwt_private_key_file": key_file, "internal_token": INTERNAL_TOKEN})
+    secrets_file = folder / "api-key-secrets"
+    secrets_file.write_bytes(Fernet.generate_key())
+    changes = {
+        "jwt_private_key_file": write_key(folder / "jwt.pem"),
+        "api_key_secrets_file": secrets_file,
+        "internal_token": INTERNAL_TOKEN,
+    }
+    return settings.model_copy(update=changes)
 
 
 @asynccontextmanager

@@ -134,3 +134,21 @@ async def test_handing_over_waits_for_room_and_weighs_what_is_handed_over() -> N
         await soon(lambda: len(work.batches) == 3 or work.batches == [[1], [2, 3]])
     assert [item for batch in work.batches for item in batch] == [1, 2, 3]
     assert work.batches[0] == [1]
+
+
+async def test_who_would_wait_too_long_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.batcher.WAIT_SECONDS_MAX", 0.05)
+    work = Work()
+    lane: Lane[int, int] = Lane(work, batch_max=1, waiting_max=100)
+    async with running(lane):
+        tasks = submit_all(lane, [1])
+        await soon(lambda: bool(work.batches))
+        await asyncio.sleep(0.1)  # The batch under way takes longer than anybody may wait.
+        tasks += submit_all(lane, [2])
+        await asyncio.sleep(0)
+        with pytest.raises(Problem, match="OVERLOADED"):
+            await lane.submit([3])
+        work.gate.set()
+        assert await asyncio.gather(*tasks) == [[1], [4]]
+        assert await lane.submit([3]) == [9]
+        await soon(lambda: lane.is_idle)

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from api import tokens
-from api.tokens import AUDIENCE, ISSUER, AccessTokens, key_id, load_private_key
+from api.tokens import AUDIENCE, ISSUER, AccessTokens, key_id, load_private_key, load_public_keys
 from domain.identity import Identity
 from domain.problems import Problem
 
@@ -157,3 +157,47 @@ def test_only_an_ed25519_key_is_taken_from_a_file(tmp_path: Path) -> None:
     path.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     with pytest.raises(ValueError, match="Expected an Ed25519 key"):
         load_private_key(path)
+
+
+def test_keys_are_changed_without_anybody_noticing() -> None:
+    old, new = KEY, Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
+    before = AccessTokens(old)
+    announced = AccessTokens(old, [new.public_key()])
+    after = AccessTokens(new, [old.public_key()])
+    # While the processes are restarted one by one, those of two neighbouring steps run side by side.
+    for issuer, verifiers in (
+        (before, [before, announced]),
+        (announced, [announced, after]),
+        (after, [announced, after]),
+    ):
+        for verifier in verifiers:
+            assert verifier.verify(issuer.issue(ALICE, NOW), NOW) == ALICE
+    with pytest.raises(Problem):
+        AccessTokens(new).verify(before.issue(ALICE, NOW), NOW)
+    assert [key["kid"] for key in after.public_keys()] == [key_id(new), key_id(old)]
+    assert all("d" not in key for key in after.public_keys())
+
+
+def test_one_keys_name_does_not_open_what_another_signed() -> None:
+    other = Ed25519PrivateKey.generate()
+    service = AccessTokens(KEY, [other.public_key()])
+    with pytest.raises(Problem):
+        service.verify(signed(claims(), key=other, kid=key_id(KEY)), NOW)
+
+
+def test_a_token_without_a_key_id_or_of_later_is_refused() -> None:
+    refused(jwt.encode(claims(), KEY, algorithm="EdDSA", headers={"typ": "at+jwt"}))
+    refused(signed(claims(nbf=int(datetime.now(UTC).timestamp()) + 3600)))
+
+
+def test_verification_keys_are_public_or_private_pem_files(tmp_path: Path) -> None:
+    public, private = tmp_path / "public.pem", tmp_path / "private.pem"
+    public.write_bytes(KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    private.write_bytes(KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    assert [key_id(key) for key in load_public_keys(f"{public}, {private}")] == [key_id(KEY)] * 2
+    assert load_public_keys("") == []
+    public.write_bytes(
+        generate_private_key(65537, 2048).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    with pytest.raises(ValueError, match="Expected an Ed25519 key"):
+        load_public_keys(str(public))

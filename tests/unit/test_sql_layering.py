@@ -16,6 +16,7 @@ TABLES = {f"{table.schema}.{table.name}" for table in metadata.tables.values()}
 
 # Which service a module speaks for; one that is not here may only read what is published.
 SERVICE_OF = {
+    "activities/api_keys.py": "auth",
     "activities/auth.py": "auth",
     "activities/sessions.py": "auth",
     "activities/users.py": "users",
