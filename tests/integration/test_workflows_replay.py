@@ -130,7 +130,8 @@ async def test_a_changed_workflow_does_not_replay(changed: type) -> None:
 
 
 class PauseFirst(Interceptor):
-    """Changes any workflow: a timer before everything else; if `patch` is set, only in runs that begin with it."""
+    """Changes any workflow: two timers before everything else (one of them some workflow may begin with anyway); if
+    `patch` is set, only in runs that begin with it."""
 
     def __init__(self, patch: str | None) -> None:
         self._patch = patch
@@ -142,6 +143,7 @@ class PauseFirst(Interceptor):
         class Pausing(WorkflowInboundInterceptor):
             async def execute_workflow(self, input: ExecuteWorkflowInput) -> Any:  # noqa: A002 - the name is the library's
                 if patch is None or workflow.patched(patch):
+                    await asyncio.sleep(1)
                     await asyncio.sleep(1)
                 return await super().execute_workflow(input)
 
