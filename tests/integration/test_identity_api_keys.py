@@ -93,15 +93,15 @@ async def test_whatever_is_changed_after_signing_makes_the_signature_worthless(
         assert await me(exchange, changed) == (401, "UNAUTHENTICATED"), change
     assert await me(exchange, headers, "/api/users/me?x=1") == (401, "UNAUTHENTICATED")
     assert await me(exchange, {**headers, **alice}) == (401, "UNAUTHENTICATED")
-    body = b'{"leverage": 5}'
-    url = "/api/positions/BTC-USDT-PERP/leverage"
+    body = b'{"marginMode": "CROSS"}'
+    url = "/api/positions/BTC-USDT-PERP/margin-mode"
     put = signed(key_id, sign, "PUT", url, body)
     answer = await exchange.client.put(
-        url, content=b'{"leverage": 50}', headers={**put, "Content-Type": "application/json"}
+        url, content=b'{"marginMode": "ISOLATED"}', headers={**put, "Content-Type": "application/json"}
     )
     assert answer.status_code == 401
     answer = await exchange.client.put(url, content=body, headers={**put, "Content-Type": "application/json"})
-    assert (answer.status_code, answer.json()["leverage"]) == (200, 5)
+    assert (answer.status_code, answer.json()["marginMode"]) == (200, "CROSS")
 
 
 def _lower(headers: dict[str, str]) -> dict[str, str]:

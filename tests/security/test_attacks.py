@@ -200,9 +200,9 @@ async def test_members_that_a_request_does_not_have_change_nothing(
     assert made["keyId"] != "ak_mine"
     assert made["secret"] != "x"
     assert await pool.fetchval("SELECT user_id FROM auth.api_keys") == ALICE
-    leverage = {"leverage": 3, **more}
-    url = "/api/positions/BTC-USDT-PERP/leverage"
-    assert (await exchange.client.put(url, json=leverage, headers=headers)).status_code == 200
+    mode = {"marginMode": "CROSS", **more}
+    url = "/api/positions/BTC-USDT-PERP/margin-mode"
+    assert (await exchange.client.put(url, json=mode, headers=headers)).status_code == 200
     assert await pool.fetchval("SELECT user_id FROM risk.exposures") == ALICE
 
 
