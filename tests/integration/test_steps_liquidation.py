@@ -12,6 +12,7 @@ from activities.audit import run_audit
 from activities.ledger import transfer_external
 from activities.liquidation import ABORT_PAUSE, deleverage_ranks, warn
 from activities.positions import tell_moved
+from activities.risk import pre_check
 from domain.liquidation_saga import Claim, Ending
 from monitors.liquidations import LiquidationMonitor
 from storage.db import Pool
@@ -175,6 +176,8 @@ async def test_orders_are_cancelled_first_and_new_ones_are_refused(world: Liquid
     [opened] = await world.marked(54_200)
     [late] = await world.place(limit(1, "BUY", "0.1", 50_000))
     assert await world.status(late) == ("FAILED", "POSITION_IN_LIQUIDATION")
+    async with world.pool.acquire() as conn:
+        assert (await pre_check(conn, limit(1, "BUY", "0.1", 50_000)))[1] == "POSITION_IN_LIQUIDATION"
     steps = world.liquidation(opened.liquidation_id)
     # Nor does its user change the margin or the leverage any more.
     assert await world.lever(1, 5) == "POSITION_IN_LIQUIDATION"
@@ -202,9 +205,12 @@ async def test_orders_are_cancelled_first_and_new_ones_are_refused(world: Liquid
     await assert_clean(world)
 
 
-async def test_a_margin_change_that_was_planned_before_the_takeover_takes_nothing_out(world: LiquidationWorld) -> None:
+@pytest.mark.parametrize(("kind", "value"), [("MARGIN", 500), ("LEVERAGE", 20), ("LEVERAGE", 8)])
+async def test_a_margin_change_that_was_planned_before_the_takeover_moves_nothing_after_it(
+    world: LiquidationWorld, kind: str, value: int
+) -> None:
     await world.mark(60_000)
-    change = world.change_margin(world.margin_change(1, "MARGIN", 500))
+    change = world.change_margin(world.margin_change(1, kind, value))
     assert await anext(change) == "planned"
     await world.marked(54_200)
     before = await world.balance(1)
@@ -212,6 +218,7 @@ async def test_a_margin_change_that_was_planned_before_the_takeover_takes_nothin
         pass
     assert await world.balance(1) == before
     assert (await world.position(1))[1] == 6_000
+    await assert_clean(world)
 
 
 async def test_a_position_that_recovers_before_anything_is_sold_is_its_users_again(world: LiquidationWorld) -> None:
