@@ -85,6 +85,10 @@ async def test_a_crash_with_worker_and_engine_killed_is_absorbed_by_book_then_fu
     await exchange.audit(admin)
     await assert_absorbed_in_order(exchange, market)
     await assert_nobody_lost_more_than_the_margin(exchange, market)
+    # All of the bidder's money stands behind what they bought: more than it could lose.
+    bought = await market.bidder.position()
+    assert bought["liquidationPrice"] is None
+    assert D(bought["marginRatio"]) > 1
     fund = await admin.get("/api/admin/insurance-fund")
     assert fund["funds"][0]["openClaims"] == 0
 
@@ -96,6 +100,8 @@ async def open_positions(exchange: Exchange, admin: Trader) -> Market:
     shorts, bold, calm = others[: len(SHORTS)], others[len(SHORTS) :][:BOLD], others[len(SHORTS) + BOLD :]
     await in_parallel(lambda rich: exchange.deposit(admin, rich, "1000000"), [bidder, *shorts])
     await in_parallel(lambda long: exchange.deposit(admin, long, "1000"), bold + calm)
+    answer = await bidder.client.put(f"/api/positions/{BTC}/margin-mode", json={"marginMode": "CROSS"})
+    assert answer.status_code == 200, answer.text
     leverages = [(bidder, 2), *zip(shorts, SHORT_LEVERAGES, strict=True), *((long, 20) for long in bold)]
     await in_parallel(lambda pair: set_leverage(*pair), leverages)
     for short, quantity in zip(shorts, SHORTS, strict=True):
