@@ -125,17 +125,19 @@ def liquidation_fee(closed_notional: Decimal, left: Decimal, rate: Decimal = LIQ
 
 
 def liquidate(wallet: Wallet, fill: BookedFill) -> Settled:
-    """Book a liquidation's fill on an isolated position: its margin alone bears the result.
+    """Book a liquidation's fill on an isolated position: of its margin, the closed part's share bears the result.
 
-    What is left of the margin stays with the position while there is one, and goes to the insurance fund when there is
-    none; what is missing the fund pays. The user's other money is not touched.
+    What is left of that share stays with the position while there is one, and goes to the insurance fund when there is
+    none; what is missing the fund pays. The rest of the margin is not touched, so that the rest of the position does
+    not become bankrupt at a price at which the whole was not; nor is the user's other money.
     """
-    left = wallet.position_margin + fill.cash
+    kept = margin_after(wallet.position_margin, fill)
+    left = wallet.position_margin - kept + fill.cash
     if left <= ZERO:
-        return Settled(replace(wallet, position_margin=ZERO), insurance=-left)
+        return Settled(replace(wallet, position_margin=kept), insurance=-left)
     fee = liquidation_fee(fill.closed_notional, left)
     if fill.after:
-        return Settled(replace(wallet, position_margin=left - fee), liquidation_fee=fee)
+        return Settled(replace(wallet, position_margin=kept + left - fee), liquidation_fee=fee)
     return Settled(replace(wallet, position_margin=ZERO), liquidation_fee=fee, surplus=left - fee)
 
 

@@ -153,6 +153,22 @@ def test_a_liquidation_touches_nothing_but_the_margin_and_the_fund(
     assert min(settled.insurance, settled.liquidation_fee, settled.surplus) >= 0
 
 
+@given(holdings(), SHARES, PRICES)
+def test_the_rest_of_a_position_is_bankrupt_at_no_better_price_than_the_whole_was(
+    holding: Holding, part: Decimal, price: Decimal
+) -> None:
+    """Counterparties of a deleveraging that follows a partial fill, however bad that was, are not the worse for it."""
+    closing = max((abs(holding.signed_quantity) * part).quantize(LOT), LOT)
+    assume(closing < abs(holding.signed_quantity))
+    fill = close(holding, closing, price)
+    margin = liquidate(Wallet(position_margin=holding.margin), fill).wallet.position_margin
+    entry = holding.entry_notional * abs(fill.after) / abs(holding.signed_quantity)
+    before = bankruptcy_price(holding.signed_quantity, holding.entry_notional, holding.margin) or ZERO
+    after = bankruptcy_price(fill.after, entry, margin) or ZERO
+    side = 1 if holding.signed_quantity > 0 else -1
+    assert side * (after - before) <= Decimal("1e-8") / abs(fill.after)
+
+
 def test_a_partial_liquidation_leaves_its_surplus_with_the_position() -> None:
     wallet = Wallet(Decimal(100), ZERO, Decimal(1_000))
     holding = Holding(Decimal(2), Decimal(20_000), Decimal(1_000))
