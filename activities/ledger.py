@@ -302,10 +302,12 @@ async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
     wallet = _wallet(book.accounts[change.user_id, plan.asset], holds[key])
     if change.kind == "MARGIN" and plan.position_delta > wallet.available:
         return MarginMoved(["INSUFFICIENT_FUNDS"])
-    if change.kind == "MARGIN" and await _in_liquidation(conn, key):
+    taken_over = await _in_liquidation(conn, key)
+    if change.kind == "MARGIN" and taken_over:
         return MarginMoved(["POSITION_IN_LIQUIDATION"])
-    # A loss may have taken some of what was to be released.
-    margin = max(ZERO, wallet.position_margin + plan.position_delta)
+    # A leverage is in force for what is opened later; what the liquidation has taken over stays backed as it was.
+    # Otherwise, a loss may have taken some of what was to be released.
+    margin = wallet.position_margin if taken_over else max(ZERO, wallet.position_margin + plan.position_delta)
     moved = settle(wallet, ZERO, margin, plan.order_delta).wallet
     book.open_journal("MARGIN_CHANGE", change.change_id)
     _move(book, key, holds[key], moved)

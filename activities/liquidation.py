@@ -439,6 +439,11 @@ class Account:
         """Whether equity is down to the maintenance margin."""
         return self.is_priced and self.equity <= self.maintenance
 
+    def backing(self, row: asyncpg.Record) -> Decimal:
+        """What one position may lose until the account is due, and its own maintenance margin."""
+        own: Decimal = row["pnl"] - row["maintenance"]
+        return self.equity - self.maintenance - own
+
     def holding(self, instrument_id: str) -> Holding:
         """One position with what its user can lose with it: what the ledger takes from when it books its fills
         (available, and held for the instrument), less what the other positions lose beyond their own holds."""
@@ -447,7 +452,19 @@ class Account:
         return _holding(mine, max(ZERO, mine["available"] + mine["held"] - others))
 
 
-async def _accounts(conn: Connection, marks: Marks, user_id: int | None = None) -> dict[tuple[int, str], Account]:
+async def cross_backing(conn: Connection | Pool, marks: Marks, user_id: int) -> dict[str, Decimal]:
+    """What stands behind each open cross position of a user (quote), by instrument: the account's equity without the
+    position's own profit, less the others' maintenance margin. None is given where a mark price is missing.
+
+    Source: Binance, liquidation price of USD-M futures in cross margin.
+    """
+    accounts = (await _accounts(conn, marks, user_id)).values()
+    return {row["instrument_id"]: a.backing(row) for a in accounts if a.is_priced for row in a.rows}
+
+
+async def _accounts(
+    conn: Connection | Pool, marks: Marks, user_id: int | None = None
+) -> dict[tuple[int, str], Account]:
     rows = await conn.fetch(_CROSS_POSITIONS, list(marks), list(marks.values()), user_id)
     found: defaultdict[tuple[int, str], list[asyncpg.Record]] = defaultdict(list)
     for row in rows:

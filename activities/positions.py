@@ -456,16 +456,26 @@ def _events(user_id: int, instrument_id: str, view: Mapping[str, Any]) -> list[B
 
 
 def position_view(
-    instrument_id: str, row: Mapping[str, Any] | asyncpg.Record, mark: Decimal | None, tiers: Sequence[Tier]
+    instrument_id: str,
+    row: Mapping[str, Any] | asyncpg.Record,
+    mark: Decimal | None,
+    tiers: Sequence[Tier],
+    backing: Decimal | None = None,
 ) -> dict[str, Any]:
-    """A position as clients see it; what depends on the mark price is null while there is none."""
+    """A position as clients see it; what depends on the mark price is null while there is none.
+
+    `backing` is what stands behind a cross position (quote), in place of its own margin.
+    """
     position, margin = Position(row["signed_quantity"], row["entry_notional"]), row["margin"]
     liquidation = row["liquidation_price"]
+    if backing is not None:
+        liquidation = liquidation_price(position.signed_quantity, position.entry_notional, backing, tiers)
     unrealized = ratio = None
     maintenance = None
     if mark is not None:
         unrealized = unrealized_pnl(position.signed_quantity, position.entry_notional, mark)
-        ratio = margin_ratio(position.signed_quantity, position.entry_notional, margin, mark)
+        behind = margin if backing is None else backing
+        ratio = margin_ratio(position.signed_quantity, position.entry_notional, behind, mark)
         maintenance = maintenance_margin(abs(position.signed_quantity) * mark, tiers)
     return {
         "instrumentId": instrument_id,

@@ -164,6 +164,8 @@ async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | N
     tiers = (await read_tiers(conn))[request.instrument_id]
     budget = (await read_budgets(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
     reduces = request.side if request.reduce_only else None
+    if await positions_in_liquidation(conn, [key]):
+        return added, "POSITION_IN_LIQUIDATION"
     return added, refusal_reason(after, reduces, request.quantity, added, budget - order.open_loss, limits, tiers)
 
 

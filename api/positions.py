@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from temporalio.service import RPCError
 
 from activities.instruments import read_tiers
-from activities.liquidation import deleverage_ranks
+from activities.liquidation import cross_backing, deleverage_ranks
 from activities.positions import position_view
 from activities.risk import set_margin_mode
 from api.gateway import ServedUserId, User
@@ -115,12 +115,14 @@ async def _positions(state: AppState, user_id: int, instrument_id: str | None = 
     if not rows:
         return []
     tiers = await read_tiers(state.pool)
-    prices = await read_reference_prices(state.redis, [row["instrument_id"] for row in rows])
+    prices = await read_reference_prices(state.redis, list(tiers))
     marks = {name: price.mark for name, price in prices.items()}
     held = [row["instrument_id"] for row in rows if row["signed_quantity"]]
     ranks = await deleverage_ranks(state.pool, user_id, held, marks)
+    is_cross = any(row["margin_mode"] == "CROSS" for row in rows)
+    backing = await cross_backing(state.pool, marks, user_id) if is_cross else {}
     return [
-        position_view(name, row, marks.get(name), tiers[name]) | {"adlRank": ranks.get(name)}
+        position_view(name, row, marks.get(name), tiers[name], backing.get(name)) | {"adlRank": ranks.get(name)}
         for row in rows
         for name in [row["instrument_id"]]
     ]

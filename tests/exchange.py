@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from activities.sessions import new_session, open_session
 from api.bootstrap import bootstrap
+from api.tokens import AccessTokens, load_private_key
 from clients import open_redis
+from domain.identity import Identity
 from settings import Settings
 from stack import servers
 from stack.processes import SERVICES
@@ -99,7 +103,7 @@ class Exchange:
         self.settings = settings
         self.pool = pool
         self.logs = logs
-        self.client = httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30)
+        self.client = self._client()
         self._commands = commands
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._traders: list[httpx.AsyncClient] = [self.client]
@@ -162,11 +166,39 @@ class Exchange:
         """A user who is registered already."""
         answer = await self.client.post("/api/auth/login", json={"email": email, "password": password})
         assert answer.status_code == 200, answer.text
-        headers = {"Authorization": f"Bearer {answer.json()['accessToken']}"}
-        client = httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30, headers=headers)
-        self._traders.append(client)
+        client = self._signed_in(answer.json()["accessToken"])
         me = await client.get("/api/users/me")
         return Trader(me.json()["userId"], client)
+
+    def _signed_in(self, token: str) -> httpx.AsyncClient:
+        client = self._client({"Authorization": f"Bearer {token}"})
+        self._traders.append(client)
+        return client
+
+    def _client(self, headers: dict[str, str] | None = None) -> httpx.AsyncClient:
+        # Connections are given up before the api gives them up, and no certificates are loaded for plain HTTP.
+        limits = httpx.Limits(keepalive_expiry=2)
+        return httpx.AsyncClient(
+            base_url=self.url, trust_env=False, timeout=30, headers=headers, limits=limits, verify=False
+        )
+
+    async def crowd(self, count: int) -> list[Trader]:
+        """New users, signed in, without passwords: registering each would take most of a test's time."""
+        now = datetime.now(UTC)
+        tokens = AccessTokens(load_private_key(_required(self.settings.jwt_private_key_file)))
+        traders = []
+        async with open_redis(self.settings) as redis, self.pool.acquire() as conn, conn.transaction():
+            rows = await conn.fetch(
+                "INSERT INTO users.users (email, status) SELECT gen_random_uuid() || '@example.com', 'ACTIVE'"
+                " FROM generate_series(1, $1::int) RETURNING user_id, roles",
+                count,
+            )
+            for user_id, roles in rows:
+                session = new_session(user_id, roles, None, None, now)
+                await open_session(conn, redis, session, "")
+                token = tokens.issue(Identity(user_id, frozenset(roles), session.session_id), now)
+                traders.append(Trader(str(user_id), self._signed_in(token)))
+        return traders
 
     async def admin(self) -> Trader:
         """The operator."""
@@ -225,8 +257,8 @@ class Exchange:
 
 
 @asynccontextmanager
-async def running_exchange(database_url: str, folder: Path) -> AsyncIterator[Exchange]:
-    """An exchange on an empty migrated database, its marks held; killed at the end."""
+async def running_exchange(database_url: str, folder: Path, **others: Any) -> AsyncIterator[Exchange]:
+    """An exchange on an empty migrated database, its marks held; killed at the end. `others`: settings."""
     valkey, temporal = servers.valkey(folder), servers.temporal(folder, free_port(), None, [NAMESPACE])
     settings = Settings(
         database_url=database_url,
@@ -239,6 +271,7 @@ async def running_exchange(database_url: str, folder: Path) -> AsyncIterator[Exc
         admin_password=PASSWORD,
         internal_token=INTERNAL_TOKEN,
         jwt_private_key_file=_write_key(folder / "jwt.pem"),
+        **others,
     )
     commands = {server.process.name: server.process.command for server in (valkey, temporal)}
     commands |= {process.name: process.command for process in SERVICES}
@@ -257,6 +290,11 @@ async def running_exchange(database_url: str, folder: Path) -> AsyncIterator[Exc
     finally:
         await exchange.close()
         pool.terminate()
+
+
+def _required(path: Path | None) -> Path:
+    assert path is not None
+    return path
 
 
 def _write_key(path: Path) -> Path:

@@ -42,6 +42,8 @@ class SettlementWorkflow:
         self._settled_seq = state.settled_seq
         self._applied_seq = state.settled_seq
         self._target_seq = state.target_seq
+        # Keeps what runs beside settlement from being collected.
+        self._telling: set[asyncio.Task[None]] = set()
 
     @workflow.signal(name=ADVANCE_SIGNAL)
     def advance(self, to_seq: int) -> None:
@@ -90,7 +92,11 @@ class SettlementWorkflow:
         if uncovered:
             await run_step(CANCEL_UNCOVERED, Uncovered(self._instrument_id, uncovered), type(None), label)
         self._follow(await run_step(ACKNOWLEDGE, events, Progress, label))
-        await asyncio.gather(*(_tell(workflow_id, to_seq) for workflow_id in liquidations or ()))
+        for workflow_id in liquidations or ():
+            # Not waited for: after a crash the server may take half a minute to deliver some of a hundred.
+            told = asyncio.create_task(_tell(workflow_id, to_seq))
+            self._telling.add(told)
+            told.add_done_callback(self._telling.discard)
 
     def _follow(self, progress: Progress) -> None:
         self._settled_seq = max(self._settled_seq, progress.settled_seq)

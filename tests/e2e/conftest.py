@@ -1,4 +1,4 @@
-"""One exchange per module: its processes take seconds to start."""
+"""One exchange per module: its processes take seconds to start. A module's SETTINGS are its exchange's."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -12,13 +12,17 @@ from tests.exchange import Exchange, Trader, running_exchange
 
 @pytest.fixture(scope="module")
 async def exchange(
-    postgres_url: str, numbers: Iterator[int], tmp_path_factory: pytest.TempPathFactory
+    postgres_url: str,
+    numbers: Iterator[int],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> AsyncIterator[Exchange]:
     name = f"exchange_{next(numbers)}"
     connection = await asyncpg.connect(postgres_url)
     await connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     folder: Path = tmp_path_factory.mktemp("exchange")
-    async with running_exchange(postgres_url.replace("/postgres?", f"/{name}?", 1), folder) as exchange:
+    url = postgres_url.replace("/postgres?", f"/{name}?", 1)
+    async with running_exchange(url, folder, **getattr(request.module, "SETTINGS", {})) as exchange:
         yield exchange
     await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
     await connection.close()

@@ -10,13 +10,14 @@ from temporalio.client import Client
 
 from activities.audit import run_audit
 from activities.ledger import transfer_external
-from activities.liquidation import ABORT_PAUSE, deleverage_ranks, warn
-from activities.positions import tell_moved
+from activities.liquidation import ABORT_PAUSE, cross_backing, deleverage_ranks, warn
+from activities.positions import position_view, tell_moved
+from activities.risk import pre_check
 from domain.liquidation_saga import Claim, Ending
 from monitors.liquidations import LiquidationMonitor
 from storage.db import Pool
 from storage.reference_prices import MARK_AGE_MAX
-from tests.integration.ledger_world import BTC, World, advance, finish, limit, outbox_events
+from tests.integration.ledger_world import BTC, ETH, World, advance, finish, limit, outbox_events
 from tests.integration.liquidation_world import LiquidationWorld, publish_mark
 
 D = Decimal
@@ -175,6 +176,8 @@ async def test_orders_are_cancelled_first_and_new_ones_are_refused(world: Liquid
     [opened] = await world.marked(54_200)
     [late] = await world.place(limit(1, "BUY", "0.1", 50_000))
     assert await world.status(late) == ("FAILED", "POSITION_IN_LIQUIDATION")
+    async with world.pool.acquire() as conn:
+        assert (await pre_check(conn, limit(1, "BUY", "0.1", 50_000)))[1] == "POSITION_IN_LIQUIDATION"
     steps = world.liquidation(opened.liquidation_id)
     # Nor does its user change the margin or the leverage any more.
     assert await world.lever(1, 5) == "POSITION_IN_LIQUIDATION"
@@ -202,9 +205,12 @@ async def test_orders_are_cancelled_first_and_new_ones_are_refused(world: Liquid
     await assert_clean(world)
 
 
-async def test_a_margin_change_that_was_planned_before_the_takeover_takes_nothing_out(world: LiquidationWorld) -> None:
+@pytest.mark.parametrize(("kind", "value"), [("MARGIN", 500), ("LEVERAGE", 20), ("LEVERAGE", 8)])
+async def test_a_margin_change_that_was_planned_before_the_takeover_moves_nothing_after_it(
+    world: LiquidationWorld, kind: str, value: int
+) -> None:
     await world.mark(60_000)
-    change = world.change_margin(world.margin_change(1, "MARGIN", 500))
+    change = world.change_margin(world.margin_change(1, kind, value))
     assert await anext(change) == "planned"
     await world.marked(54_200)
     before = await world.balance(1)
@@ -212,6 +218,7 @@ async def test_a_margin_change_that_was_planned_before_the_takeover_takes_nothin
         pass
     assert await world.balance(1) == before
     assert (await world.position(1))[1] == 6_000
+    await assert_clean(world)
 
 
 async def test_a_position_that_recovers_before_anything_is_sold_is_its_users_again(world: LiquidationWorld) -> None:
@@ -311,6 +318,33 @@ async def test_a_cross_account_is_liquidated_by_its_equity(world: LiquidationWor
     assert await world.balance(1) == (D(0), D(0))
     assert await world.system(FUND) == D("1000243.35")
     await assert_clean(world)
+
+
+async def test_the_liquidation_price_of_a_cross_position_is_where_its_account_is_liquidated(
+    world: LiquidationWorld,
+) -> None:
+    await world.trade(1, 2, "10", 3_000, ETH)
+    await world.make_cross(1, [BTC, ETH])
+    async with world.pool.acquire() as conn, conn.transaction():
+        await transfer_external(conn, "WITHDRAWAL", "w", 1, "USDT", D(-80_000))
+    marks = {BTC.instrument_id: D(58_000), ETH.instrument_id: D(2_900)}
+    assert await world.marks(marks) == []
+    tiers = (await world.rules()).tiers
+    prices = {}
+    for name, mark in marks.items():
+        backing = (await cross_backing(world.pool, marks, 1))[name]
+        row = await world.pool.fetchrow(
+            "SELECT * FROM positions.positions WHERE user_id = 1 AND instrument_id = $1", name
+        )
+        assert row is not None
+        view = position_view(name, row, mark, tiers[name], backing)
+        assert D(view["marginRatio"]) > D("0.01")
+        prices[name] = D(view["liquidationPrice"])
+    for name, price in prices.items():
+        assert await world.marks(marks | {name: price + D("0.001")}) == []
+        assert await cross_backing(world.pool, {name: price}, 1) == {}
+    [opened] = await world.marks(marks | {BTC.instrument_id: prices[BTC.instrument_id] - D("0.001")})
+    assert opened.user_id == 1
 
 
 async def test_a_user_sees_their_place_in_the_queue_for_deleveraging(pool: Pool, redis: Redis) -> None:
