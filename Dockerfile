@@ -14,6 +14,7 @@ COPY workflows workflows
 COPY engine engine
 COPY market market
 COPY monitors monitors
+COPY reporting reporting
 COPY api api
 RUN python -m compileall -q .
 USER 10001

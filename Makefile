@@ -8,7 +8,7 @@
 
 PYTHON3 ?= $(shell command -v python3.11 || command -v python3)
 PYTHON = .venv/bin/python
-SOURCES = $(wildcard settings.py clients.py worker.py domain storage activities workflows engine market monitors \
+SOURCES = $(wildcard settings.py clients.py worker.py domain storage activities workflows engine market monitors reporting \
 	api stack demo bench client tests)
 
 .PHONY: run demo test check bench

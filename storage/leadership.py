@@ -16,6 +16,7 @@ SWEEPER_LOCK = 7_203_203
 COUNTDOWN_LOCK = 7_203_204
 PRUNER_LOCK = 7_203_205
 LIQUIDATION_LOCK = 7_203_206
+REPORTING_LOCK = 7_203_207
 # The first of as many as there are instruments: their numbers are added.
 MARKET_LOCKS = 7_203_202 << 16
 STANDBY_SECONDS = 1.0
