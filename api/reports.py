@@ -51,16 +51,10 @@ _LIQUIDATIONS = """
         AND ($5::bigint IS NULL OR liquidation_id < $5)
     ORDER BY liquidation_id DESC LIMIT $6
 """
-# By how much each user's day changed the sum of all long positions; the sums of that up to each day.
 _OPEN_INTEREST = """
-    WITH held AS (
-        SELECT instrument_id, day, net_quantity,
-            sum(net_quantity) OVER (PARTITION BY instrument_id, user_id ORDER BY day) AS after
-        FROM reporting.trade_days WHERE {instrument} AND day <= $2),
-    closes AS (
+    WITH closes AS (
         SELECT instrument_id, day, lead(day) OVER by_day AS next_day, sum(change) OVER by_day AS open_interest
-        FROM (SELECT instrument_id, day, sum(greatest(after, 0) - greatest(after - net_quantity, 0)) AS change
-              FROM held GROUP BY instrument_id, day) changes
+        FROM reporting.open_interest_days WHERE ($3::text IS NULL OR instrument_id = $3) AND day <= $2
         WINDOW by_day AS (PARTITION BY instrument_id ORDER BY day))
     SELECT d::date AS day, instrument_id, open_interest
     FROM generate_series($1::date, $2::date, interval '1 day') d
@@ -231,7 +225,7 @@ async def open_interest(state: State, _: User, query: Annotated[DayPage, Query()
     first, last = query.range()
     today = datetime.now(UTC).date()
     rows = await state.pool.fetch(
-        _OPEN_INTEREST.format(instrument="$3::text IS NULL" if query.instrument_id is None else "instrument_id = $3"),
+        _OPEN_INTEREST,
         first,
         min(last, today),
         query.instrument_id,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from redis.asyncio import Redis
 
-from reporting.counting import ADD_LIQUIDATIONS, ADD_RESULTS, ADD_TRADES
+from reporting.counting import ADD_LIQUIDATIONS, ADD_RESULTS, ADD_TRADES, OPEN_INTEREST_CHANGES
 from reporting.streams import Position, read_streams
 from storage.db import Connection
 from storage.outbox import read_watermark
@@ -46,12 +46,16 @@ _LIQUIDATIONS = """
 """
 _FROM_TABLES = (
     ADD_TRADES.format(sides=_SIDES),
+    # After the trades, from them.
+    "INSERT INTO reporting.open_interest_days (instrument_id, day, change) "
+    + OPEN_INTEREST_CHANGES.format(users="TRUE"),
     ADD_RESULTS.format(results=_RESULTS),
     ADD_LIQUIDATIONS.format(liquidations=_LIQUIDATIONS),
 )
 # Not truncated: that would make readers wait.
 _EMPTY = (
     "DELETE FROM reporting.trade_days",
+    "DELETE FROM reporting.open_interest_days",
     "DELETE FROM reporting.pnl_days",
     "DELETE FROM reporting.liquidations",
     "DELETE FROM reporting.applied_events",

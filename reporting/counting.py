@@ -6,6 +6,8 @@ trade's execution, and for what the ledger books, that of the booking.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 
 import msgspec
 
@@ -36,6 +38,14 @@ ADD_TRADES = """
         maker_fees = d.maker_fees + excluded.maker_fees, taker_fees = d.taker_fees + excluded.taker_fees,
         maker_trades = d.maker_trades + excluded.maker_trades, taker_trades = d.taker_trades + excluded.taker_trades,
         net_quantity = d.net_quantity + excluded.net_quantity
+"""
+# What the days of {users} (all, or those of some) changed the sum of all long positions by.
+OPEN_INTEREST_CHANGES = """
+    SELECT instrument_id, day, sum(greatest(after, 0) - greatest(after - net_quantity, 0)) AS change
+    FROM (SELECT instrument_id, day, net_quantity,
+              sum(net_quantity) OVER (PARTITION BY user_id, instrument_id ORDER BY day) AS after
+          FROM reporting.trade_days WHERE {users}) held
+    GROUP BY instrument_id, day
 """
 # {results}: user_id, day, instrument_id, asset, entry_type, amount.
 ADD_RESULTS = """
@@ -81,6 +91,12 @@ _LIQUIDATIONS = """
         AS n (liquidation_id, user_id, instrument_id, position_id, reason, at)
 """
 _COUNT_TRADES = ADD_TRADES.format(sides=_SIDES)
+_CHANGES_OF_USERS = OPEN_INTEREST_CHANGES.format(users="user_id = ANY($1::bigint[])")
+_ADD_OPEN_INTEREST = """
+    INSERT INTO reporting.open_interest_days AS d (instrument_id, day, change)
+    SELECT * FROM unnest($1::text[], $2::date[], $3::numeric[])
+    ON CONFLICT (instrument_id, day) DO UPDATE SET change = d.change + excluded.change
+"""
 _COUNT_RESULTS = ADD_RESULTS.format(results=_RESULTS)
 _COUNT_LIQUIDATIONS = ADD_LIQUIDATIONS.format(liquidations=_LIQUIDATIONS)
 
@@ -153,8 +169,22 @@ async def count(conn: Connection, entries: Sequence[Entry]) -> None:
     """Add events to the sums, in the caller's transaction; each must be given once. Raises UnreadableEventError."""
     sides = _rows(entries, TradeExecuted, _trade) + _rows(entries, AutoDeleveraged, _deleveraging)
     if sides:
-        await conn.execute(_COUNT_TRADES, *columns(sides, 8))
+        await _count_trades(conn, sides)
     if results := _rows(entries, LedgerEntryCreated, _result):
         await conn.execute(_COUNT_RESULTS, *columns(results, 7))
     if liquidations := _rows(entries, LiquidationTriggered, _liquidation):
         await conn.execute(_COUNT_LIQUIDATIONS, *columns(liquidations, 6))
+
+
+async def _count_trades(conn: Connection, sides: Sequence[Row]) -> None:
+    users = sorted({int(side[0]) for side in sides if side[0] is not None})
+    before = await _changes(conn, users)
+    await conn.execute(_COUNT_TRADES, *columns(sides, 8))
+    after = await _changes(conn, users)
+    rows = [(*key, change - before.get(key, ZERO)) for key, change in after.items() if change != before.get(key, ZERO)]
+    await conn.execute(_ADD_OPEN_INTEREST, *columns(rows, 3))
+
+
+async def _changes(conn: Connection, users: Sequence[int]) -> dict[tuple[str, date], Decimal]:
+    rows = await conn.fetch(_CHANGES_OF_USERS, users)
+    return {(row["instrument_id"], row["day"]): row["change"] for row in rows}

@@ -914,7 +914,17 @@ trade_days = Table(
     # Bought less sold, with what auto-deleveraging did: all days together are the position.
     _col("net_quantity", AMOUNT, default="0"),
     Index("ix_trade_days_day", "day", "instrument_id"),
-    Index("ix_trade_days_instrument_id", "instrument_id", "user_id", "day"),
+    schema="reporting",
+    postgresql_with={"fillfactor": 70},
+)
+
+# By how much the sum of all long positions changed on a day; it follows from the rows of those who traded.
+open_interest_days = Table(
+    "open_interest_days",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    Column("day", Date, primary_key=True),
+    _col("change", AMOUNT, default="0"),
     schema="reporting",
     postgresql_with={"fillfactor": 70},
 )

@@ -1,7 +1,7 @@
 """The reports' read model in tests: what it holds, the same computed slowly, and a reader that dies at will."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -21,6 +21,8 @@ MODEL = {
         "user_id, day, instrument_id",
         "maker_volume, taker_volume, maker_fees, taker_fees, maker_trades, taker_trades, net_quantity",
     ),
+    # A day that changed nothing may have a row.
+    "open_interest_days": ("instrument_id, day", "change"),
     "pnl_days": (
         "user_id, day, instrument_id, asset",
         "realized_pnl, fees, funding, liquidation, insurance",
@@ -37,6 +39,7 @@ async def read_model(pool: Pool) -> dict[str, Sums]:
         width = len(key.split(", "))
         rows = await pool.fetch(f"SELECT {key}, {values} FROM reporting.{table}")
         found[table] = {tuple(row)[:width]: tuple(row)[width:] for row in rows}
+    found["open_interest_days"] = {key: sums for key, sums in found["open_interest_days"].items() if any(sums)}
     return found
 
 
@@ -68,9 +71,31 @@ async def recompute(pool: Pool) -> dict[str, Sums]:
         liquidations[(row["liquidation_id"],)] = (*names, row["reason"], at)
     return {
         "trade_days": {key: tuple(sums) for key, sums in trades.items()},
+        "open_interest_days": _open_interest(trades),
         "pnl_days": {key: _by_kind(sums) for key, sums in results.items()},
         "liquidations": liquidations,
     }
+
+
+def _open_interest(trades: Mapping[tuple[Any, ...], Sequence[Any]]) -> Sums:
+    """Day by day: everybody's position after it, and the sum of the long ones less that of the day before."""
+    held: defaultdict[tuple[str, int], Decimal] = defaultdict(lambda: ZERO)
+    changes: Sums = {}
+    for day in sorted({key[1] for key in trades}):
+        before = _longs(held)
+        for (user_id, of_day, instrument_id), sums in trades.items():
+            if of_day == day:
+                held[instrument_id, user_id] += sums[6]
+        after = _longs(held)
+        changes |= {(name, day): (after[name] - before[name],) for name in after if after[name] != before[name]}
+    return changes
+
+
+def _longs(held: Mapping[tuple[str, int], Decimal]) -> Counter[str]:
+    longs: Counter[str] = Counter()
+    for (instrument_id, _), quantity in held.items():
+        longs[instrument_id] += max(quantity, ZERO)  # type: ignore[assignment]  # a Counter adds Decimals, too
+    return longs
 
 
 def _by_kind(sums: Counter[str]) -> tuple[Decimal, ...]:

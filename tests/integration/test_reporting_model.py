@@ -304,10 +304,10 @@ async def test_the_monitor_survives_trimming_a_lost_redis_unreadable_events_and_
         assert await generation() == 3
 
         # An older process writes an event without what is needed.
-        monkeypatch.setattr(relay_module, "SCHEMA_VERSION", 2)
-        await world.trade(3, 1, "0.1", 61_500)
-        await relay(pool, redis)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(relay_module, "SCHEMA_VERSION", 2)
+            await world.trade(3, 1, "0.1", 61_500)
+            await relay(pool, redis)
         await eventually(agrees)
         assert await generation() > 3
 

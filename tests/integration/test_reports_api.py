@@ -246,7 +246,9 @@ async def test_events_count_the_same_in_any_order_and_in_batches_of_any_size(poo
     entries, dice = story(1, 2), random.Random(seed)
     await tell(pool, entries)
     expected = await read_model(pool)
-    await pool.execute("TRUNCATE reporting.trade_days, reporting.pnl_days, reporting.liquidations")
+    await pool.execute(
+        "TRUNCATE reporting.trade_days, reporting.open_interest_days, reporting.pnl_days, reporting.liquidations"
+    )
     dice.shuffle(entries)
     while entries:
         size = dice.randint(1, 5)

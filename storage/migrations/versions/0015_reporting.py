@@ -47,8 +47,14 @@ def upgrade() -> None:
         **SUMMED,
     )
     op.create_index("ix_trade_days_day", "trade_days", ["day", "instrument_id"], schema="reporting")
-    op.create_index(
-        "ix_trade_days_instrument_id", "trade_days", ["instrument_id", "user_id", "day"], schema="reporting"
+    op.create_table(
+        "open_interest_days",
+        sa.Column("instrument_id", sa.Text(), nullable=False),
+        sa.Column("day", sa.Date(), nullable=False),
+        sa.Column("change", AMOUNT, server_default=zero, nullable=False),
+        sa.PrimaryKeyConstraint("instrument_id", "day", name=op.f("pk_open_interest_days")),
+        schema="reporting",
+        **SUMMED,
     )
     op.create_table(
         "liquidations",
