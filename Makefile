@@ -10,7 +10,7 @@
 
 PYTHON3 ?= $(shell command -v python3.11 || command -v python3)
 PYTHON = .venv/bin/python
-SOURCES = $(wildcard settings.py clients.py logs.py worker.py domain telemetry storage activities workflows engine market monitors \
+SOURCES = $(wildcard settings.py clients.py logs.py worker.py domain telemetry storage activities workflows engine market monitors reporting \
 	api stack demo bench client deploy tests)
 
 .PHONY: run demo test check bench histories lock

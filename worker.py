@@ -33,6 +33,7 @@ from monitors.observer import run_observer
 from monitors.pruner import run_pruner
 from monitors.relay import run_relay
 from monitors.sweeper import run_sweeper
+from reporting.consumer import run_reporting
 from settings import Settings, get_settings
 from storage.db import Pool, open_pool
 from telemetry.endpoint import endpoint
@@ -109,6 +110,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         tasks.create_task(run_observer(pool, redis, stop))
         tasks.create_task(run_sweeper(pool, client, stop))
         tasks.create_task(run_pruner(pool, stop))
+        tasks.create_task(run_reporting(pool, open_redis(settings), stop))
         tasks.create_task(run_countdowns(pool, client, stop))
         tasks.create_task(
             run_liquidations(pool, open_redis(settings), client, settings.mark_price_interval_seconds, stop)

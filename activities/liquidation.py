@@ -511,10 +511,13 @@ async def _open(conn: Connection, due: Sequence[Endangered], rules: Rules) -> li
     pushes: list[UserPush] = []
     for position, endangered in zip(taken, chosen, strict=True):
         user_id, name = position["user_id"], position["instrument_id"]
-        events.append(LiquidationTriggered(str(position["position_id"]), str(user_id), name, endangered.reason))
+        liquidation_id = ids[position["position_id"]]
+        events.append(
+            LiquidationTriggered(str(position["position_id"]), str(user_id), name, endangered.reason, liquidation_id)
+        )
         events.append(_risk_update(position, marks, rules))
         pushes.append(UserPush(user_id, "position", position_view(name, position, marks[name], rules.tiers[name])))
-        view = {"liquidationId": ids[position["position_id"]], "status": "TRIGGERED", "reason": endangered.reason}
+        view = {"liquidationId": liquidation_id, "status": "TRIGGERED", "reason": endangered.reason}
         pushes.append(
             UserPush(user_id, "liquidation", {**view, **_names(position), **_figures(position, marks, rules)})
         )

@@ -201,7 +201,7 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
         quantity = instrument.lots_to_quantity(trade.quantity)
         executed_at = from_ms(trade.at)
         if isinstance(trade, Deleveraged):
-            event, push = _deleveraging(trade.counterparty_user_id, instrument_id, quantity, price)
+            event, push = _deleveraging(trade, instrument_id, quantity, price)
             deleveraged.append(event)
             pushes.append(push)
         for half in halves:
@@ -246,10 +246,20 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
 
 
 def _deleveraging(
-    user_id: int, instrument_id: str, quantity: Decimal, price: Decimal
+    trade: Deleveraged, instrument_id: str, quantity: Decimal, price: Decimal
 ) -> tuple[AutoDeleveraged, UserPush]:
     """The event and the notice to somebody whose position was reduced for that of a bankrupt."""
-    event = AutoDeleveraged(str(user_id), instrument_id, plain(quantity), plain(price))
+    user_id = trade.counterparty_user_id
+    event = AutoDeleveraged(
+        str(user_id),
+        instrument_id,
+        plain(quantity),
+        plain(price),
+        OPPOSITE[trade.side],
+        trade.trade_id,
+        str(trade.user_id),
+        iso(from_ms(trade.at)),
+    )
     notice = {"instrumentId": instrument_id, "status": "DELEVERAGED", "quantity": event.quantity, "price": event.price}
     return event, UserPush(user_id, "liquidation", notice)
 

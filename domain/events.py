@@ -8,6 +8,9 @@ from typing import ClassVar
 
 import msgspec
 
+# Of every entry. A field that is added leaves it as it is, and readers ignore those they don't know; one that is taken
+# away, renamed or given another meaning raises it. A reader that meets an event without a field it needs (written by an
+# older process) reads the tables instead.
 SCHEMA_VERSION = 1
 
 
@@ -285,6 +288,7 @@ class LiquidationTriggered(BusinessEvent, frozen=True):
     user_id: str
     instrument_id: str
     reason: str
+    liquidation_id: int
 
 
 class AutoDeleveraged(BusinessEvent, frozen=True):
@@ -293,6 +297,11 @@ class AutoDeleveraged(BusinessEvent, frozen=True):
     instrument_id: str
     quantity: str
     price: str
+    # Of the closing trade: what the deleveraged user did, and for whom.
+    side: str
+    trade_id: int
+    bankrupt_user_id: str
+    executed_at: str
 
 
 CATALOGUE: dict[str, type[BusinessEvent]] = {kind.__name__: kind for kind in BusinessEvent.__subclasses__()}

@@ -17,6 +17,7 @@ COUNTDOWN_LOCK = 7_203_204
 PRUNER_LOCK = 7_203_205
 LIQUIDATION_LOCK = 7_203_206
 OBSERVER_LOCK = 7_203_214
+REPORTING_LOCK = 7_203_207
 # The first of as many as there are instruments: their numbers are added.
 MARKET_LOCKS = 7_203_202 << 16
 STANDBY_SECONDS = 1.0

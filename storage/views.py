@@ -45,6 +45,12 @@ VIEWS: dict[str, str] = {
     "ledger.v_funding_runs": (
         "SELECT instrument_id, funding_time, rate, mark_price, status, updated_at FROM ledger.funding_runs"
     ),
+    # What moved the money of a user because of an instrument; margin only moves between available and reserved.
+    "ledger.v_results": (
+        "SELECT user_id, instrument_id, asset, entry_type, delta_available + delta_reserved AS amount, created_at"
+        " FROM ledger.ledger_entries WHERE user_id IS NOT NULL AND instrument_id IS NOT NULL"
+        " AND delta_available + delta_reserved <> 0"
+    ),
     "ledger.v_steps": "SELECT step_id, result FROM ledger.steps",
     "ledger.v_cursors": "SELECT instrument_id, applied_seq FROM ledger.cursors",
     "positions.v_positions": (

@@ -10,7 +10,7 @@ import pytest
 from storage.tables import SCHEMAS, metadata
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("activities", "api", "engine", "market", "monitors")
+FOLDERS = ("activities", "api", "engine", "market", "monitors", "reporting")
 NAMED = re.compile(rf"\b({'|'.join(SCHEMAS)})\.([a-z_]+)\b")
 TABLES = {f"{table.schema}.{table.name}" for table in metadata.tables.values()}
 
@@ -49,6 +49,10 @@ SERVICE_OF = {
     "market/kline_store.py": "market",
     "market/marks.py": "market",
     "monitors/relay.py": "outbox",
+    "api/reports.py": "reporting",
+    "reporting/build.py": "reporting",
+    "reporting/consumer.py": "reporting",
+    "reporting/counting.py": "reporting",
 }
 MODULES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("**/*.py"))
 
