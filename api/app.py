@@ -21,6 +21,7 @@ from api import (
     users,
 )
 from api.gateway import Gateway
+from api.openapi import DocumentedApi, operation_id
 from api.problems import add_handlers
 from api.state import open_state
 from settings import Settings
@@ -58,11 +59,12 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.exchange = state
             yield
 
-    app = FastAPI(
+    app = DocumentedApi(
         title="Saga Exchange",
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=lifespan,
+        generate_unique_id_function=operation_id,
         # Spans and metrics of every request cost more than most requests.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )

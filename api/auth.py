@@ -22,6 +22,7 @@ from activities.auth import (
 from activities.sessions import Session, good_sessions, new_session, open_session, revoke, rotate
 from api.gateway import User, require_internal
 from api.models import ApiModel, Page, Timestamp, UserId
+from api.openapi import problems
 from api.passwords import is_argon2id
 from api.state import AppState, State
 from domain.identity import (
@@ -106,7 +107,12 @@ def device_of(request: Request) -> Device:
 ClientDevice = Annotated[Device, Depends(device_of)]
 
 
-@router.post("/credentials", status_code=201, dependencies=[Depends(require_internal)])
+@router.post(
+    "/credentials",
+    status_code=201,
+    dependencies=[Depends(require_internal)],
+    responses=problems("NOT_FOUND"),
+)
 async def create(request: AuthCredentialCreateRequest, state: State) -> AuthCredentialResponse:
     """Create a user's credential (internal). A repeat answers with the one that exists, unchanged."""
     credential = await create_credential(state.pool, request.user_id, request.type, request.secret_hash)
@@ -117,7 +123,7 @@ async def create(request: AuthCredentialCreateRequest, state: State) -> AuthCred
     )
 
 
-@router.post("/login")
+@router.post("/login", responses=problems("INVALID_CREDENTIALS", "CREDENTIAL_LOCKED", "CREDENTIAL_EXPIRED"))
 async def login(request: LoginRequest, device: ClientDevice, state: State, response: Response) -> TokenResponse:
     """Sign in; 401 for a wrong email or password, 403 when the credential is locked or has expired."""
     now = datetime.now(UTC)
@@ -133,7 +139,7 @@ async def login(request: LoginRequest, device: ClientDevice, state: State, respo
     return _tokens(state, session, refresh_token, response, now)
 
 
-@router.post("/token/refresh")
+@router.post("/token/refresh", responses=problems("UNAUTHENTICATED"))
 async def refresh(request: RefreshRequest, state: State, response: Response) -> TokenResponse:
     """Exchange a refresh token for new tokens of the same session; one used before revokes the session."""
     now = datetime.now(UTC)
@@ -163,7 +169,7 @@ async def sessions(user: User, state: State) -> Page[SessionResponse]:
     return Page(items=[_session_response(session, user) for session in found])
 
 
-@router.delete("/sessions/{session_id}", status_code=204)
+@router.delete("/sessions/{session_id}", status_code=204, responses=problems("NOT_FOUND"))
 async def delete_session(session_id: uuid.UUID, user: User, state: State) -> None:
     """End one of one's own sessions; its access token is refused and its sockets close at once."""
     if not await _end(state, user, str(session_id), "REVOKED_BY_USER"):
