@@ -320,10 +320,10 @@ class UserMessage(_Model, frozen=True):
     channel: str
     data: Any = None
 
-    def order(self) -> Order:
+    def as_order(self) -> Order:
         """The data of channel `order`."""
         return msgspec.convert(self.data, Order)
 
-    def fill(self) -> Fill:
+    def as_fill(self) -> Fill:
         """The data of channel `fill`."""
         return msgspec.convert(self.data, Fill)
