@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from api.bootstrap import bootstrap
+from client import Exchange as Client
+from client import Operator, Session, register, sign_in
 from clients import open_redis
 from settings import Settings
 from stack import servers
@@ -43,6 +45,12 @@ class Trader:
 
     user_id: str
     client: httpx.AsyncClient
+    session: Session
+
+    @property
+    def operator(self) -> Operator:
+        """What only operators may do."""
+        return Operator(self.session.exchange, self.session.caller)
 
     async def send(self, order: dict[str, Any], *, wait: bool = False) -> httpx.Response:
         """POST an order as it is."""
@@ -100,6 +108,7 @@ class Exchange:
         self.pool = pool
         self.logs = logs
         self.client = httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30)
+        self.api = Client(self.url)
         self._commands = commands
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._traders: list[httpx.AsyncClient] = [self.client]
@@ -156,13 +165,13 @@ class Exchange:
 
     async def sign_in(self, email: str, password: str = PASSWORD) -> Trader:
         """A user who is registered already."""
-        answer = await self.client.post("/api/auth/login", json={"email": email, "password": password})
-        assert answer.status_code == 200, answer.text
-        headers = {"Authorization": f"Bearer {answer.json()['accessToken']}"}
+        return await self._trader(await sign_in(self.api, email, password))
+
+    async def _trader(self, session: Session) -> Trader:
+        headers = session.caller.headers("", "", b"")
         client = httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30, headers=headers)
         self._traders.append(client)
-        me = await client.get("/api/users/me")
-        return Trader(me.json()["userId"], client)
+        return Trader((await session.me()).user_id, client, session)
 
     async def admin(self) -> Trader:
         """The operator."""
@@ -170,25 +179,19 @@ class Exchange:
 
     async def trader(self, admin: Trader, deposit: str | None = None) -> Trader:
         """A new user, with money if told."""
-        email = f"{uuid.uuid4().hex}@example.com"
-        answer = await self.client.post("/api/users", json={"email": email, "password": PASSWORD})
-        assert answer.status_code == 200, answer.text
-        trader = await self.sign_in(email)
+        trader = await self._trader(await register(self.api, f"{uuid.uuid4().hex}@example.com", PASSWORD))
         if deposit is not None:
             await self.deposit(admin, trader, deposit)
         return trader
 
     async def deposit(self, admin: Trader, trader: Trader, amount: str) -> None:
         """Credit USDT."""
-        transfer = {"userId": trader.user_id, "asset": "USDT", "amount": amount, "reference": uuid.uuid4().hex}
-        answer = await admin.client.post("/api/ledger/deposits", json=transfer)
-        assert answer.status_code == 200, answer.text
+        await admin.operator.deposit(trader.user_id, "USDT", Decimal(amount), reference=uuid.uuid4().hex)
 
     async def hold_marks(self, admin: Trader) -> None:
         """Stop the simulated index at MARKS."""
         for name, price in MARKS.items():
-            answer = await admin.client.post(f"/api/admin/mark-price/{name}", json={"price": price})
-            assert answer.status_code == 200, answer.text
+            await admin.operator.hold_index(name, Decimal(price))
 
     async def until_settled(self, seconds: float = 10) -> None:
         """Returns when nothing moves: no saga is open, and every service has applied all that the engine did."""
@@ -208,14 +211,15 @@ class Exchange:
 
     async def audit(self, admin: Trader) -> None:
         """Fails unless every invariant of the ledger holds, with nothing in motion."""
-        report = await admin.get("/api/admin/ledger/audit")
-        assert report["ok"], report
-        assert not any(check["detail"] for check in report["checks"]), report
+        report = await admin.operator.audit()
+        assert report.ok, report
+        assert not any(check.detail for check in report.checks), report
 
     async def close(self) -> None:
         """End every process and connection."""
         for client in self._traders:
             await client.aclose()
+        await self.api.close()
         for name in list(self._children):
             self.kill(name)
 
