@@ -103,6 +103,10 @@ class Session:
         """One's account."""
         return await self._call("GET", "/api/users/me", User)
 
+    def operator(self) -> "Operator":
+        """The same session with the calls of operators; the exchange refuses them to others."""
+        return Operator(self.exchange, self.caller)
+
     async def logout(self) -> None:
         """End the session."""
         await self._call("POST", "/api/auth/logout", type(None), repeatable=False)

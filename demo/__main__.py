@@ -86,7 +86,7 @@ async def _sign_in_operator(exchange: client.Exchange, settings: Settings) -> cl
             f"{email} cannot sign in ({refusal}): set EXCHANGE_ADMIN_EMAIL and EXCHANGE_ADMIN_PASSWORD, or"
             " EXCHANGE_STATE_DIR to the folder of the running exchange"
         ) from None
-    return client.Operator(session.exchange, session.caller)
+    return session.operator()
 
 
 def _admin_password(settings: Settings) -> str:

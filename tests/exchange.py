@@ -50,7 +50,7 @@ class Trader:
     @property
     def operator(self) -> Operator:
         """What only operators may do."""
-        return Operator(self.session.exchange, self.session.caller)
+        return self.session.operator()
 
     async def send(self, order: dict[str, Any], *, wait: bool = False) -> httpx.Response:
         """POST an order as it is."""

@@ -1,6 +1,7 @@
 """The Python client against the real exchange."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from decimal import Decimal
 from typing import TypeVar
@@ -13,6 +14,7 @@ from client.models import AmendedOrder, Fill, Ticker
 from client.session import Login
 from client.streams import Chain
 from tests.exchange import BTC, PASSWORD, Exchange, Trader
+from tests.servers import ROOT
 from tests.waiting import until
 
 D = Decimal
@@ -214,3 +216,21 @@ async def test_streams_outlive_the_end_of_an_api_process(exchange: Exchange, ali
             assert (await anext(own)).channel == "auth"
     finally:
         exchange.api.patience = 0.0
+
+
+async def test_the_example_of_the_readme_runs(exchange: Exchange) -> None:
+    code = (ROOT / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    here = code.replace("http://127.0.0.1:8000", exchange.url)
+    assert here != code
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-u", "-c", here, cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    assert child.stdout is not None
+    try:
+        async with asyncio.timeout(20):
+            order, book = await child.stdout.readline(), await child.stdout.readline()
+    finally:
+        child.kill()
+        await child.wait()
+    assert order.startswith(b"Order(order_id=")
+    assert len(book.split()) == 2
