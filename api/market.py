@@ -68,13 +68,17 @@ class TickerResponse(ApiModel):
     next_funding_time: Timestamp | None
 
 
+# As a list: many a generator of clients cannot read the schema of a tuple.
+Level = Annotated[list[Amount], Field(min_length=2, max_length=2)]
+
+
 class DepthResponse(ApiModel):
     """[price, quantity] per level, best first, up to engine event `seq`."""
 
     instrument_id: str
     seq: int
-    bids: list[tuple[Amount, Amount]]
-    asks: list[tuple[Amount, Amount]]
+    bids: list[Level]
+    asks: list[Level]
 
 
 class TradeResponse(ApiModel):
