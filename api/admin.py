@@ -8,6 +8,7 @@ from activities.audit import run_audit
 from activities.matching import change_state
 from api.gateway import Admin
 from api.models import ApiModel, SafeText
+from api.openapi import problems
 from api.state import AppState, State
 from domain.clock import to_ms
 from domain.matching import TradingState
@@ -39,19 +40,19 @@ class InstrumentStateView(ApiModel):
     state: TradingState
 
 
-@router.post("/instruments/{instrument_id}/halt")
+@router.post("/instruments/{instrument_id}/halt", responses=problems("INSTRUMENT_NOT_FOUND"))
 async def halt(state: State, _: Admin, instrument_id: SafeText) -> InstrumentStateView:
     """Stop trading, marks and liquidations in an instrument."""
     return await _change_state(state, instrument_id, "HALTED")
 
 
-@router.post("/instruments/{instrument_id}/cancel-only")
+@router.post("/instruments/{instrument_id}/cancel-only", responses=problems("INSTRUMENT_NOT_FOUND"))
 async def cancel_only(state: State, _: Admin, instrument_id: SafeText) -> InstrumentStateView:
     """Take no new orders in an instrument."""
     return await _change_state(state, instrument_id, "CANCEL_ONLY")
 
 
-@router.post("/instruments/{instrument_id}/resume")
+@router.post("/instruments/{instrument_id}/resume", responses=problems("INSTRUMENT_NOT_FOUND"))
 async def resume(state: State, _: Admin, instrument_id: SafeText) -> InstrumentStateView:
     """Trade again."""
     return await _change_state(state, instrument_id, "TRADING")

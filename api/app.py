@@ -31,6 +31,7 @@ from api import (
 from api.gateway import Gateway
 from api.load import Load
 from api.metering import Meter
+from api.openapi import DocumentedApi, operation_id
 from api.problems import add_handlers
 from api.state import open_state
 from settings import Settings
@@ -57,14 +58,6 @@ ROUTERS: list[APIRouter] = [
     well_known.router,
     health.router,
 ]
-# What anybody may call. Every other route says in its signature (`User`, `Admin`, …) whom it is for.
-PUBLIC_PREFIXES = ("/api/market/", "/health/", "/.well-known/", "/metrics")
-PUBLIC_CALLS = {
-    ("/api/users", "post"),
-    ("/api/auth/login", "post"),
-    ("/api/auth/token/refresh", "post"),
-    ("/api/auth/password/renew", "post"),
-}
 _API_KEY_HEADERS = ["X-Api-Key", "X-Api-Timestamp", "X-Api-Recv-Window", "X-Api-Nonce", "X-Api-Signature"]
 
 
@@ -87,11 +80,12 @@ def create_app(settings: Settings) -> FastAPI:
         stop_tracing()
 
     start_tracing("api", settings.otlp_endpoint)
-    app = _Api(
+    app = DocumentedApi(
         title="Saga Exchange",
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=lifespan,
+        generate_unique_id_function=operation_id,
         # A span of every request costs more than most requests; figures are ours (api/metering.py).
         telemetry={
             "tracing": settings.otlp_endpoint is not None,
@@ -127,20 +121,6 @@ def _is_unobserved(scope: MutableMapping[str, Any]) -> bool:
     """Whether a request makes no trace: probes come every few seconds, sockets last for hours."""
     path: str = scope.get("path", "")
     return scope["type"] != "http" or path == "/metrics" or path.startswith("/health/")
-
-
-class _Api(FastAPI):
-    def openapi(self) -> dict[str, Any]:
-        """The document: `security` lists who may call, with the role that is needed; `[]` where that is anybody."""
-        if self.openapi_schema is None:
-            for path, calls in super().openapi()["paths"].items():
-                for method, call in calls.items():
-                    if path.startswith(PUBLIC_PREFIXES) or (path, method) in PUBLIC_CALLS:
-                        call.setdefault("security", [])
-                    elif {"internalToken": ["internal"]} in call.get("security", []):
-                        # The others are looked at only to tell a user, who is forbidden, from a stranger.
-                        call["security"] = [{"internalToken": ["internal"]}]
-        return super().openapi()
 
 
 def _listed(text: str) -> list[str]:

@@ -26,6 +26,7 @@ from activities.sessions import Session, good_sessions, new_session, open_sessio
 from api.addresses import Address, client_address
 from api.gateway import SignedIn, limit_sign_ins, require_internal
 from api.models import ApiModel, Page, Timestamp, UserId
+from api.openapi import problems
 from api.passwords import is_argon2id
 from api.state import AppState, State
 from api.throttle import LOCK_SECONDS, locked
@@ -130,7 +131,12 @@ def device_of(request: Request) -> Device:
 ClientDevice = Annotated[Device, Depends(device_of)]
 
 
-@router.post("/credentials", status_code=201, dependencies=[Depends(require_internal)])
+@router.post(
+    "/credentials",
+    status_code=201,
+    dependencies=[Depends(require_internal)],
+    responses=problems("NOT_FOUND"),
+)
 async def create(request: AuthCredentialCreateRequest, state: State) -> AuthCredentialResponse:
     """Create a user's credential (internal). A repeat answers with the one that exists, unchanged."""
     credential = await create_credential(state.pool, request.user_id, request.type, request.secret_hash)
@@ -141,7 +147,11 @@ async def create(request: AuthCredentialCreateRequest, state: State) -> AuthCred
     )
 
 
-@router.post("/login", dependencies=[Depends(limit_sign_ins)])
+@router.post(
+    "/login",
+    dependencies=[Depends(limit_sign_ins)],
+    responses=problems("INVALID_CREDENTIALS", "CREDENTIAL_LOCKED", "CREDENTIAL_EXPIRED"),
+)
 async def login(request: LoginRequest, device: ClientDevice, state: State, response: Response) -> TokenResponse:
     """Sign in; 401 for a wrong email or password, 403 when the credential is locked or has expired, and 429 while the
     account or the address must wait after failures."""
@@ -158,7 +168,7 @@ async def login(request: LoginRequest, device: ClientDevice, state: State, respo
     return _tokens(state, session, refresh_token, response, now)
 
 
-@router.post("/token/refresh")
+@router.post("/token/refresh", responses=problems("UNAUTHENTICATED"))
 async def refresh(request: RefreshRequest, state: State, response: Response) -> TokenResponse:
     """Exchange a refresh token for new tokens of the same session; one used before revokes the session."""
     now = datetime.now(UTC)
@@ -216,7 +226,7 @@ async def sessions(
     return Page(items=[_session_response(session, user) for session in found], next_cursor=next_cursor)
 
 
-@router.delete("/sessions/{session_id}", status_code=204)
+@router.delete("/sessions/{session_id}", status_code=204, responses=problems("NOT_FOUND"))
 async def delete_session(session_id: uuid.UUID, user: SignedIn, state: State) -> None:
     """End one of one's own sessions; its access token is refused and its sockets close at once."""
     if not await _end(state, user, str(session_id), "REVOKED_BY_USER"):

@@ -10,6 +10,7 @@ from activities.ledger import balance_view, transfer_external
 from activities.risk import read_budgets
 from api.gateway import Admin, ServedUserId, User
 from api.models import ApiModel, Page, SafeText, Timestamp, UserId
+from api.openapi import problems
 from api.orders import Cursor, Limit
 from api.state import AppState, State
 from domain.money import AMOUNT_STEP, plain
@@ -109,13 +110,13 @@ async def list_entries(
     return {"items": items, "nextCursor": str(rows[-1]["entry_id"]) if len(rows) == limit else None}
 
 
-@router.post("/deposits")
+@router.post("/deposits", responses=problems("NOT_FOUND"))
 async def deposit(state: State, _: Admin, transfer: Transfer) -> TransferView:
     """Credit a user, once per reference."""
     return await _transfer(state, "DEPOSIT", transfer, transfer.amount)
 
 
-@router.post("/withdrawals")
+@router.post("/withdrawals", responses=problems("NOT_FOUND", "INSUFFICIENT_FUNDS"))
 async def withdraw(state: State, _: Admin, transfer: Transfer) -> TransferView:
     """Debit what is available to a user, once per reference."""
     return await _transfer(state, "WITHDRAWAL", transfer, -transfer.amount)

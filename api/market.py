@@ -14,6 +14,7 @@ from activities.instruments import read_instruments
 from api.caching import CachedRoute
 from api.gateway import require_admin
 from api.models import Amount, ApiModel, Page, SafeText, Timestamp
+from api.openapi import problems
 from api.state import AppState, State
 from domain.instruments import Instrument
 from domain.money import plain
@@ -67,13 +68,17 @@ class TickerResponse(ApiModel):
     next_funding_time: Timestamp | None
 
 
+# As a list: many a generator of clients cannot read the schema of a tuple.
+Level = Annotated[list[Amount], Field(min_length=2, max_length=2)]
+
+
 class DepthResponse(ApiModel):
     """[price, quantity] per level, best first, up to engine event `seq`."""
 
     instrument_id: str
     seq: int
-    bids: list[tuple[Amount, Amount]]
-    asks: list[tuple[Amount, Amount]]
+    bids: list[Level]
+    asks: list[Level]
 
 
 class TradeResponse(ApiModel):
@@ -151,14 +156,14 @@ async def list_tickers(state: State) -> Response:
     return _page([_decode_snapshot(message).data for message in messages if message is not None])
 
 
-@router.get("/tickers/{instrumentId}", response_model=TickerResponse)
+@router.get("/tickers/{instrumentId}", response_model=TickerResponse, responses=problems("INSTRUMENT_NOT_FOUND"))
 async def get_ticker(state: State, instrument_id: InstrumentId) -> Response:
     """The latest prices and the last 24 hours."""
     snapshot = await _read(state, snapshot_key("tickers", instrument_id), instrument_id)
     return _json(bytes(_decode_snapshot(snapshot).data))
 
 
-@router.get("/depth/{instrumentId}", response_model=DepthResponse)
+@router.get("/depth/{instrumentId}", response_model=DepthResponse, responses=problems("INSTRUMENT_NOT_FOUND"))
 async def get_depth(
     state: State, instrument_id: InstrumentId, limit: Annotated[int, Query(ge=1, le=DEPTH_LIMIT_MAX)] = 100
 ) -> Response:
@@ -174,7 +179,7 @@ async def get_depth(
     return _json(msgspec.json.encode(depth))
 
 
-@router.get("/trades/{instrumentId}", response_model=Page[TradeResponse])
+@router.get("/trades/{instrumentId}", response_model=Page[TradeResponse], responses=problems("INSTRUMENT_NOT_FOUND"))
 async def list_trades(
     state: State, instrument_id: InstrumentId, limit: Annotated[int, Query(ge=1, le=TRADES_LIMIT_MAX)] = 100
 ) -> Response:
@@ -183,13 +188,15 @@ async def list_trades(
     return _page(_decode_items(snapshot.data)[-limit:][::-1])
 
 
-@router.get("/mark-price/{instrumentId}", response_model=MarkPriceResponse)
+@router.get("/mark-price/{instrumentId}", response_model=MarkPriceResponse, responses=problems("INSTRUMENT_NOT_FOUND"))
 async def get_mark_price(state: State, instrument_id: InstrumentId) -> Response:
     """The mark price and what it was made of."""
     return _json(await _read(state, mark_key(instrument_id), instrument_id))
 
 
-@admin_router.post("/mark-price/{instrumentId}", response_model=MarkPriceResponse)
+@admin_router.post(
+    "/mark-price/{instrumentId}", response_model=MarkPriceResponse, responses=problems("INSTRUMENT_NOT_FOUND")
+)
 async def hold_index(state: State, instrument_id: InstrumentId, request: HoldIndexRequest) -> Response:
     """Hold index and mark of an instrument exactly at a price, until released; answers when the mark stands there."""
     await _require_simulated(state, instrument_id)
@@ -202,7 +209,7 @@ async def hold_index(state: State, instrument_id: InstrumentId, request: HoldInd
         raise Problem("OVERLOADED", "The price is set, but the market process has not taken it yet") from None
 
 
-@admin_router.delete("/mark-price/{instrumentId}", status_code=204)
+@admin_router.delete("/mark-price/{instrumentId}", status_code=204, responses=problems("INSTRUMENT_NOT_FOUND"))
 async def release_index(state: State, instrument_id: InstrumentId) -> None:
     """Let the simulated index move again, from where it is held."""
     await _require_simulated(state, instrument_id)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from activities.instruments import read_instruments
 from api.models import Amount, ApiModel, Page, SafeText, Timestamp
+from api.openapi import problems
 from api.state import AppState, State
 from domain.clock import from_ms, to_ms
 from domain.periods import PERIODS_MS
@@ -93,7 +94,7 @@ class FundingRateResponse(ApiModel):
     source: str
 
 
-@router.get("/kline")
+@router.get("/kline", responses=problems("INSTRUMENT_NOT_FOUND"))
 async def list_klines(state: State, response: Response, query: Annotated[KlineQuery, Query()]) -> list[KlineResponse]:
     """Klines, oldest first, the open one included: the first `limit` from `startTime` on, else the newest."""
     rows = await state.pool.fetch(
@@ -111,7 +112,7 @@ async def list_klines(state: State, response: Response, query: Annotated[KlineQu
     return [_kline(row, PERIODS_MS[query.period]) for row in rows]
 
 
-@router.get("/funding-rates/{instrumentId}")
+@router.get("/funding-rates/{instrumentId}", responses=problems("INSTRUMENT_NOT_FOUND"))
 async def list_funding_rates(
     state: State,
     response: Response,

@@ -4,7 +4,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema, field_validator
 from pydantic.alias_generators import to_camel
 
 from domain.clock import iso
@@ -23,7 +23,12 @@ def storable(text: str) -> str:
 Timestamp = Annotated[datetime, PlainSerializer(iso, return_type=str)]
 Amount = Annotated[Decimal, Field(max_digits=38, decimal_places=18), PlainSerializer(plain, return_type=str)]
 # Ids of users are strings on the wire and integers inside.
-UserId = Annotated[int, Field(ge=1, lt=2**63), PlainSerializer(str, return_type=str)]
+UserId = Annotated[
+    int,
+    Field(ge=1, lt=2**63),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": "^[1-9][0-9]{0,18}$"}),
+]
 # For strings outside a body: path and query parameters.
 SafeText = Annotated[str, AfterValidator(storable)]
 

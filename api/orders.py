@@ -14,7 +14,8 @@ from activities.orders import OPEN_STATUSES, ORDER_COLUMNS, order_view
 from activities.positions import fill_view
 from api.gateway import User, require_internal
 from api.models import ApiModel, Page, SafeText, Timestamp
-from api.problems import invalid, problem_members
+from api.openapi import links, problems
+from api.problems import ProblemDocument, invalid, problem_members
 from api.state import AppState, State
 from domain.identity import Identity
 from domain.matching import OrderType
@@ -84,7 +85,15 @@ class OrderCreate(ApiModel):
 class OrderBatchCreate(ApiModel):
     """Up to 500 orders, taken in in this order; each is answered on its own."""
 
-    orders: Annotated[list[Any], Field(min_length=1, max_length=BATCH_ORDERS_MAX)]
+    # Checked one by one, so that a bad one refuses only itself.
+    orders: Annotated[
+        list[Any],
+        Field(
+            min_length=1,
+            max_length=BATCH_ORDERS_MAX,
+            json_schema_extra={"items": {"$ref": "#/components/schemas/OrderCreate"}},
+        ),
+    ]
 
 
 class OrderView(ApiModel):
@@ -111,6 +120,12 @@ class OrderView(ApiModel):
     is_liquidation: bool
     created_at: Timestamp
     updated_at: Timestamp
+
+
+class OrderBatchView(ApiModel):
+    """For each order of the batch, in the same order: the order, or the problem document that it alone would get."""
+
+    results: list[OrderView | ProblemDocument]
 
 
 class OrderAmend(ApiModel):
@@ -168,10 +183,27 @@ class FillView(ApiModel):
     executed_at: Timestamp
 
 
+_ORDER_RULES = (
+    "INSTRUMENT_NOT_TRADING",
+    "PRICE_NOT_ON_TICK",
+    "QUANTITY_NOT_ON_LOT",
+    "MIN_NOTIONAL",
+    "PRICE_OUT_OF_BAND",
+    "INSTRUMENT_NOT_FOUND",
+)
+_ORDER_LINKS = links(
+    orders_get_order=("order_id", "orderId"),
+    orders_amend_order=("order_id", "orderId"),
+    orders_cancel_order=("order_id", "orderId"),
+)
 Wait = Annotated[Literal["placed"] | None, Query(description="`placed`: answer after the engine did")]
 
 
-@router.post("/api/orders", response_model=OrderView)
+@router.post(
+    "/api/orders",
+    response_model=OrderView,
+    responses=_ORDER_LINKS | problems(*_ORDER_RULES, "DUPLICATE_CLIENT_ORDER_ID"),
+)
 async def place_order(state: State, user: User, order: OrderCreate, wait: Wait = None) -> Response:
     """Take an order in: PENDING at once, its saga follows."""
     checked = await state.desk.check(user.user_id, order.request())
@@ -181,7 +213,7 @@ async def place_order(state: State, user: User, order: OrderCreate, wait: Wait =
     return _json(answer)
 
 
-@router.post("/api/orders/batch")
+@router.post("/api/orders/batch", response_model=OrderBatchView)
 async def place_orders(state: State, user: User, batch: OrderBatchCreate, wait: Wait = None) -> Response:
     """Take up to 500 orders in; `results` has an order or a problem document for each, in the same order."""
     results = [await _checked(state, user, item) for item in batch.orders]
@@ -208,7 +240,7 @@ def _result(answer: dict[str, Any] | Exception) -> dict[str, Any]:
     return answer
 
 
-@router.get("/api/orders/{order_id}", response_model=OrderView)
+@router.get("/api/orders/{order_id}", response_model=OrderView, responses=problems("ORDER_NOT_FOUND"))
 async def get_order(state: State, user: User, order_id: OrderId) -> Response:
     """One of the caller's orders."""
     return _json(order_view(await _own_order(state, user, order_id)))
@@ -248,7 +280,11 @@ async def cancel_all_after(state: State, user: User, switch: DeadManSwitch) -> D
     return DeadManSwitchView(timeout_ms=switch.timeout_ms, cancel_at=cancel_at)
 
 
-@router.post("/api/orders/{order_id}/amend", response_model=AmendedOrderView)
+@router.post(
+    "/api/orders/{order_id}/amend",
+    response_model=AmendedOrderView,
+    responses=problems(*_ORDER_RULES, "ORDER_NOT_FOUND", "ORDER_NOT_AMENDABLE"),
+)
 async def amend_order(state: State, user: User, order_id: OrderId, change: OrderAmend, wait: Wait = None) -> Response:
     """Change the price or the quantity of one of the caller's open orders that have a limit.
 
@@ -260,13 +296,13 @@ async def amend_order(state: State, user: User, order_id: OrderId, change: Order
     )
 
 
-@router.delete("/api/orders/{order_id}")
+@router.delete("/api/orders/{order_id}", responses=problems("ORDER_NOT_FOUND", "ORDER_NOT_CANCELLABLE"))
 async def cancel_order(state: State, user: User, order_id: OrderId) -> CancelView:
     """Request the cancellation of one of the caller's orders."""
     return await _cancel(state, await _own_order(state, user, order_id))
 
 
-@router.delete("/api/orders")
+@router.delete("/api/orders", responses=problems("INSTRUMENT_NOT_FOUND"))
 async def cancel_orders(
     state: State, user: User, instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None
 ) -> Page[CancelView]:
@@ -290,7 +326,11 @@ class MatchingCancel(ApiModel):
     order_id: Annotated[int, Field(ge=1, le=ID_MAX)]
 
 
-@router.post("/api/matching/cancel", dependencies=[Depends(require_internal)])
+@router.post(
+    "/api/matching/cancel",
+    dependencies=[Depends(require_internal)],
+    responses=problems("ORDER_NOT_FOUND", "ORDER_NOT_CANCELLABLE"),
+)
 async def cancel_any_order(state: State, cancel: MatchingCancel) -> CancelView:
     """Request the cancellation of anybody's order; for the exchange's own services."""
     row = await state.pool.fetchrow(f"SELECT {ORDER_COLUMNS} FROM orders.orders WHERE order_id = $1", cancel.order_id)

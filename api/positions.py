@@ -15,6 +15,7 @@ from activities.positions import position_view
 from activities.risk import set_margin_mode
 from api.gateway import ServedUserId, User
 from api.models import ApiModel, SafeText
+from api.openapi import problems
 from api.state import AppState, State
 from clients import OPERATIONS_QUEUE
 from domain.margin_changes import MARGIN_CHANGE, MarginChange
@@ -128,7 +129,7 @@ async def _positions(state: AppState, user_id: int, instrument_id: str | None = 
     ]
 
 
-@router.put("/{instrument_id}/leverage")
+@router.put("/{instrument_id}/leverage", responses=problems("INSTRUMENT_NOT_FOUND", *REFUSALS))
 async def change_leverage(state: State, user: User, instrument_id: SafeText, change: LeverageChange) -> LeverageView:
     """Set the leverage for an instrument. Open orders and the position are backed anew: lower leverage takes more
     margin at once (400 INSUFFICIENT_MARGIN when there is not enough), higher leverage releases what need not stay."""
@@ -138,7 +139,11 @@ async def change_leverage(state: State, user: User, instrument_id: SafeText, cha
     return LeverageView(instrument_id=instrument_id, leverage=change.leverage)
 
 
-@router.post("/{instrument_id}/margin", response_model=PositionView)
+@router.post(
+    "/{instrument_id}/margin",
+    response_model=PositionView,
+    responses=problems("INSTRUMENT_NOT_FOUND", *REFUSALS),
+)
 async def change_margin(state: State, user: User, instrument_id: SafeText, change: MarginAmount) -> dict[str, Any]:
     """Put money behind a position (`amount` above 0) or take some back (below 0), as far as the position can do
     without: 400 INSUFFICIENT_MARGIN otherwise. Answers the position."""
@@ -148,7 +153,7 @@ async def change_margin(state: State, user: User, instrument_id: SafeText, chang
     return position
 
 
-@router.put("/{instrument_id}/margin-mode")
+@router.put("/{instrument_id}/margin-mode", responses=problems("INSTRUMENT_NOT_FOUND", "MARGIN_MODE_NOT_CHANGEABLE"))
 async def change_margin_mode(state: State, user: User, instrument_id: SafeText, change: ModeChange) -> ModeView:
     """ISOLATED: only its own margin stands behind a position. CROSS: all of the user's money in that asset does.
     400 MARGIN_MODE_NOT_CHANGEABLE while there is a position or an open order."""

@@ -9,6 +9,7 @@ import redis.exceptions
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from temporalio.service import RPCError, RPCStatusCode
 
@@ -44,6 +45,27 @@ _OUTAGES: tuple[type[Exception], ...] = (
     OSError,
 )
 _TEMPORAL_OUTAGES = {RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.RESOURCE_EXHAUSTED}
+
+
+class FieldError(BaseModel):
+    """What is wrong in one place of a request."""
+
+    field: str
+    message: str
+
+
+class ProblemDocument(BaseModel):
+    """Why a request was not served (RFC 9457). `code` is stable; `detail` is for people; `errors` come with
+    VALIDATION_FAILED and say what is wrong where. Some codes have more members."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str = Field(json_schema_extra={"enum": [*sorted(HTTP_STATUS)]})
+    errors: list[FieldError] | None = None
 
 
 def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:

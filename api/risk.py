@@ -8,6 +8,7 @@ from pydantic import Field
 from activities.risk import pre_check
 from api.gateway import Caller, require_may_act_for
 from api.models import ApiModel, UserId
+from api.openapi import problems
 from api.orders import Price, Quantity
 from api.state import State
 from domain.matching import OrderType
@@ -39,7 +40,7 @@ class PreCheckView(ApiModel):
     reason: str | None
 
 
-@router.post("/pre-check")
+@router.post("/pre-check", responses=problems("INSTRUMENT_NOT_FOUND"))
 async def check_order(state: State, caller: Caller, check: PreCheck) -> PreCheckView:
     """What placement would say of this order now; nothing is reserved. Users ask for themselves."""
     user_id = check.user_id or caller.user_id

@@ -14,6 +14,7 @@ from activities.sagas import USER_ID
 from activities.users import find_account, prepare_registration, require_email_free
 from api.gateway import User, limit_sign_ins
 from api.models import ApiModel, Timestamp, UserId
+from api.openapi import problems
 from api.state import AppState, State
 from clients import OPERATIONS_QUEUE
 from domain.identity import (
@@ -56,7 +57,7 @@ class UserResponse(ApiModel):
     created_at: Timestamp
 
 
-@router.post("", dependencies=[Depends(limit_sign_ins)])
+@router.post("", dependencies=[Depends(limit_sign_ins)], responses=problems("EMAIL_ALREADY_EXISTS"))
 async def register(request: UserRegisterRequest, state: State) -> UserResponse:
     """Register a user; 400 when the email is taken, 500 when the credential could not be created in time."""
     await require_email_free(state.pool, request.email)
@@ -66,7 +67,7 @@ async def register(request: UserRegisterRequest, state: State) -> UserResponse:
     return await _account(state, user_id)
 
 
-@router.get("/me")
+@router.get("/me", responses=problems("NOT_FOUND"))
 async def me(user: User, state: State) -> UserResponse:
     """One's own account."""
     return await _account(state, user.user_id)

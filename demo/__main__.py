@@ -12,15 +12,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from demo.exchange import Account, DemoError, Exchange, Refused
+import client
 from demo.generator import BTCUSDT_20240808, generate
 from demo.messages import Message, RecordingError, Steps, read_recording
 from demo.screen import show, show_summary
-from demo.session import Pace, Session, read_steps
+from demo.session import DemoError, Pace, Session, read_steps
 from demo.tally import Tally
 from settings import Settings
 
 RECORDING = Path(__file__).resolve().parents[2] / "shared" / "data" / "btcusdt_20240808.gz"
+EXPECTED = (DemoError, RecordingError, client.ExchangeError)
+# For so long a restart of the exchange is waited for.
+PATIENCE_SECONDS = 30.0
 # A generated market has no end of its own: this is how long the recording is.
 GENERATED_SECONDS = 345.0
 
@@ -31,11 +34,11 @@ def main() -> int:
     options = _options(settings)
     try:
         return asyncio.run(_run(options, settings))
-    except (DemoError, RecordingError) as error:
+    except EXPECTED as error:
         return _complain(str(error))
     except ExceptionGroup as group:
         # Of tasks that fail together the first one says what was wrong.
-        expected, others = group.split((DemoError, RecordingError))
+        expected, others = group.split(EXPECTED)
         if others is not None or expected is None:
             raise
         return _complain(str(_first(expected)))
@@ -43,13 +46,15 @@ def main() -> int:
 
 async def _run(options: argparse.Namespace, settings: Settings) -> int:
     console, tally, stop = Console(), Tally(), _stop_on_signals()
-    exchange = Exchange(options.url, lambda code: tally.refusals.update([code]))
+    exchange = client.Exchange(
+        options.url, patience=PATIENCE_SECONDS, on_busy=lambda code: tally.refusals.update([code])
+    )
     try:
-        await exchange.require_ready()
-        admin = await _sign_in_admin(exchange, settings)
+        await _require_ready(exchange)
+        operator = await _sign_in_operator(exchange, settings)
         steps = await read_steps(exchange)
         messages, source, seconds = _market(options, steps)
-        session = Session(exchange, admin, steps, messages, tally)
+        session = Session(exchange, operator, steps, messages, tally)
         console.print(f"Replaying {source} at speed {options.speed:g} on {exchange.url}", soft_wrap=True)
         showing = asyncio.create_task(show(console, tally, steps))
         try:
@@ -63,16 +68,25 @@ async def _run(options: argparse.Namespace, settings: Settings) -> int:
     return 0 if outcome.is_clean and tally.trades else 1
 
 
-async def _sign_in_admin(exchange: Exchange, settings: Settings) -> Account:
-    admin = Account(settings.admin_email, _admin_password(settings))
+async def _require_ready(exchange: client.Exchange) -> None:
+    hint = f"No exchange is ready at {exchange.url}: start it with `make run`, or name another with --url"
     try:
-        await exchange.sign_in(admin)
-    except Refused as refusal:
+        if not await exchange.is_ready():
+            raise DemoError(hint)
+    except client.UnavailableError as error:
+        raise DemoError(f"{hint} ({error})") from None
+
+
+async def _sign_in_operator(exchange: client.Exchange, settings: Settings) -> client.Operator:
+    email = settings.admin_email
+    try:
+        session = await client.sign_in(exchange, email, _admin_password(settings))
+    except client.Refused as refusal:
         raise DemoError(
-            f"{admin.email} cannot sign in ({refusal}): set EXCHANGE_ADMIN_EMAIL and EXCHANGE_ADMIN_PASSWORD, or"
+            f"{email} cannot sign in ({refusal}): set EXCHANGE_ADMIN_EMAIL and EXCHANGE_ADMIN_PASSWORD, or"
             " EXCHANGE_STATE_DIR to the folder of the running exchange"
         ) from None
-    return admin
+    return session.operator()
 
 
 def _admin_password(settings: Settings) -> str:

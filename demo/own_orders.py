@@ -1,17 +1,16 @@
 """What the exchange has made of our orders, as its answers and messages say."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal
 
+import client
 from demo.messages import Side, Steps
 from demo.quoting import Quote
 from demo.tally import Tally
 
 Role = Literal["MAKER", "TAKER"]
-FINAL_STATUSES = frozenset({"FILLED", "CANCELLED", "EXPIRED", "FAILED", "REJECTED"})
 REFUSED_STATUSES = frozenset({"FAILED", "REJECTED"})
 
 
@@ -46,35 +45,34 @@ class OwnOrders:
         """Remember an order that is about to be sent."""
         self._open[order.client_id] = order
 
-    def answer(self, client_id: str, result: Mapping[str, Any]) -> None:
-        """Take in the answer to an order: an order, or a problem document; a repeated order is the first one."""
+    def answer(self, client_id: str, result: client.Order | client.Refused) -> None:
+        """Take in the answer to an order: an order, or why not; a repeated order is the first one."""
         order = self._open.get(client_id)
-        view = result.get("order", result)
+        view = result.order if isinstance(result, client.Refused) else result
         if order is None:
             return
-        if "orderId" in view:
-            order.order_id = view["orderId"]
-        else:
-            self._tally.refusals[str(result.get("code"))] += 1
+        if view is not None:
+            order.order_id = view.order_id
+        elif isinstance(result, client.Refused):
+            self._tally.refusals[result.code] += 1
             self._end(order)
 
-    def hear(self, view: Mapping[str, Any], now: float) -> None:
+    def hear(self, view: client.Order, now: float) -> None:
         """Take in the state of an order. Orders that are over or not ours change nothing."""
-        order = self._open.get(view["clientOrderId"] or "")
+        order = self._open.get(view.client_order_id or "")
         if order is None:
             return
-        order.order_id = view["orderId"]
-        filled = self._steps.lots(Decimal(view["filledQuantity"]))
+        order.order_id = view.order_id
+        filled = self._steps.lots(view.filled_quantity)
         if order.role == "TAKER":
             self._tally.ours.volume += filled - order.filled
         order.filled = filled
-        status = view["status"]
-        if status in REFUSED_STATUSES:
-            self._tally.refusals[str(view["failureReason"])] += 1
-        elif not order.is_heard and status in ("PLACED", "PARTIALLY_FILLED", "FILLED"):
+        if view.status in REFUSED_STATUSES:
+            self._tally.refusals[str(view.failure_reason)] += 1
+        elif not order.is_heard and view.status in ("PLACED", "PARTIALLY_FILLED", "FILLED"):
             order.is_heard = True
             (self._tally.placed if order.role == "MAKER" else self._tally.filled).add(now - order.sent_at)
-        if status in FINAL_STATUSES:
+        if view.is_final:
             self._end(order)
         self._changed.set()
 

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -67,8 +66,8 @@ def comparison(tally: Tally, steps: Steps) -> Rows:
 
 
 def _audit(outcome: Outcome) -> Rows:
-    checks: list[dict[str, Any]] = outcome.audit["checks"]
-    failing = [(check["name"], f"FAILED: {check['detail']}") for check in checks if not check["ok"]]
+    checks = outcome.audit.checks
+    failing = [(check.name, f"FAILED: {check.detail}") for check in checks if not check.ok]
     verdict = f"OK, {len(checks)} checks" if outcome.is_clean else f"FAILED, {len(failing)} of {len(checks)} checks"
     left = [("still open", f"{outcome.open_orders} orders")] if outcome.open_orders else []
     return [*left, ("audit", verdict), *failing]

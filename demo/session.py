@@ -6,10 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from decimal import Decimal
-from typing import Any
 
-from demo.exchange import Account, DemoError, Exchange, Refused
+import client
+from client.models import Audit
 from demo.messages import Message, Side, Steps, Trade
 from demo.own_orders import OwnOrders
 from demo.quoting import plan_refresh, target_levels
@@ -30,6 +29,10 @@ EXTRA_TURNS = 5
 SETTLING_SECONDS = 30.0
 
 
+class DemoError(Exception):
+    """The demo cannot go on; the message says why in one line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pace:
     """How fast and long: recorded seconds per second, recorded seconds to play (0: all), levels per side to quote."""
@@ -45,32 +48,38 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended; the audit is as the exchange answers it."""
+    """How a run ended."""
 
-    audit: dict[str, Any]
+    audit: Audit
     open_orders: int
 
     @property
     def is_clean(self) -> bool:
         """Whether every check of the audit holds."""
-        return bool(self.audit["ok"])
+        return self.audit.ok
 
 
-async def read_steps(exchange: Exchange) -> Steps:
+async def read_steps(exchange: client.Exchange) -> Steps:
     """The steps of the instrument. Raises DemoError when it cannot be traded."""
-    listed = (await exchange.call("GET", "/api/market/instruments"))["items"]
-    found = next((item for item in listed if item["instrumentId"] == INSTRUMENT), None)
-    if found is None or found["state"] != "TRADING":
+    found = next((item for item in await exchange.instruments() if item.instrument_id == INSTRUMENT), None)
+    if found is None or found.state != "TRADING":
         raise DemoError(f"{INSTRUMENT} is not traded there now")
-    return Steps(Decimal(found["tickSize"]), Decimal(found["lotSize"]))
+    return Steps(found.tick_size, found.lot_size)
 
 
 class Session:
     """Runs against `exchange`; `tally` always shows where it stands."""
 
-    def __init__(self, exchange: Exchange, admin: Account, steps: Steps, messages: Iterator[Message], tally: Tally):
+    def __init__(
+        self,
+        exchange: client.Exchange,
+        operator: client.Operator,
+        steps: Steps,
+        messages: Iterator[Message],
+        tally: Tally,
+    ) -> None:
         self._exchange = exchange
-        self._admin = admin
+        self._operator = operator
         self._steps = steps
         self._replay = Replay(messages)
         self._tally = tally
@@ -80,7 +89,7 @@ class Session:
 
     async def run(self, pace: Pace, stop: asyncio.Event) -> Outcome:
         """Play until the end or until `stop` is set; withdraw and audit. Raises DemoError."""
-        await self._traders.create(self._admin)
+        await self._traders.create(self._operator)
         async with asyncio.TaskGroup() as tasks:
             helpers = [tasks.create_task(self._traders.listen()), tasks.create_task(self._watch_ticker())]
             await self._traders.until_listening()
@@ -95,8 +104,7 @@ class Session:
                 for helper in helpers:
                     helper.cancel()
         await self._read_ticker()
-        audit = await self._exchange.call("GET", "/api/admin/ledger/audit", self._admin)
-        return Outcome(audit, still_open)
+        return Outcome(await self._operator.audit(), still_open)
 
     async def _play(self, pace: Pace, stop: asyncio.Event) -> None:
         start = time.monotonic()
@@ -180,10 +188,9 @@ class Session:
         book = self._replay.book
         if book.ready:
             price = (book.best_bid + book.best_ask) // 2 * self._steps.tick
-            body = {"price": f"{price:f}"}
             try:
-                await self._exchange.call("POST", f"/api/admin/mark-price/{INSTRUMENT}", self._admin, json=body)
-            except Refused as refusal:
+                await self._operator.hold_index(INSTRUMENT, price)
+            except client.Refused as refusal:
                 raise DemoError(f"The mark price cannot be set to the replayed market's: {refusal}") from None
 
     async def _watch_ticker(self) -> None:
@@ -192,17 +199,17 @@ class Session:
             await asyncio.sleep(TICKER_SECONDS)
 
     async def _read_ticker(self) -> None:
-        ticker = await self._exchange.call("GET", f"/api/market/tickers/{INSTRUMENT}")
+        ticker = await self._exchange.ticker(INSTRUMENT)
         market: Market = self._tally.ours
         market.bid, market.ask, market.last = (
-            None if ticker[name] is None else self._steps.ticks(Decimal(ticker[name]))
-            for name in ("bestBid", "bestAsk", "lastPrice")
+            None if price is None else self._steps.ticks(price)
+            for price in (ticker.best_bid, ticker.best_ask, ticker.last_price)
         )
 
     async def _withdraw(self) -> int:
         """Cancel all quotes, let the mark price go, wait until all is settled; the number of orders still open."""
         await self._traders.cancel_all()
-        await self._exchange.call("DELETE", f"/api/admin/mark-price/{INSTRUMENT}", self._admin)
+        await self._operator.release_index(INSTRUMENT)
         end = time.monotonic() + SETTLING_SECONDS
         await self._orders.until(lambda: not self._orders.quotes(), SETTLING_SECONDS)
         while still_open := await self._traders.count_open():

@@ -6,9 +6,9 @@ import secrets
 import time
 from collections.abc import Iterable
 from decimal import Decimal
-from typing import Any
 
-from demo.exchange import Account, Exchange, Refused
+import client
+from client.models import OPEN_STATUSES, TimeInForce
 from demo.messages import Side, Steps
 from demo.own_orders import Order, OwnOrders, Role
 from demo.tally import Tally
@@ -18,7 +18,6 @@ ASSET = "USDT"
 MAKERS = 4
 TAKERS = 8
 DEPOSIT = Decimal(100_000_000)
-OPEN_STATUSES = ("PENDING", "ACCEPTED", "PLACED", "PARTIALLY_FILLED", "CANCEL_REQUESTED")
 # Any answer to a cancellation but these is worth a second try.
 CANNOT_CANCEL = ("ORDER_NOT_CANCELLABLE", "ORDER_NOT_FOUND")
 
@@ -26,30 +25,31 @@ CANNOT_CANCEL = ("ORDER_NOT_CANCELLABLE", "ORDER_NOT_FOUND")
 class Traders:
     """Accounts 0 to MAKERS - 1 quote, the rest take."""
 
-    def __init__(self, exchange: Exchange, orders: OwnOrders, steps: Steps, tally: Tally) -> None:
+    def __init__(self, exchange: client.Exchange, orders: OwnOrders, steps: Steps, tally: Tally) -> None:
         self._exchange = exchange
         self._orders = orders
         self._steps = steps
         self._tally = tally
         self._run = secrets.token_hex(4)
         self._numbers = itertools.count(1)
-        self._accounts = [Account(self._email(number), secrets.token_urlsafe(18)) for number in range(MAKERS + TAKERS)]
+        self._sessions: list[client.Session] = []
         self._makers = itertools.cycle(range(MAKERS))
         self._takers = itertools.cycle(range(MAKERS, MAKERS + TAKERS))
         self._deaf = set(range(MAKERS + TAKERS))
         self._all_listen = asyncio.Event()
 
-    async def create(self, admin: Account) -> None:
+    async def create(self, operator: client.Operator) -> None:
         """Register all and fund them."""
-        for account in self._accounts:
-            await self._exchange.register(account)
-            deposit = {"userId": account.user_id, "asset": ASSET, "amount": f"{DEPOSIT:f}", "reference": account.email}
-            await self._exchange.call("POST", "/api/ledger/deposits", admin, json=deposit)
+        for number in range(MAKERS + TAKERS):
+            email = self._email(number)
+            session = await client.register(self._exchange, email, secrets.token_urlsafe(18))
+            await operator.deposit((await session.me()).user_id, ASSET, DEPOSIT, reference=email)
+            self._sessions.append(session)
 
     async def listen(self) -> None:
         """Take in all traders' messages until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for number in range(len(self._accounts)):
+            for number in range(len(self._sessions)):
                 tasks.create_task(self._listen(number))
 
     async def until_listening(self) -> None:
@@ -72,24 +72,19 @@ class Traders:
 
     async def cancel_all(self) -> None:
         """Ask for the end of all orders of the makers."""
-        path = f"/api/orders?instrumentId={INSTRUMENT}"
-        await asyncio.gather(*(self._exchange.call("DELETE", path, account) for account in self._accounts[:MAKERS]))
+        await asyncio.gather(*(session.cancel_all(INSTRUMENT) for session in self._sessions[:MAKERS]))
 
     async def count_open(self) -> int:
-        """Orders that are open, as the exchange lists them (up to 500 per trader and status)."""
-        queries = [
-            self._exchange.call("GET", "/api/orders", account, params={"status": status, "limit": "500"})
-            for account in self._accounts
-            for status in OPEN_STATUSES
-        ]
-        return sum([len((await query)["items"]) for query in queries])
+        """Orders that are open, as the exchange lists them."""
+        listed = [session.orders(status=status) for session in self._sessions for status in OPEN_STATUSES]
+        return sum([1 for orders in listed async for _ in orders])
 
     def _email(self, number: int) -> str:
         name = f"maker-{number + 1}" if number < MAKERS else f"taker-{number - MAKERS + 1}"
         return f"demo-{self._run}-{name}@demo.example"
 
     async def _place(
-        self, number: int, role: Role, time_in_force: str, wanted: Iterable[tuple[Side, int, int]]
+        self, number: int, role: Role, time_in_force: TimeInForce, wanted: Iterable[tuple[Side, int, int]]
     ) -> list[Order]:
         sent_at = time.monotonic()
         orders = [Order(f"{self._run}-{next(self._numbers)}", number, role, *order, sent_at) for order in wanted]
@@ -97,10 +92,9 @@ class Traders:
             return orders
         for order in orders:
             self._orders.send(order)
-        body = {"orders": [self._document(order, time_in_force) for order in orders]}
-        results = await self._exchange.call("POST", "/api/orders/batch", self._accounts[number], json=body)
+        results = await self._sessions[number].place_all([self._new_order(order, time_in_force) for order in orders])
         self._tally.answered.add(time.monotonic() - sent_at)
-        for order, result in zip(orders, results["results"], strict=True):
+        for order, result in zip(orders, results, strict=True):
             self._orders.answer(order.client_id, result)
         return orders
 
@@ -110,31 +104,29 @@ class Traders:
         order.is_leaving = True
         self._tally.cancels += 1
         try:
-            await self._exchange.call("DELETE", f"/api/orders/{order.order_id}", self._accounts[order.account])
-        except Refused as refusal:
+            await self._sessions[order.account].cancel(order.order_id)
+        except client.Refused as refusal:
             if refusal.code not in CANNOT_CANCEL:
                 raise
 
-    def _document(self, order: Order, time_in_force: str) -> dict[str, str]:
-        return {
-            "instrumentId": INSTRUMENT,
-            "side": order.side,
-            "type": "LIMIT",
-            "price": f"{order.price * self._steps.tick:f}",
-            "quantity": f"{order.lots * self._steps.lot:f}",
-            "timeInForce": time_in_force,
-            "stpMode": "EXPIRE_TAKER",
-            "clientOrderId": order.client_id,
-        }
+    def _new_order(self, order: Order, time_in_force: TimeInForce) -> client.NewOrder:
+        return client.NewOrder(
+            instrument_id=INSTRUMENT,
+            side=order.side,
+            type="LIMIT",
+            price=order.price * self._steps.tick,
+            quantity=order.lots * self._steps.lot,
+            time_in_force=time_in_force,
+            client_order_id=order.client_id,
+        )
 
     async def _listen(self, number: int) -> None:
-        async for message in self._exchange.user_messages(self._accounts[number]):
-            data: dict[str, Any] = message["data"]
-            if message["channel"] == "order":
-                self._orders.hear(data, time.monotonic())
-            elif message["channel"] == "fill" and data["role"] == "TAKER":
-                self._tally.trades += 1
-            elif message["channel"] == "auth":
+        async for message in client.user_messages(self._sessions[number]):
+            if message.channel == "order":
+                self._orders.hear(message.as_order(), time.monotonic())
+            elif message.channel == "fill":
+                self._tally.trades += message.as_fill().role == "TAKER"
+            elif message.channel == "auth":
                 self._deaf.discard(number)
                 if not self._deaf:
                     self._all_listen.set()
@@ -144,5 +136,5 @@ class Traders:
         """Look up what the socket may have missed while it was away."""
         for order in self._orders.of_account(number):
             if order.order_id is not None:
-                view = await self._exchange.call("GET", f"/api/orders/{order.order_id}", self._accounts[number])
+                view = await self._sessions[number].order(order.order_id)
                 self._orders.hear(view, time.monotonic())

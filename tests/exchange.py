@@ -5,7 +5,7 @@ can be killed and started again. Only Postgres is the test run's, with a databas
 import os
 import subprocess
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +20,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from activities.sessions import new_session, open_session
 from api.bootstrap import bootstrap
 from api.tokens import AccessTokens, load_private_key
+from client import Exchange as Client
+from client import Operator, Session, register, sign_in
 from clients import open_redis
 from domain.identity import Identity
 from settings import Settings
@@ -47,6 +49,12 @@ class Trader:
 
     user_id: str
     client: httpx.AsyncClient
+    session: Session
+
+    @property
+    def operator(self) -> Operator:
+        """What only operators may do."""
+        return self.session.operator()
 
     async def send(self, order: dict[str, Any], *, wait: bool = False) -> httpx.Response:
         """POST an order as it is."""
@@ -96,6 +104,21 @@ class Trader:
         return found
 
 
+@dataclass(frozen=True)
+class _Token:
+    """A caller with an access token and nothing else."""
+
+    token: str
+
+    def headers(self, method: str, target: str, body: bytes) -> Mapping[str, str]:
+        """See `client.exchange.Caller`."""
+        return {"Authorization": f"Bearer {self.token}"}
+
+    async def renew(self, refused_headers: Mapping[str, str]) -> bool:
+        """There is nothing to renew it with."""
+        return False
+
+
 class Exchange:
     """The processes of one exchange by name: temporal, engine, worker, market, api."""
 
@@ -104,6 +127,7 @@ class Exchange:
         self.pool = pool
         self.logs = logs
         self.client = self._client()
+        self.api = Client(self.url)
         self._commands = commands
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._traders: list[httpx.AsyncClient] = [self.client]
@@ -164,18 +188,18 @@ class Exchange:
 
     async def sign_in(self, email: str, password: str = PASSWORD) -> Trader:
         """A user who is registered already."""
-        answer = await self.client.post("/api/auth/login", json={"email": email, "password": password})
-        assert answer.status_code == 200, answer.text
-        client = self._signed_in(answer.json()["accessToken"])
-        me = await client.get("/api/users/me")
-        return Trader(me.json()["userId"], client)
+        return await self._trader(await sign_in(self.api, email, password))
 
-    def _signed_in(self, token: str) -> httpx.AsyncClient:
-        client = self._client({"Authorization": f"Bearer {token}"})
+    async def _trader(self, session: Session) -> Trader:
+        client = self._signed_in(session.caller.headers("", "", b""))
+        return Trader((await session.me()).user_id, client, session)
+
+    def _signed_in(self, headers: Mapping[str, str]) -> httpx.AsyncClient:
+        client = self._client(headers)
         self._traders.append(client)
         return client
 
-    def _client(self, headers: dict[str, str] | None = None) -> httpx.AsyncClient:
+    def _client(self, headers: Mapping[str, str] | None = None) -> httpx.AsyncClient:
         # Connections are given up before the api gives them up, and no certificates are loaded for plain HTTP.
         limits = httpx.Limits(keepalive_expiry=2)
         return httpx.AsyncClient(
@@ -197,7 +221,9 @@ class Exchange:
                 session = new_session(user_id, roles, None, None, now)
                 await open_session(conn, redis, session, "")
                 token = tokens.issue(Identity(user_id, frozenset(roles), session.session_id), now)
-                traders.append(Trader(str(user_id), self._signed_in(token)))
+                caller = _Token(token)
+                client = self._signed_in(caller.headers("", "", b""))
+                traders.append(Trader(str(user_id), client, Session(self.api, caller)))
         return traders
 
     async def admin(self) -> Trader:
@@ -206,25 +232,19 @@ class Exchange:
 
     async def trader(self, admin: Trader, deposit: str | None = None) -> Trader:
         """A new user, with money if told."""
-        email = f"{uuid.uuid4().hex}@example.com"
-        answer = await self.client.post("/api/users", json={"email": email, "password": PASSWORD})
-        assert answer.status_code == 200, answer.text
-        trader = await self.sign_in(email)
+        trader = await self._trader(await register(self.api, f"{uuid.uuid4().hex}@example.com", PASSWORD))
         if deposit is not None:
             await self.deposit(admin, trader, deposit)
         return trader
 
     async def deposit(self, admin: Trader, trader: Trader, amount: str) -> None:
         """Credit USDT."""
-        transfer = {"userId": trader.user_id, "asset": "USDT", "amount": amount, "reference": uuid.uuid4().hex}
-        answer = await admin.client.post("/api/ledger/deposits", json=transfer)
-        assert answer.status_code == 200, answer.text
+        await admin.operator.deposit(trader.user_id, "USDT", Decimal(amount), reference=uuid.uuid4().hex)
 
     async def hold_marks(self, admin: Trader) -> None:
         """Stop the simulated index at MARKS."""
         for name, price in MARKS.items():
-            answer = await admin.client.post(f"/api/admin/mark-price/{name}", json={"price": price})
-            assert answer.status_code == 200, answer.text
+            await admin.operator.hold_index(name, Decimal(price))
 
     async def until_settled(self, seconds: float = 10) -> None:
         """Returns when nothing moves: no saga is open, and every service has applied all that the engine did."""
@@ -244,14 +264,15 @@ class Exchange:
 
     async def audit(self, admin: Trader) -> None:
         """Fails unless every invariant of the ledger holds, with nothing in motion."""
-        report = await admin.get("/api/admin/ledger/audit")
-        assert report["ok"], report
-        assert not any(check["detail"] for check in report["checks"]), report
+        report = await admin.operator.audit()
+        assert report.ok, report
+        assert not any(check.detail for check in report.checks), report
 
     async def close(self) -> None:
         """End every process and connection."""
         for client in self._traders:
             await client.aclose()
+        await self.api.close()
         for name in list(self._children):
             self.kill(name)
 

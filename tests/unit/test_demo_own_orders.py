@@ -2,20 +2,27 @@
 
 import asyncio
 from decimal import Decimal
-from typing import Any
 
 import pytest
+from msgspec import convert
 
+from api.examples import BODIES
+from client import Order, Refused
 from demo.messages import Steps
-from demo.own_orders import Order, OwnOrders
+from demo.own_orders import Order as OwnOrder
+from demo.own_orders import OwnOrders
 from demo.quoting import Quote
 from demo.tally import Latencies, Tally
 
 STEPS = Steps(Decimal("0.1"), Decimal("0.001"))
 
 
-def view(client_id: str, status: str, filled: str = "0", reason: str | None = None) -> dict[str, Any]:
-    return {
+def view(client_id: str | None, status: str, filled: str = "0", reason: str | None = None) -> Order:
+    return convert(document(client_id, status, filled, reason), Order)
+
+
+def document(client_id: str | None, status: str, filled: str = "0", reason: str | None = None) -> dict[str, object]:
+    return dict(BODIES["OrderView"]) | {
         "orderId": 7,
         "clientOrderId": client_id,
         "status": status,
@@ -32,8 +39,8 @@ def tally() -> Tally:
 @pytest.fixture
 def orders(tally: Tally) -> OwnOrders:
     tracked = OwnOrders(tally, STEPS)
-    tracked.send(Order("maker", 0, "MAKER", "SELL", 1001, 9, sent_at=100.0))
-    tracked.send(Order("taker", 5, "TAKER", "BUY", 1001, 9, sent_at=100.0))
+    tracked.send(OwnOrder("maker", 0, "MAKER", "SELL", 1001, 9, sent_at=100.0))
+    tracked.send(OwnOrder("taker", 5, "TAKER", "BUY", 1001, 9, sent_at=100.0))
     return tracked
 
 
@@ -58,7 +65,7 @@ def test_latency_is_counted_once_per_order_and_not_for_refused_or_unfilled_ones(
 
 
 def test_refusals_are_counted_by_reason_and_end_the_order(orders: OwnOrders, tally: Tally) -> None:
-    orders.answer("maker", {"code": "PRICE_OUT_OF_BAND", "status": 400})
+    orders.answer("maker", Refused(400, "PRICE_OUT_OF_BAND", "", {}))
     orders.hear(view("taker", "FAILED", reason="INSUFFICIENT_MARGIN"), 101.0)
     assert tally.refusals == {"PRICE_OUT_OF_BAND": 1, "INSUFFICIENT_MARGIN": 1}
     assert orders.quotes() == []
@@ -66,7 +73,7 @@ def test_refusals_are_counted_by_reason_and_end_the_order(orders: OwnOrders, tal
 
 
 def test_the_answer_to_a_repeated_order_is_the_first_order(orders: OwnOrders, tally: Tally) -> None:
-    orders.answer("maker", {"code": "DUPLICATE_CLIENT_ORDER_ID", "status": 409, "order": view("maker", "PLACED")})
+    orders.answer("maker", Refused(409, "DUPLICATE_CLIENT_ORDER_ID", "", {"order": document("maker", "PLACED")}))
     order = orders.get("maker")
     assert order is not None
     assert order.order_id == 7
@@ -75,7 +82,7 @@ def test_the_answer_to_a_repeated_order_is_the_first_order(orders: OwnOrders, ta
 
 def test_messages_about_strangers_orders_change_nothing(orders: OwnOrders, tally: Tally) -> None:
     orders.hear(view("stranger", "FILLED", "1"), 101.0)
-    orders.hear({**view("", "FILLED", "1"), "clientOrderId": None}, 101.0)
+    orders.hear(view(None, "FILLED", "1"), 101.0)
     assert tally.ours.volume == 0
     assert len(orders.of_account(0)) == len(orders.of_account(5)) == 1
 
