@@ -49,9 +49,11 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_busy_exchange_is_asked_again_while_patience_lasts() -> None:
     heard: list[str] = []
-    async with server(BUSY, BUSY, b'{"items":[]}') as (url, requests):
-        async with Exchange(url, patience=5, on_busy=heard.append) as patient:
-            assert await patient.instruments() == []
+    async with (
+        server(BUSY, BUSY, b'{"items":[]}') as (url, requests),
+        Exchange(url, patience=5, on_busy=heard.append) as patient,
+    ):
+        assert await patient.instruments() == []
     assert len(requests) == 3
     assert heard == ["OVERLOADED", "OVERLOADED"]
 
