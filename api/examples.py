@@ -30,6 +30,15 @@ _ORDER: dict[str, Any] = {
     "createdAt": _AT,
     "updatedAt": _AT,
 }
+_DAY = {"day": "2026-01-15", "instrumentId": _BTC}
+_API_KEY: dict[str, Any] = {
+    "keyId": "ak_RKJdCZdcmVjB02tQDKaAtAdd",
+    "label": "bot",
+    "algorithm": "HMAC_SHA256",
+    "permissions": ["READ", "TRADE"],
+    "allowedAddresses": [],
+    "createdAt": _AT,
+}
 _ORDER_CREATE = {
     "instrumentId": _BTC,
     "side": "BUY",
@@ -267,4 +276,46 @@ BODIES: dict[str, Any] = {
         "source": "simulated",
     },
     "Health": {"status": "UP"},
+    "PasswordChangeRequest": {
+        "currentPassword": "correct horse battery",
+        "newPassword": "staple correct horse",
+    },
+    "PasswordRenewalRequest": {
+        "email": "alice@example.com",
+        "currentPassword": "correct horse battery",
+        "newPassword": "staple correct horse",
+    },
+    "ApiKeyCreateRequest": {"label": "bot", "algorithm": "HMAC_SHA256", "permissions": ["READ", "TRADE"]},
+    "ApiKeyResponse": _API_KEY,
+    "NewApiKeyResponse": {**_API_KEY, "secret": "shown-once"},
+    "CredentialStateResponse": {"userId": _USER, "status": "LOCKED", "expiresAt": None},
+    "PnlView": {
+        **_DAY,
+        "asset": "USDT",
+        "realizedPnl": "120.5",
+        "fees": "-3.2",
+        "funding": "-0.6",
+        "liquidation": "0",
+        "insurance": "0",
+        "net": "116.7",
+    },
+    "VolumeView": {
+        **_DAY,
+        "makerVolume": "6000",
+        "takerVolume": "4000",
+        "volume": "10000",
+        "makerTrades": 3,
+        "takerTrades": 2,
+    },
+    "FeeView": {**_DAY, "makerFees": "1.2", "takerFees": "2", "fees": "3.2"},
+    "ReportedLiquidationView": {
+        "liquidationId": 17,
+        "userId": _USER,
+        "instrumentId": _BTC,
+        "positionId": "42",
+        "reason": "MAINTENANCE_MARGIN",
+        "triggeredAt": _AT,
+    },
+    "OpenInterestView": {**_DAY, "openInterest": "12.5", "isClosed": True},
+    "KeySet": {"keys": [{"kty": "OKP", "crv": "Ed25519", "use": "sig", "alg": "EdDSA", "kid": "k1", "x": "11qYAYK"}]},
 }

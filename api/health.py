@@ -3,6 +3,7 @@
 from datetime import timedelta
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 
 from api.models import ApiModel
 from api.state import AppState, State
@@ -11,6 +12,8 @@ from telemetry.health import CHECK_SECONDS_MAX, Checks, failures
 from telemetry.metrics import CONTENT_TYPE, exposition
 
 router = APIRouter(tags=["health"])
+
+METRICS_EXAMPLE = {"text/plain": {"schema": {"type": "string"}, "example": "exchange_orders_total 42\n"}}
 
 
 class Health(ApiModel):
@@ -34,7 +37,7 @@ async def ready(state: State) -> Health:
     return Health(status="UP")
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse, responses={200: {"content": METRICS_EXAMPLE}})
 async def metrics() -> Response:
     """The figures of this process in Prometheus' text format. For the operators' network: a proxy keeps others out."""
     return Response(exposition(), media_type=CONTENT_TYPE)

@@ -4,13 +4,20 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from api.models import ApiModel
 from api.state import State
 
 router = APIRouter(prefix="/.well-known", tags=["auth"])
 
 
+class KeySet(ApiModel):
+    """A JSON Web Key Set (RFC 7517)."""
+
+    keys: list[dict[str, Any]]
+
+
 @router.get("/jwks.json")
-async def jwks(state: State, response: Response) -> dict[str, list[dict[str, Any]]]:
+async def jwks(state: State, response: Response) -> KeySet:
     """The public keys whose access tokens are good (RFC 7517); the first one signs."""
     response.headers["Cache-Control"] = "public, max-age=300"
-    return {"keys": state.tokens.public_keys()}
+    return KeySet(keys=state.tokens.public_keys())

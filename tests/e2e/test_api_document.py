@@ -53,6 +53,7 @@ NEED_OTHERS = {
     "POST /api/matching/cancel",
     "POST /api/positions/{instrument_id}/margin",
     "PUT /api/positions/{instrument_id}/margin-mode",
+    "DELETE /api/auth/api-keys/{keyId}",
 }
 INSTRUMENT_NAMES = ("instrumentId", "instrument_id", "symbol")
 SCENARIOS = 20
@@ -65,8 +66,8 @@ LABELS = [
     f"{method.upper()} {path}"
     for path, calls in create_app(Settings()).openapi()["paths"].items()
     for method in calls
-    # It would end the session of all that follow.
-    if path != "/api/auth/logout"
+    # They would end the session of all that follow, or change its password.
+    if path not in ("/api/auth/logout", "/api/auth/password")
 ]
 
 
