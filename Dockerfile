@@ -21,7 +21,6 @@ COPY engine engine
 COPY market market
 COPY monitors monitors
 COPY reporting reporting
-COPY reporting reporting
 COPY api api
 RUN python -m compileall -q . /packages
 ENV PYTHONDONTWRITEBYTECODE=1
