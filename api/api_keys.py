@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 from activities.api_keys import Algorithm, ApiKey, Permission, add_key, keys_of, revoke_key
 from api.gateway import SignedIn
 from api.models import ApiModel, SafeText, Timestamp
+from api.openapi import problems
 from api.state import State
 from domain.problems import Problem
 
@@ -109,7 +110,7 @@ async def list_api_keys(user: SignedIn, state: State) -> list[ApiKeyResponse]:
     return [ApiKeyResponse(**_members(key)) for key in await keys_of(state.pool, user.user_id)]
 
 
-@router.delete("/{keyId}", status_code=204)
+@router.delete("/{keyId}", status_code=204, responses=problems("NOT_FOUND"))
 async def revoke_api_key(key_id: Annotated[SafeText, Path(alias="keyId")], user: SignedIn, state: State) -> None:
     """End one of one's keys: every api process refuses it at once."""
     if not await revoke_key(state.pool, state.redis, user.user_id, key_id, datetime.now(UTC)):

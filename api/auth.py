@@ -191,7 +191,7 @@ async def logout(user: SignedIn, state: State) -> None:
     await _end(state, user, user.session_id, "LOGOUT")
 
 
-@router.post("/password", status_code=204)
+@router.post("/password", status_code=204, responses=problems("INVALID_CREDENTIALS", "CREDENTIAL_LOCKED", "NOT_FOUND"))
 async def change_own_password(
     request: PasswordChangeRequest, device: ClientDevice, user: SignedIn, state: State
 ) -> None:
@@ -204,7 +204,12 @@ async def change_own_password(
     await _change(state, credential, request, now, but=user.session_id)
 
 
-@router.post("/password/renew", status_code=204, dependencies=[Depends(limit_sign_ins)])
+@router.post(
+    "/password/renew",
+    status_code=204,
+    dependencies=[Depends(limit_sign_ins)],
+    responses=problems("INVALID_CREDENTIALS", "CREDENTIAL_LOCKED"),
+)
 async def renew_password(request: PasswordRenewalRequest, device: ClientDevice, state: State) -> None:
     """Replace a password that has expired, or any, and end all sessions; refused like a login."""
     now = datetime.now(UTC)

@@ -11,6 +11,7 @@ from activities.auth import set_status
 from activities.sessions import revoke
 from api.gateway import Admin
 from api.models import ApiModel, Timestamp, UserId
+from api.openapi import problems
 from api.state import AppState, State
 from domain.identity import Identity
 from domain.problems import Problem
@@ -29,19 +30,19 @@ class CredentialStateResponse(ApiModel):
     expires_at: Timestamp | None
 
 
-@router.post("/{userId}/lock")
+@router.post("/{userId}/lock", responses=problems("NOT_FOUND"))
 async def lock(state: State, admin: Admin, user_id: UserIdInPath) -> CredentialStateResponse:
     """Lock a user out until `unlock`: no sign-in, no refresh; open sessions, sockets and API keys stop at once."""
     return await _put(state, admin, user_id, "LOCKED")
 
 
-@router.post("/{userId}/unlock")
+@router.post("/{userId}/unlock", responses=problems("NOT_FOUND"))
 async def unlock(state: State, admin: Admin, user_id: UserIdInPath) -> CredentialStateResponse:
     """Take back a lock, also that of too many failures, and expiry."""
     return await _put(state, admin, user_id, "ACTIVE")
 
 
-@router.post("/{userId}/expire")
+@router.post("/{userId}/expire", responses=problems("NOT_FOUND"))
 async def expire(state: State, admin: Admin, user_id: UserIdInPath) -> CredentialStateResponse:
     """Demand a new password (`POST /api/auth/password/renew`): the old one opens and prolongs no session."""
     return await _put(state, admin, user_id, "EXPIRED")

@@ -54,6 +54,9 @@ NEED_OTHERS = {
     "POST /api/positions/{instrument_id}/margin",
     "PUT /api/positions/{instrument_id}/margin-mode",
     "DELETE /api/auth/api-keys/{keyId}",
+    "POST /api/auth/password/renew",
+    "POST /api/auth/api-keys",
+    "POST /api/admin/users/{userId}/unlock",
 }
 INSTRUMENT_NAMES = ("instrumentId", "instrument_id", "symbol")
 SCENARIOS = 20
@@ -62,12 +65,18 @@ STEPS_PER_SCENARIO = 8
 AnyCase = schemathesis.Case[Any]
 AnySchema = schemathesis.BaseSchema
 AnyOperation = schemathesis.APIOperation[Any, Any, Any, Any]
+# They would end the sessions of all that follow, or change their passwords.
+WOULD_LOCK_OUT = (
+    "/api/auth/logout",
+    "/api/auth/password",
+    "/api/admin/users/{userId}/lock",
+    "/api/admin/users/{userId}/expire",
+)
 LABELS = [
     f"{method.upper()} {path}"
     for path, calls in create_app(Settings()).openapi()["paths"].items()
     for method in calls
-    # They would end the session of all that follow, or change its password.
-    if path not in ("/api/auth/logout", "/api/auth/password")
+    if path not in WOULD_LOCK_OUT
 ]
 
 
@@ -170,7 +179,13 @@ def test_nearly_all_operations_have_served_a_request(answers: dict[str, set[int]
     assert {label for label, statuses in answers.items() if min(statuses) >= 300} <= NEED_OTHERS
 
 
-async def test_orders_answer_as_described_through_their_life(document: AnySchema, caller: Caller) -> None:
+async def test_orders_answer_as_described_through_their_life(
+    document: AnySchema, exchange: Exchange, admin: Trader
+) -> None:
+    # Whatever the calls before have halted, held or signed out.
+    await admin.client.post(f"/api/admin/instruments/{BTC}/resume")
+    await exchange.hold_marks(admin)
+    caller = Caller(admin, await exchange.trader(admin, "100000"))
     statuses: Counter[tuple[str, int]] = Counter()
     prices = itertools.cycle(("59000", "60000", "61000"))
 
