@@ -72,6 +72,7 @@ async def test_an_amendment_that_cannot_be_paid_fails_and_one_to_less_never_does
 ) -> None:
     alice = await exchange.trader(admin, "502.5")
     order = await alice.place("BUY", "0.1", "50000")
+    await exchange.until_settled()
     dear = (await amend(alice, order["orderId"], quantity="0.2")).json()
     assert (dear["amendmentStatus"], dear["amendmentFailureReason"]) == ("FAILED", "INSUFFICIENT_MARGIN")
     assert (dear["status"], dear["quantity"]) == ("PLACED", "0.1")
