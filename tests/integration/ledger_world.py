@@ -6,7 +6,7 @@ or look in between.
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -351,6 +351,31 @@ async def dump(pool: Pool, *, without: Sequence[str] = ()) -> dict[str, list[str
     for row in await pool.fetch(" UNION ALL ".join(selects), VOLATILE):
         rows[row["name"]].append(TIMES.sub("TIME", row["row"]))
     return {name: sorted(found) for name, found in rows.items() if found}
+
+
+async def settlement_steps(
+    world: World, instrument: Instrument = BTC
+) -> AsyncIterator[tuple[str, Callable[[], Awaitable[Any]]]]:
+    """The steps of settling all that can be matched, by name, each to be run by the caller."""
+    await world.match(instrument)
+    events = world.unsettled(instrument)
+    assert events is not None
+    uncovered: list[int] = []
+
+    async def settle() -> list[int]:
+        nonlocal uncovered
+        uncovered = await world.ledger.settle(events)
+        return uncovered
+
+    yield "apply_trades", lambda: world.positions.apply_trades(events)
+    yield "risk.apply_events", lambda: world.risk.apply_events(events)
+    yield "settle", settle
+    yield "confirm", lambda: world.positions.confirm(events)
+    yield "orders.apply_events", lambda: world.orders.apply_events(events)
+    if uncovered:
+        yield "cancel_uncovered", lambda: world.orders.cancel_uncovered(Uncovered(events.instrument_id, uncovered))
+    yield "acknowledge", lambda: world.matching.acknowledge(events)
+    world.settled[instrument.instrument_id] = events.to_seq
 
 
 async def assert_audit_is_clean(world: World) -> None:

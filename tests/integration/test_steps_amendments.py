@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from activities.audit import run_audit
 from activities.risk import set_margin_mode
 from domain.problems import Problem
 from domain.sagas import Acceptance, Refusal, StepRequest
 from storage.db import Pool
-from tests.integration.ledger_world import BTC, World, advance, finish, limit, outbox_events
+from tests.integration.ledger_world import BTC, World, advance, assert_audit_is_clean, finish, limit, outbox_events
 
 D = Decimal
 
@@ -19,12 +18,6 @@ D = Decimal
 @pytest.fixture
 def world(pool: Pool, redis: Redis) -> World:
     return World(pool, redis)
-
-
-async def assert_audit_is_clean(world: World) -> None:
-    report = await run_audit(world.pool)
-    assert report.ok, [check for check in report.checks if not check.ok]
-    assert [check.name for check in report.checks if check.detail] == []
 
 
 async def terms(world: World, order_id: int) -> tuple[object, ...]:

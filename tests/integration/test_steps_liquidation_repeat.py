@@ -7,9 +7,8 @@ from redis.asyncio import Redis
 
 from activities.audit import run_audit
 from domain.liquidation_saga import Claim, Ending, Plan, PlanRequest, Submission, Takeover
-from domain.sagas import Uncovered
 from storage.db import Pool
-from tests.integration.ledger_world import BTC, dump, limit
+from tests.integration.ledger_world import dump, limit, settlement_steps
 from tests.integration.liquidation_world import LiquidationWorld, publish_mark
 from tests.integration.test_steps_repeat import Activity, Fuse, Fused, other_pool
 from tests.integration.test_steps_repeat import CrashError as Crash
@@ -35,44 +34,22 @@ async def script(world: LiquidationWorld) -> AsyncIterator[tuple[str, Activity]]
 
     yield "begin", begin
     yield "cancel", lambda: world.orders.cancel_for_liquidation(takeover)
-    async for step in settlement(world):
+    async for step in settlement_steps(world):
         yield step
     first = await world.liquidations.plan(PlanRequest(1))
     assert first.action == "ORDER"
     claim = Claim(1, 1, first.asset, first.insurance)
     yield "claim", lambda: world.insurance.claim(claim)
     yield "submit", lambda: world.liquidations.submit(Submission(1, 1, first, "100"))
-    async for step in settlement(world):
+    async for step in settlement_steps(world):
         yield step
     second: Plan = await world.liquidations.plan(PlanRequest(1, first.action, first.target))
     assert second.action == "DELEVERAGE", second
     yield "deleverage", lambda: world.liquidations.deleverage(Submission(1, 2, second))
-    async for step in settlement(world):
+    async for step in settlement_steps(world):
         yield step
     yield "release", lambda: world.insurance.release(1)
     yield "finish", lambda: world.liquidations.finish(Ending(1, "PROCESSED"))
-
-
-async def settlement(world: LiquidationWorld) -> AsyncIterator[tuple[str, Activity]]:
-    await world.match(BTC)
-    events = world.unsettled(BTC)
-    assert events is not None
-    uncovered: list[int] = []
-
-    async def settle() -> list[int]:
-        nonlocal uncovered
-        uncovered = await world.ledger.settle(events)
-        return uncovered
-
-    yield "apply_trades", lambda: world.positions.apply_trades(events)
-    yield "risk.apply_events", lambda: world.risk.apply_events(events)
-    yield "settle", settle
-    yield "confirm", lambda: world.positions.confirm(events)
-    yield "orders.apply_events", lambda: world.orders.apply_events(events)
-    if uncovered:
-        yield "cancel_uncovered", lambda: world.orders.cancel_uncovered(Uncovered(events.instrument_id, uncovered))
-    yield "acknowledge", lambda: world.matching.acknowledge(events)
-    world.settled[BTC.instrument_id] = events.to_seq
 
 
 async def test_a_step_run_twice_answers_the_same_and_changes_nothing_more(pool: Pool, redis: Redis) -> None:

@@ -9,7 +9,6 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities.audit import run_audit
 from activities.instruments import read_instruments
 from activities.risk import pre_check
 from domain.sagas import Acceptance, StepRequest
@@ -20,6 +19,7 @@ from tests.integration.ledger_world import (
     SOL,
     World,
     advance,
+    assert_audit_is_clean,
     assert_conserved,
     dump,
     finish,
@@ -35,12 +35,6 @@ STORY = ("risk.steps", "ledger.steps", "ledger.journals", "ledger.ledger_entries
 @pytest.fixture
 def world(pool: Pool, redis: Redis) -> World:
     return World(pool, redis)
-
-
-async def assert_audit_is_clean(world: World) -> None:
-    report = await run_audit(world.pool)
-    assert report.ok, [check for check in report.checks if not check.ok]
-    assert [check.name for check in report.checks if check.detail] == []
 
 
 async def test_an_order_holds_its_margin_and_fee_until_it_ends(world: World) -> None:

@@ -11,11 +11,10 @@ from redis.asyncio import Redis
 
 from activities.audit import run_audit
 from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
-from domain.instruments import Instrument
-from domain.sagas import Acceptance, OrderBatch, Outcome, StepRequest, Uncovered
+from domain.sagas import Acceptance, OrderBatch, Outcome, StepRequest
 from storage.db import Pool, open_pool
 from tests.conftest import TEMPLATE
-from tests.integration.ledger_world import BTC, ETH, World, dump, limit, market
+from tests.integration.ledger_world import BTC, ETH, World, dump, limit, market, settlement_steps
 
 NOON = datetime(2099, 1, 1, 12, tzinfo=UTC)
 # One connection to run a statement on; everything else a step does with its connection passes through.
@@ -78,14 +77,14 @@ async def script(world: World) -> AsyncIterator[tuple[str, Activity]]:
     )
     for step in placement(world, first):
         yield step
-    async for settling in settlement(world, BTC):
+    async for settling in settlement_steps(world, BTC):
         yield settling
 
     # One amendment is carried out, one goes beyond the limits, and one comes too late.
     larger = await world.take_in_amendment(3, first.order_ids[2], 44_000, "0.7")
     for step in placement(world, larger):
         yield step
-    async for settling in settlement(world, BTC):
+    async for settling in settlement_steps(world, BTC):
         yield settling
     huge = await world.take_in_amendment(3, first.order_ids[2], quantity="500")
     for step in placement(world, huge):
@@ -96,7 +95,7 @@ async def script(world: World) -> AsyncIterator[tuple[str, Activity]]:
     await world.cancel(late_order)
     for step in placement(world, too_late):
         yield step
-    async for settling in settlement(world, BTC):
+    async for settling in settlement_steps(world, BTC):
         yield settling
     ends = [await world.amendment(batch.order_ids[0]) for batch in (larger, huge, too_late)]
     assert ends == [("AMENDED", None), ("FAILED", "RISK_LIMIT_EXCEEDED"), ("REJECTED", "ORDER_NOT_FOUND")]
@@ -125,16 +124,16 @@ async def script(world: World) -> AsyncIterator[tuple[str, Activity]]:
     # User 4 loses more than the order at 40 000 leaves over.
     await world.place(limit(3, "BUY", "1", 54_000))
     await world.place(market(4, "SELL", "1", 50_000))
-    async for settling in settlement(world, BTC):
+    async for settling in settlement_steps(world, BTC):
         yield settling
-    async for settling in settlement(world, BTC):
+    async for settling in settlement_steps(world, BTC):
         yield settling
 
     cancels = await world.take_in_cancels(first.order_ids[2], late.order_ids[1])
     yield "request_cancels", lambda: world.orders.request_cancels(cancels)
-    async for settling in settlement(world, BTC):
+    async for settling in settlement_steps(world, BTC):
         yield settling
-    async for settling in settlement(world, ETH):
+    async for settling in settlement_steps(world, ETH):
         yield settling
 
     await world.publish_rate(NOON, "0.2", "50000.01")
@@ -172,28 +171,6 @@ def funding(world: World, run: FundingRun) -> Iterator[tuple[str, Activity]]:
     yield "settle_funding", lambda: world.ledger.settle_funding(FundingPage(run, 0))
     yield "confirm_funding", lambda: world.positions.confirm_funding(FundingPage(run, 0))
     yield "close_funding", lambda: world.ledger.close_funding(run)
-
-
-async def settlement(world: World, instrument: Instrument) -> AsyncIterator[tuple[str, Activity]]:
-    await world.match(instrument)
-    events = world.unsettled(instrument)
-    assert events is not None
-    uncovered: list[int] = []
-
-    async def settle() -> list[int]:
-        nonlocal uncovered
-        uncovered = await world.ledger.settle(events)
-        return uncovered
-
-    yield "apply_trades", lambda: world.positions.apply_trades(events)
-    yield "risk.apply_events", lambda: world.risk.apply_events(events)
-    yield "settle", settle
-    yield "confirm", lambda: world.positions.confirm(events)
-    yield "orders.apply_events", lambda: world.orders.apply_events(events)
-    if uncovered:
-        yield "cancel_uncovered", lambda: world.orders.cancel_uncovered(Uncovered(events.instrument_id, uncovered))
-    yield "acknowledge", lambda: world.matching.acknowledge(events)
-    world.settled[instrument.instrument_id] = events.to_seq
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities.audit import run_audit
 from domain.positions import Position, apply_fill
 from domain.sagas import EventRange
 from storage.db import Pool
@@ -15,6 +14,7 @@ from tests.integration.ledger_world import (
     ETH,
     World,
     advance,
+    assert_audit_is_clean,
     assert_conserved,
     dump,
     finish,
@@ -29,12 +29,6 @@ ID = BTC.instrument_id
 @pytest.fixture
 def world(pool: Pool, redis: Redis) -> World:
     return World(pool, redis)
-
-
-async def assert_audit_is_clean(world: World) -> None:
-    report = await run_audit(world.pool)
-    assert report.ok, [check for check in report.checks if not check.ok]
-    assert [check.name for check in report.checks if check.detail] == []
 
 
 async def position(world: World, user_id: int) -> tuple[object, ...]:
