@@ -1,0 +1,90 @@
+"""The documents say of settings, routes, figures, alerts and workflows what the code says."""
+
+import re
+from collections.abc import Iterator
+
+from starlette.routing import WebSocketRoute
+
+from api.app import create_app
+from api.sockets import router as sockets_router
+from settings import Settings
+from telemetry.alerts import NAMES
+from tests.replay import every_workflow
+from tests.servers import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Names that only look like settings: of the tests, of compose, and of the gateway's table, which leaves the prefix out.
+NO_SETTINGS = {"EXCHANGE_SAVE_HISTORIES", "EXCHANGE_JWT_PRIVATE_KEY", "EXCHANGE_"}
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def found(pattern: str) -> Iterator[tuple[str, str]]:
+    """Every place in a page that the pattern's group fits: page and text."""
+    for path in PAGES:
+        yield from ((path.name, text) for text in re.findall(pattern, path.read_text(encoding="utf-8")))
+
+
+def default_of(value: object) -> str:
+    """A default as the table writes it."""
+    return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def test_every_setting_is_listed_once_with_its_default() -> None:
+    rows = re.findall(r"^\| `(EXCHANGE_\w+)` \| (?:`([^`]*)`)? ?\|", page("settings.md"), re.MULTILINE)
+    fields = Settings.model_fields.items()
+    assert sorted(rows) == sorted((f"EXCHANGE_{name.upper()}", default_of(field.default)) for name, field in fields)
+
+
+def test_every_setting_that_a_page_names_exists() -> None:
+    known = NO_SETTINGS | {f"EXCHANGE_{name.upper()}" for name in Settings.model_fields}
+    assert [place for place in found(r"\b(EXCHANGE_[A-Z_]*)") if place[1] not in known] == []
+
+
+def test_every_route_that_a_page_names_exists() -> None:
+    sockets = [route.path for route in sockets_router.routes if isinstance(route, WebSocketRoute)]
+    known = [re.sub(r"\{\w+\}", "{}", path) for path in [*create_app(Settings()).openapi()["paths"], *sockets]]
+    # A path that goes on with … stands for all that begin with it.
+    named = list(found(r"(/(?:api|ws|health|\.well-known)/[\w/{}$.-]*)(?![\w/{}$.…-])"))
+    assert len(named) > 20
+    assert [place for place in named if not any(map(_route_pattern(place[1]).fullmatch, known))] == []
+
+
+def _route_pattern(path: str) -> re.Pattern[str]:
+    """Fits the routes that `path` may be a call of: a value may stand where the route has a parameter."""
+    segments = path.strip("/").rstrip(".").split("/")
+    return re.compile("".join(r"/\{\}" if s[0] in "{$" else rf"/(?:{re.escape(s)}|\{{\}})" for s in segments))
+
+
+def test_every_figure_that_a_page_names_is_shown() -> None:
+    sources = [*(ROOT / "telemetry").glob("*.py"), *(ROOT / "monitors").glob("*.py")]
+    shown = set(re.findall(r'"(exchange_\w+)"', "".join(source.read_text(encoding="utf-8") for source in sources)))
+    figures = list(found(r"\b(exchange_\w+)"))
+    assert figures, "Expected pages that name figures"
+    assert [place for place in figures if place[1].removesuffix("_total") not in shown] == []
+
+
+def test_every_alert_of_ours_is_explained_once() -> None:
+    assert sorted(re.findall(r"^\| ([A-Z_]+) \|", page("operations.md"), re.MULTILINE)) == sorted(NAMES)
+
+
+def test_every_workflow_is_in_the_table_of_ids() -> None:
+    rows = "".join(line for line in page("temporal-recipes.md").splitlines() if re.match(r"\| \w+Workflow", line))
+    assert {workflow.__name__ for workflow in every_workflow()} == set(re.findall(r"\w+Workflow", rows))
+
+
+def test_every_file_that_a_page_names_exists() -> None:
+    named = found(r"`((?:docs|domain|storage|activities|workflows|engine|market|monitors|api|stack|deploy|tests|bench"
+                  r"|reporting|telemetry|client)/[\w./-]*\.\w+)`")  # fmt: skip
+    # That page may also name what is still to come.
+    assert [place for place in named if place[0] != "status.md" and not _exists(place[1])] == []
+
+
+def _exists(name: str) -> bool:
+    """Whether it is a file, or a name (function, constant) in a module."""
+    path = ROOT / name
+    module, _, attribute = name.rpartition(".")
+    source = ROOT / f"{module}.py"
+    return path.exists() or (source.exists() and attribute in source.read_text(encoding="utf-8"))
