@@ -125,9 +125,9 @@ def postgres(state: Path, settings: dict[str, str] | None = None) -> Server:
     if not data.exists():
         _initdb(data, identity)
     _check_postgres_version(data)
-    _forget_stale_pid(data)
     _own(data, identity)
     sockets = socket_folder(data, POSTGRES_SOCKET, os.geteuid() if identity is None else identity.uid)
+    _forget_stale_pids(data, sockets)
     options = [f"-c{name}={value}" for name, value in (POSTGRES_SETTINGS | (settings or {})).items()]
     command = [
         # Immediate shutdown: the postmaster takes its own children along, a bare kill would leave them for a moment.
@@ -310,19 +310,17 @@ def _check_postgres_version(data: Path) -> None:
         )
 
 
-def _forget_stale_pid(data: Path) -> None:
-    """Removes a pid file whose number now belongs to another program, which PostgreSQL would take for itself.
+def _forget_stale_pids(data: Path, sockets: Path) -> None:
+    """Removes lock files whose number now belongs to another program, which PostgreSQL would take for itself.
 
-    It happens after a reboot and in containers, where numbers repeat. A number that nobody has is left to PostgreSQL.
+    It happens after a reboot, in containers, where numbers repeat, and in a base backup, which brings the lock of the
+    socket along. A number that nobody has is left to PostgreSQL.
     """
-    pid_file = data / "postmaster.pid"
-    try:
-        pid = pid_file.read_text(encoding="utf-8").split("\n", 1)[0]
-        if Path(f"/proc/{pid}/cwd").readlink() == data.resolve():
-            return
-    except OSError:
-        return
-    pid_file.unlink()
+    for lock in (data / "postmaster.pid", sockets / f"{POSTGRES_SOCKET}.lock"):
+        with contextlib.suppress(OSError):
+            pid = lock.read_text(encoding="utf-8").split("\n", 1)[0]
+            if Path(f"/proc/{pid}/cwd").readlink() != data.resolve():
+                lock.unlink()
 
 
 def _own(folder: Path, identity: _Identity | None) -> None:

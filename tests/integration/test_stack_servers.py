@@ -1,5 +1,6 @@
 """The embedded servers start as anybody and anywhere, and never outlive who started them."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -49,14 +50,33 @@ async def test_a_path_too_long_for_a_socket_gets_a_short_private_folder(tmp_path
         folder.rmdir()
 
 
-async def test_a_recycled_pid_in_the_pid_file_does_not_stop_postgres(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["postmaster.pid", f"{servers.POSTGRES_SOCKET}.lock"])
+async def test_a_recycled_pid_in_a_lock_file_does_not_stop_postgres(tmp_path: Path, name: str) -> None:
+    lock = tmp_path / "postgres" / name
     async with running([servers.postgres(tmp_path)], tmp_path):
-        pid_file = (tmp_path / "postgres" / "postmaster.pid").read_text()
-    # The machine was switched off, and now the number is that of this very process.
-    lines = [str(os.getpid()), *pid_file.splitlines()[1:]]
-    (tmp_path / "postgres" / "postmaster.pid").write_text("\n".join(lines))
-    async with running([servers.postgres(tmp_path)], tmp_path):
-        pass
+        content = lock.read_text()
+    # The machine was switched off, and now another program has the number (not a parent: PostgreSQL knows those).
+    other = await asyncio.create_subprocess_exec("/bin/sleep", "60")
+    try:
+        lock.write_text("\n".join([str(other.pid), *content.splitlines()[1:]]))
+        async with running([servers.postgres(tmp_path)], tmp_path):
+            pass
+    finally:
+        other.kill()
+        await other.wait()
+
+
+async def test_a_copy_of_a_database_starts_beside_the_one_it_is_of(tmp_path: Path) -> None:
+    state, copy = tmp_path / "state", tmp_path / "copy"
+    state.mkdir()
+    copy.mkdir()
+    original = servers.postgres(state)
+    async with running([original], tmp_path):
+        where = ["-h", original.endpoint.url.split("host=")[1], "-U", "postgres", "-D", str(copy / "postgres")]
+        backup = servers.POSTGRES_BIN_PATH / "pg_basebackup"
+        assert await (await asyncio.create_subprocess_exec(backup, *where, "-c", "fast")).wait() == 0
+        async with running([servers.postgres(copy)], tmp_path):
+            pass
 
 
 async def test_a_server_that_does_not_answer_is_reported_with_its_last_words(tmp_path: Path) -> None:
