@@ -4,7 +4,7 @@
 #   make demo    traders at work on the running exchange      (ARGS="--help" for its options)
 #   make test    all tests                                    (ARGS="tests/unit -k margin" for some)
 #   make check   style, types and layering
-#   make bench   the benchmarks                               (ARGS="--help" for their options)
+#   make bench   the benchmarks                               (ARGS="risk" for one; options: python -m bench.fanout --help)
 #   make histories  the tests' workflow histories anew        (or from a running exchange: docs/operations.md)
 #   make lock    both lock files, after a change of pyproject.toml
 

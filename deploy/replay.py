@@ -1,8 +1,9 @@
 """`python deploy/replay.py`: can today's workflow code continue what runs on the exchange now?
 
 Fetches the histories of all open workflows and of the newest closed ones of each type from the Temporal of the
-environment (`. .exchange/environment` with `make run`), and replays them. `--save` keeps one of each type and outcome
-as files for tests/histories. Run it with the new version before an upgrade. Ends with 1 when a history does not replay.
+environment (`set -a; . .exchange/environment` with `make run`), and replays them. `--save` keeps one of each type and
+outcome as files for tests/histories. Run it with the new version before an upgrade. Ends with 1 when a history does not
+replay.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from tests.stack_runner import RunningStack, stack_in, wait_until
 BTC = "BTC-USDT-PERP"
 PASSWORD = "correct horse battery"
 SECONDS = 60
-SECRETS = ("admin-password", "internal-token", "jwt-ed25519.pem")
+SECRETS = ("admin-password", "api-key-secrets", "internal-token", "jwt-ed25519.pem")
 
 
 @dataclass(frozen=True)
