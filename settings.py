@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     # The base URL of an OTLP/HTTP receiver of traces; none are made without one.
     otlp_endpoint: str | None = None
     log_format: Literal["text", "json"] = "text"
-    # Which requests are logged: all, or those that failed (5xx, 401, 403, 429) or took longer than a second.
+    # Which requests are logged: all, or those that failed (5xx, 401, 403, 408, 413, 429) or took longer than a second.
     access_log: Literal["all", "problems"] = "problems"
     # Origins of web pages that may call the api, separated by commas; none: no CORS headers at all.
     cors_origins: str = ""

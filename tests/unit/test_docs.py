@@ -38,6 +38,13 @@ def test_every_setting_is_listed_once_with_its_default() -> None:
     assert sorted(rows) == sorted((f"EXCHANGE_{name.upper()}", default_of(field.default)) for name, field in fields)
 
 
+def test_the_gateways_table_gives_the_same_defaults() -> None:
+    rows = re.findall(r"^\| [^|]* \| ((?:`[A-Z_]+`(?:, )?)+) \((\S+)\) \|", page("identity.md"), re.MULTILINE)
+    given = {name.lower(): default for names, default in rows for name in re.findall(r"[A-Z_]+", names)}
+    assert len(given) >= 6
+    assert given == {name: default_of(Settings.model_fields[name].default) for name in given}
+
+
 def test_every_setting_that_a_page_names_exists() -> None:
     known = NO_SETTINGS | {f"EXCHANGE_{name.upper()}" for name in Settings.model_fields}
     assert [place for place in found(r"\b(EXCHANGE_[A-Z_]*)") if place[1] not in known] == []
