@@ -27,12 +27,19 @@ class MarginChangeWorkflow:
     @workflow.run
     async def run(self, change: MarginChange) -> str | None:
         """Answers why it was refused, None when it is done."""
+        refusal = await self._change(change)
+        workflow.set_current_details("Done" if refusal is None else f"Refused: {refusal}")
+        return refusal
+
+    async def _change(self, change: MarginChange) -> str | None:
         plan = await self._plan(change)
         if plan.refusal is not None:
             return plan.refusal
+        workflow.set_current_details("Moves the money")
         moved = await run_step(MOVE_MARGIN, change, MarginMoved)
         if moved.refused:
             return moved.refused[0]
+        workflow.set_current_details("Adopts what was moved")
         await run_step(ADOPT_MARGIN, change, type(None))
         if moved.is_uncovered:
             # The money went elsewhere while the leverage was being lowered; the position came first.
@@ -41,6 +48,7 @@ class MarginChangeWorkflow:
 
     async def _plan(self, change: MarginChange) -> MarginVerdict:
         waits = 0
+        workflow.set_current_details("Checks the change")
         while True:
             plan = await run_step(PLAN_MARGIN_CHANGE, change, MarginVerdict, f"{change.kind} {change.value}")
             if not plan.is_busy:

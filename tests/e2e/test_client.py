@@ -28,6 +28,8 @@ from client import (
 from client.models import AmendedOrder, Fill, Permission, Ticker
 from client.session import Login
 from client.streams import Chain
+from clients import connect_temporal
+from domain.margin_changes import MARGIN_CHANGE
 from tests.exchange import BTC, PASSWORD, Exchange, Trader
 from tests.servers import ROOT
 from tests.waiting import until
@@ -90,6 +92,13 @@ async def test_margin_is_asked_for_and_changed(exchange: Exchange, admin: Trader
     assert check.allowed
     assert check.required_margin > 600
     await bob.session.set_leverage(BTC, 20)
+    temporal = await connect_temporal(exchange.settings)
+
+    async def is_found() -> bool:
+        query = f"WorkflowType = '{MARGIN_CHANGE}' AND UserId = '{bob.user_id}' AND InstrumentId = '{BTC}'"
+        return (await temporal.count_workflows(query)).count == 1
+
+    await until(is_found, 10, "the change to be found by whom it is about")
     await alice.session.place(limit("SELL", "0.1", "60000"), wait=True)
     await bob.session.place(limit("BUY", "0.1", "60000"), wait=True)
     await exchange.until_settled()
