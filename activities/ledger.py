@@ -300,19 +300,29 @@ async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
     book = await _open_book(conn, [(change.user_id, plan.asset)])
     holds = await _lock_holds(conn, [(*key, plan.asset)])
     wallet = _wallet(book.accounts[change.user_id, plan.asset], holds[key])
-    if change.kind == "MARGIN" and plan.position_delta > wallet.available:
-        return MarginMoved(["INSUFFICIENT_FUNDS"])
-    taken_over = await _in_liquidation(conn, key)
-    if change.kind == "MARGIN" and taken_over:
-        return MarginMoved(["POSITION_IN_LIQUIDATION"])
-    # A leverage is in force for what is opened later; what the liquidation has taken over stays backed as it was.
-    # Otherwise, a loss may have taken some of what was to be released.
-    margin = wallet.position_margin if taken_over else max(ZERO, wallet.position_margin + plan.position_delta)
+    outdated = await _why_outdated(conn, key, plan, holds[key])
+    if change.kind == "MARGIN":
+        if outdated:
+            return MarginMoved([outdated])
+        if plan.position_delta > wallet.available:
+            return MarginMoved(["INSUFFICIENT_FUNDS"])
+    # A leverage is in force for what is opened later, whatever has become of the position it was planned for.
+    margin = wallet.position_margin + (ZERO if outdated else plan.position_delta)
     moved = settle(wallet, ZERO, margin, plan.order_delta).wallet
     book.open_journal("MARGIN_CHANGE", change.change_id)
     _move(book, key, holds[key], moved)
     await write_book(conn, book, holds)
     return MarginMoved(is_uncovered=moved.order_short > 0)
+
+
+async def _why_outdated(conn: Connection, key: tuple[int, str], plan: MarginPlan, hold: Hold) -> str | None:
+    """Why the position's margin is not to be moved as planned any more, or None."""
+    if await _in_liquidation(conn, key):
+        return "POSITION_IN_LIQUIDATION"
+    # Something was traded, or taken by a loss, since. More margin does no harm to what is still open; less might, since
+    # what can be done without was worked out for another position.
+    is_changed = hold.margin_version != plan.margin_version
+    return "POSITION_CHANGED" if is_changed and (plan.position_delta < ZERO or not hold.position_margin) else None
 
 
 async def _in_liquidation(conn: Connection, key: tuple[int, str]) -> bool:

@@ -661,7 +661,9 @@ async def _record(
         if mark is None:
             continue
         quantity, entry, margin = p["signed_quantity"], p["entry_notional"], p["margin"]
-        ratio = margin_ratio(quantity, entry, margin, mark)
+        # What a cross position is up against depends on the whole account: no figures of its own (as `position_view`).
+        is_cross = p["margin_mode"] == "CROSS"
+        ratio = None if is_cross else margin_ratio(quantity, entry, margin, mark)
         rows.append(
             (
                 p["user_id"],
@@ -671,7 +673,7 @@ async def _record(
                 unrealized_pnl(quantity, entry, mark),
                 maintenance_margin(abs(quantity) * mark, rules.tiers[p["instrument_id"]]),
                 None if ratio is None else max(min(ratio, Decimal(10**11)), Decimal(-(10**11))),
-                p["liquidation_price"],
+                None if is_cross else p["liquidation_price"],
                 status or p["status"],
             )
         )

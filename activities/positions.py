@@ -474,18 +474,21 @@ def position_view(
 ) -> dict[str, Any]:
     """A position as clients see it; what depends on the mark price is null while there is none.
 
-    `backing` is what stands behind a cross position (quote), in place of its own margin.
+    `backing` is what stands behind a cross position (quote), in place of its own margin. Where it is not known, there
+    are no `marginRatio` and no `liquidationPrice` of a cross position: they depend on the whole account.
     """
     position, margin = Position(row["signed_quantity"], row["entry_notional"]), row["margin"]
-    liquidation = row["liquidation_price"]
-    if backing is not None:
-        liquidation = liquidation_price(position.signed_quantity, position.entry_notional, backing, tiers)
+    behind, liquidation = margin, row["liquidation_price"]
+    if row["margin_mode"] == "CROSS":
+        behind, liquidation = backing, None
+        if backing is not None:
+            liquidation = liquidation_price(position.signed_quantity, position.entry_notional, backing, tiers)
     unrealized = ratio = None
     maintenance = None
     if mark is not None:
         unrealized = unrealized_pnl(position.signed_quantity, position.entry_notional, mark)
-        behind = margin if backing is None else backing
-        ratio = margin_ratio(position.signed_quantity, position.entry_notional, behind, mark)
+        if behind is not None:
+            ratio = margin_ratio(position.signed_quantity, position.entry_notional, behind, mark)
         maintenance = maintenance_margin(abs(position.signed_quantity) * mark, tiers)
     return {
         "instrumentId": instrument_id,

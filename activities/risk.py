@@ -234,26 +234,27 @@ async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginP
     exposures = await _lock(conn, [key])
     if await positions_in_liquidation(conn, [key]):
         return MarginPlan(refusal="POSITION_IN_LIQUIDATION")
-    if await _unfrozen(conn, exposures):
+    if await _unfrozen(conn, exposures) or await _unbooked(conn, key):
         return None
     row, state = exposures[key], _exposure(exposures[key])
-    held = await _position_margin(conn, *key)
+    held, version = await _position_margin(conn, *key)
     mark = await _fresh_mark(conn, change.instrument_id)
     if mark is None and state.signed_quantity:
         return MarginPlan(refusal="MARK_PRICE_UNAVAILABLE")
     if change.kind == "MARGIN":
         if row["margin_mode"] == "CROSS":
             return MarginPlan(refusal="POSITION_IS_CROSS")
-        return _plan_margin(state, held, Decimal(change.value), mark, instrument)
-    plan = await _plan_leverage(conn, key, row, held, int(change.value), mark, rules)
-    if plan.refusal is None:
-        # Until the ledger has moved the margin, no other order is netted against it (see `_unfrozen`).
-        await conn.execute(
-            "UPDATE risk.exposures SET pending_step = $3 WHERE user_id = $1 AND instrument_id = $2",
-            *key,
-            change.change_id,
-        )
-    return plan
+        plan = _plan_margin(state, held, Decimal(change.value), mark, instrument)
+    else:
+        plan = await _plan_leverage(conn, key, row, held, int(change.value), mark, rules)
+        if plan.refusal is None:
+            # Until the ledger has moved the margin, no other order is netted against it (see `_unfrozen`).
+            await conn.execute(
+                "UPDATE risk.exposures SET pending_step = $3 WHERE user_id = $1 AND instrument_id = $2",
+                *key,
+                change.change_id,
+            )
+    return replace(plan, margin_version=version)
 
 
 def _plan_margin(
@@ -312,13 +313,25 @@ async def _fresh_mark(conn: Connection, instrument_id: str) -> Decimal | None:
     return found
 
 
-async def _position_margin(conn: Connection, user_id: int, instrument_id: str) -> Decimal:
-    held: Decimal | None = await conn.fetchval(
-        "SELECT position_margin FROM ledger.v_margin_holds WHERE user_id = $1 AND instrument_id = $2",
+async def _position_margin(conn: Connection, user_id: int, instrument_id: str) -> tuple[Decimal, int]:
+    """What the ledger holds behind a position, and which version of it this is."""
+    held = await conn.fetchrow(
+        "SELECT position_margin, margin_version FROM ledger.v_margin_holds WHERE user_id = $1 AND instrument_id = $2",
         user_id,
         instrument_id,
     )
-    return held or ZERO
+    return (held[0], held[1]) if held else (ZERO, 0)
+
+
+async def _unbooked(conn: Connection, key: Key) -> bool:
+    """Whether fills of this user and instrument are not in the ledger yet: exposure and margin do not fit together."""
+    return bool(
+        await conn.fetchval(
+            "SELECT EXISTS (SELECT FROM positions.v_fills f JOIN ledger.v_cursors c USING (instrument_id)"
+            " WHERE f.user_id = $1 AND f.instrument_id = $2 AND f.seq > c.applied_seq)",
+            *key,
+        )
+    )
 
 
 async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckResult:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import Field, field_validator
+from temporalio.client import WorkflowFailureError
 from temporalio.common import SearchAttributePair, TypedSearchAttributes
 from temporalio.service import RPCError
 
@@ -32,6 +33,7 @@ REFUSALS = {
     "POSITION_NOT_FOUND": "There is no open position",
     "POSITION_IS_CROSS": "All of the account's money stands behind a cross position already",
     "POSITION_IN_LIQUIDATION": "The position is being liquidated",
+    "POSITION_CHANGED": "The position was traded meanwhile: look at it and ask again",
     "RISK_LIMIT_EXCEEDED": "The position, with the open orders, is too large for this leverage",
     "INSUFFICIENT_MARGIN": "There is not enough money, or the position would be left with too little",
     "INSUFFICIENT_FUNDS": "There is not enough available money",
@@ -168,7 +170,7 @@ async def change_margin_mode(state: State, user: User, instrument_id: SafeText, 
 async def _change_margin(
     state: AppState, user_id: int, instrument_id: str, kind: Literal["LEVERAGE", "MARGIN"], value: str
 ) -> None:
-    """Raises Problem with the refusal, or OVERLOADED when it is still under way."""
+    """Raises Problem with the refusal, or OVERLOADED when it is still under way, or was ended by an operator."""
     change_id = f"margin-{user_id}-{instrument_id}-{uuid.uuid4().hex[:12]}"
     try:
         async with asyncio.timeout(CHANGE_SECONDS_MAX):
@@ -182,7 +184,7 @@ async def _change_margin(
                 ),
                 static_summary=f"{kind} {value} of user {user_id} in {instrument_id}",
             )
-    except (TimeoutError, RPCError) as error:
+    except (TimeoutError, RPCError, WorkflowFailureError) as error:
         raise Problem("OVERLOADED", f"The change may still be under way as {change_id}: look again soon") from error
     if refusal is not None:
         raise Problem(refusal, REFUSALS.get(refusal, "The exchange does not allow it"))

@@ -17,7 +17,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -181,11 +181,10 @@ def _new_key(path: Path) -> Path:
 def _wait_until_served(port: int) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
-        try:
+        # Until it listens, there is nothing to read.
+        with suppress(httpx.TransportError):
             if httpx.get(f"http://127.0.0.1:{port}/api/market/depth/{ID}", trust_env=False).is_success:
                 return
-        except httpx.TransportError:
-            pass
         time.sleep(0.1)
     raise RuntimeError(f"The api did not serve the depth within {READY_SECONDS} s")
 

@@ -6,7 +6,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from domain.instruments import Instrument
 from domain.margin import open_loss
 from domain.matching import OrderType, Side, StpMode, TimeInForce, WorkingType
-from domain.money import ZERO
+from domain.money import ZERO, plain
 from domain.problems import Problem
 
 LIMIT_TYPES = ("LIMIT", "STOP_LIMIT", "TAKE_PROFIT_LIMIT")
@@ -116,7 +116,7 @@ def bound_price(request: OrderRequest, instrument: Instrument, reference: Refere
         bound = _protection_price(request.side, instrument, start, low, high)
     if not request.reduce_only and bound * request.quantity < instrument.min_notional:
         raise Problem(
-            "MIN_NOTIONAL", f"Expected a notional of at least {instrument.min_notional} {instrument.quote_asset}"
+            "MIN_NOTIONAL", f"Expected a notional of at least {plain(instrument.min_notional)} {instrument.quote_asset}"
         )
     return bound
 
@@ -173,7 +173,8 @@ def _check_terms(request: OrderRequest, instrument: Instrument, low: Decimal, hi
     if request.stop_price is not None:
         if not low <= request.stop_price <= high:
             raise Problem(
-                "PRICE_OUT_OF_BAND", f"Expected a stopPrice from {low:f} to {high:f}, was {request.stop_price}"
+                "PRICE_OUT_OF_BAND",
+                f"Expected a stopPrice from {plain(low)} to {plain(high)}, was {plain(request.stop_price)}",
             )
         instrument.price_to_ticks(request.stop_price)
 
@@ -194,10 +195,10 @@ def _limit_price(request: OrderRequest, instrument: Instrument, low: Decimal, hi
     if request.price is None or request.price <= 0:
         raise Problem("VALIDATION_FAILED", f"A {request.type} order needs a price above 0")
     if request.price > high:
-        raise Problem("PRICE_OUT_OF_BAND", f"Expected a price of at most {high:f}, was {request.price}")
+        raise Problem("PRICE_OUT_OF_BAND", f"Expected a price of at most {plain(high)}, was {plain(request.price)}")
     instrument.price_to_ticks(request.price)
     if request.price < low:
-        raise Problem("PRICE_OUT_OF_BAND", f"Expected a price of at least {low:f}, was {request.price}")
+        raise Problem("PRICE_OUT_OF_BAND", f"Expected a price of at least {plain(low)}, was {plain(request.price)}")
     return request.price
 
 

@@ -44,11 +44,12 @@ class MarginMoves(msgspec.Struct, frozen=True):
 
 class MarginPlan(msgspec.Struct, frozen=True):
     """Of `risk.plan_margin_change`, under `adjust:{change}`: by how much the margins of a position and of its user's
-    open orders change (quote, in `asset`), or why they do not."""
+    open orders change (quote, in `asset`), or why they do not. The position is the one of `margin_version`."""
 
     position_delta: Decimal = ZERO
     order_delta: Decimal = ZERO
     asset: str = ""
+    margin_version: int = 0
     refusal: str | None = None
 
 

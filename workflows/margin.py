@@ -3,6 +3,7 @@
 import asyncio
 
 from temporalio import workflow
+from temporalio.exceptions import FailureError, is_cancelled_exception
 
 with workflow.unsafe.imports_passed_through():
     from domain.margin_changes import (
@@ -22,7 +23,9 @@ BUSY_PAUSE_SECONDS_MAX = 5.0
 
 @workflow.defn(name=MARGIN_CHANGE)
 class MarginChangeWorkflow:
-    """risk.plan_margin_change -> ledger.move_margin -> positions.adopt_margin (-> orders.cancel_uncovered)."""
+    """risk.plan_margin_change -> ledger.move_margin -> positions.adopt_margin (-> orders.cancel_uncovered).
+
+    Cancelling the workflow ends one that waits for another saga; one that risk has decided on is carried out."""
 
     @workflow.run
     async def run(self, change: MarginChange) -> str | None:
@@ -32,7 +35,31 @@ class MarginChangeWorkflow:
         return refusal
 
     async def _change(self, change: MarginChange) -> str | None:
-        plan = await self._plan(change)
+        try:
+            return await self._carry_out(change, await self._decide(change))
+        except (FailureError, asyncio.CancelledError) as error:
+            if not is_cancelled_exception(error):
+                raise
+            workflow.set_current_details("Cancelled: finishes what was begun")
+            # Half a change would bar the user's orders for good. The steps answer what they have answered before.
+            plan = await self._plan(change)
+            if plan.is_busy:
+                raise
+            return await self._carry_out(change, plan)
+
+    async def _decide(self, change: MarginChange) -> MarginVerdict:
+        waits = 0
+        workflow.set_current_details("Checks the change")
+        while (plan := await self._plan(change)).is_busy:
+            waits += 1
+            workflow.set_current_details("Waits for another saga of the user")
+            await asyncio.sleep(min(0.05 * 2**waits, BUSY_PAUSE_SECONDS_MAX))
+        return plan
+
+    async def _plan(self, change: MarginChange) -> MarginVerdict:
+        return await run_step(PLAN_MARGIN_CHANGE, change, MarginVerdict, f"{change.kind} {change.value}")
+
+    async def _carry_out(self, change: MarginChange, plan: MarginVerdict) -> str | None:
         if plan.refusal is not None:
             return plan.refusal
         workflow.set_current_details("Moves the money")
@@ -45,14 +72,3 @@ class MarginChangeWorkflow:
             # The money went elsewhere while the leverage was being lowered; the position came first.
             await run_step(CANCEL_UNCOVERED, Uncovered(change.instrument_id, [change.user_id]), type(None))
         return None
-
-    async def _plan(self, change: MarginChange) -> MarginVerdict:
-        waits = 0
-        workflow.set_current_details("Checks the change")
-        while True:
-            plan = await run_step(PLAN_MARGIN_CHANGE, change, MarginVerdict, f"{change.kind} {change.value}")
-            if not plan.is_busy:
-                return plan
-            waits += 1
-            workflow.set_current_details("Waits for another saga of the user")
-            await asyncio.sleep(min(0.05 * 2**waits, BUSY_PAUSE_SECONDS_MAX))

@@ -10,7 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from clients import connect_temporal
+from domain.margin_changes import MARGIN_CHANGE
 from tests.exchange import BTC, MOVING, Exchange, Trader
+from tests.waiting import until
 
 SETTLED_SECONDS = 40
 CLIENTS = 4
@@ -116,6 +119,34 @@ async def test_orders_survive_kill_9_of(exchange: Exchange, admin: Trader, victi
     if victims == ["api"]:
         assert sum(client.repeats for client in clients) > 0
     await assert_logs_are_whole(exchange)
+    await exchange.audit(admin)
+
+
+async def test_a_change_of_leverage_that_an_operator_ends_is_answered_with_503(
+    exchange: Exchange, admin: Trader
+) -> None:
+    trader = await exchange.trader(admin)
+    temporal = await connect_temporal(exchange.settings)
+    exchange.kill("worker")
+    request = asyncio.create_task(trader.client.put(f"/api/positions/{BTC}/leverage", json={"leverage": 5}))
+
+    async def running() -> list[str]:
+        query = f"WorkflowType = '{MARGIN_CHANGE}' AND ExecutionStatus = 'Running'"
+        return [found.id async for found in temporal.list_workflows(query)]
+
+    async def has_begun() -> bool:
+        return bool(await running())
+
+    try:
+        await until(has_begun, 5, "the change to begin")
+        (change_id,) = await running()
+        await temporal.get_workflow_handle(change_id).terminate()
+        answer = await request
+    finally:
+        exchange.start("worker")
+    assert (answer.status_code, answer.json()["code"]) == (503, "OVERLOADED")
+    assert change_id in answer.json()["detail"]
+    await exchange.until_ready()
     await exchange.audit(admin)
 
 

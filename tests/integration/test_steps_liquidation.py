@@ -312,6 +312,9 @@ async def test_a_cross_account_is_liquidated_by_its_equity(world: LiquidationWor
     await world.place(limit(3, "BUY", "2", 53_300))
     await world.settle()
     [opened] = await world.marked(53_230)
+    # No figures of the position alone: it is not by those that a cross account is judged.
+    [told] = [event for event in await outbox_events(world.pool, "RiskUpdate") if event["status"] != "OPEN"]
+    assert (told["status"], told["marginRatio"], told["liquidationPrice"]) == ("LIQUIDATION_PENDING", None, None)
     await world.liquidate(opened.liquidation_id)
     assert (await world.position(1))[2] == "CLOSED"
     # 6 970 less the loss of 6 700 and the trading fee of 26.65; the liquidation fee takes the rest.

@@ -228,3 +228,61 @@ async def test_what_cross_positions_have_lost_cannot_be_spent_again(world: World
     assert await world.change(world.margin_change(1, "MARGIN", "1")) == "POSITION_IS_CROSS"
     await world.cancel(orders[1])
     await world.settle()
+
+
+async def begin_change(world: World, kind: str, value: str, sold_meanwhile: str) -> AsyncIterator[str]:
+    """A change of user 1's margin that risk has decided on, before so much of the long was sold to user 3."""
+    await world.place(limit(1, "SELL", sold_meanwhile, 60_000))
+    await world.settle()
+    steps = world.change_margin(world.margin_change(1, kind, value))
+    await advance(steps, "planned")
+    await world.place(limit(3, "BUY", sold_meanwhile, 60_000))
+    await world.settle()
+    return steps
+
+
+@pytest.mark.parametrize(("kind", "value"), [("MARGIN", "500"), ("LEVERAGE", "5")])
+async def test_no_margin_is_put_behind_a_position_that_was_closed_meanwhile(
+    world: World, kind: str, value: str
+) -> None:
+    await world.deposit(20_000, 1)
+    await open_long(world)
+    await finish(await begin_change(world, kind, value, sold_meanwhile="1"))
+    assert await held(world) == (D(0), D(0))
+    assert (await world.balance(1))[1] == 0
+
+
+async def test_a_position_that_was_reduced_meanwhile_does_not_lose_the_margin_planned_for_the_larger_one(
+    world: World,
+) -> None:
+    await world.deposit(20_000, 1)
+    await open_long(world)
+    await finish(await begin_change(world, "LEVERAGE", "20", sold_meanwhile="0.5"))
+    # 3,000 of the 6,000 went with the other half.
+    assert await held(world) == (D(3_000), D(3_000))
+
+
+async def test_margin_is_not_taken_from_a_position_that_changed_meanwhile(world: World) -> None:
+    await world.deposit(20_000, 1)
+    await open_long(world)
+    assert await world.change(world.margin_change(1, "MARGIN", "1000")) is None
+    steps = await begin_change(world, "MARGIN", "-1000", sold_meanwhile="0.9")
+    assert [step async for step in steps] == ["POSITION_CHANGED"]
+    assert await held(world) == (D(700), D(700))
+
+
+async def test_a_change_waits_until_the_ledger_has_booked_the_fills_that_risk_knows_of(world: World) -> None:
+    await world.deposit(20_000, 1)
+    await world.mark(60_000)
+    await world.place(limit(2, "SELL", "1", 60_000))
+    await world.place(limit(1, "BUY", "1", 60_000))
+    await world.match()
+    events = world.unsettled(BTC)
+    assert events is not None
+    settling = world.settlement(events)
+    await advance(settling, "exposed")
+    change = world.margin_change(1, "LEVERAGE", "5")
+    assert (await world.risk.plan_margin_change(change)).is_busy
+    await finish(settling)
+    assert await world.change(change) is None
+    assert await held(world) == (D(12_000), D(12_000))

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import pytest
 from redis.asyncio import Redis
-from temporalio.client import Client, WorkflowHandle
+from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
+from temporalio.exceptions import CancelledError
 
 from clients import OPERATIONS_QUEUE
 from domain.margin_changes import MARGIN_CHANGE, MOVE_MARGIN, PLAN_MARGIN_CHANGE, MarginChange
@@ -142,3 +143,42 @@ async def test_orders_that_the_change_leaves_without_money_are_cancelled(desk: D
         assert await handle.result() is None
     assert (await desk.states([rest])) == [("CANCEL_REQUESTED", None)]
     await save_history(handle, "margin_uncovered")
+
+
+async def test_a_cancelled_change_that_risk_has_decided_on_is_carried_out_so_that_later_orders_are_not_barred(
+    desk: Desk, pool: Pool, redis: Redis
+) -> None:
+    gate = Gate()
+    async with workers(desk.temporal, pool, redis, {MOVE_MARGIN: gate}):
+        await trade(desk)
+        handle = await start(desk, "LEVERAGE", "5")
+        await gate.visible.wait()
+        await handle.cancel()
+        gate.is_open = True
+        assert await handle.result() is None
+        # 600 / 5, after 0.30 of fee; then an order's 600 / 5 + 0.30
+        assert await desk.balance(ALICE) == (D("879.7"), D(120))
+        await desk.place(order(ALICE, "BUY", "0.01", "60000"))
+    assert await desk.balance(ALICE) == (D("759.4"), D("240.3"))
+    await desk.assert_clean()
+    await save_history(handle, "margin_cancelled")
+
+
+async def test_a_cancelled_change_that_still_waits_ends_and_changes_nothing(
+    desk: Desk, pool: Pool, redis: Redis
+) -> None:
+    gate = Gate()
+    async with workers(desk.temporal, pool, redis, {FREEZE_FUNDS: gate}):
+        placing = await desk.start(await desk.take_in(order(ALICE, "BUY", "0.01", "60000")))
+        await gate.knocked.wait()
+        handle = await start(desk, "LEVERAGE", "5")
+        await until(lambda: _is_waiting(handle), 15, "the change to wait")
+        await handle.cancel()
+        with pytest.raises(WorkflowFailureError) as ended:
+            await handle.result()
+        assert isinstance(ended.value.cause, CancelledError)
+        gate.is_open = True
+        await placing.result()
+    assert await pool.fetchval("SELECT leverage FROM risk.exposures WHERE user_id = $1", ALICE) == 10
+    await desk.assert_clean()
+    await save_history(handle, "margin_cancelled_waiting")

@@ -86,6 +86,8 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "margin_busy",
         "margin_retried",
         "margin_uncovered",
+        "margin_cancelled",
+        "margin_cancelled_waiting",
         "registration",
         "registration_failed",
         "registration_resumer",
