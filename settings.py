@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -72,6 +72,8 @@ class Settings(BaseSettings):
     engine_snapshot_commands: int = 50_000
     # The newest events of each instrument that are kept in any case, and the trades among them.
     event_retention_count: int = 1_000_000
+    # For how many days attempts to sign in are on record.
+    login_audit_retention_days: PositiveInt = 90
 
     def require_database_url(self) -> str:
         """The Postgres URL. Raises RuntimeError when it is not set (outside the embedded stack)."""

@@ -109,7 +109,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         tasks.create_task(run_relay(pool, open_redis(settings), stop))
         tasks.create_task(run_observer(pool, redis, stop))
         tasks.create_task(run_sweeper(pool, client, stop))
-        tasks.create_task(run_pruner(pool, stop))
+        tasks.create_task(run_pruner(pool, timedelta(days=settings.login_audit_retention_days), stop))
         tasks.create_task(run_reporting(pool, open_redis(settings), stop))
         tasks.create_task(run_countdowns(pool, client, stop))
         tasks.create_task(

@@ -1,6 +1,6 @@
 """API keys of the auth service: programs that act for a user."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -29,6 +29,14 @@ SELECT {_COLUMNS} FROM auth.api_keys k WHERE key_id = $1 AND revoked_at IS NULL 
 """
 _REVOKE = """
 UPDATE auth.api_keys SET revoked_at = $3 WHERE user_id = $1 AND key_id = $2 AND revoked_at IS NULL RETURNING true
+"""
+_LOCK_SECRETS = """
+SELECT key_id, secret FROM auth.api_keys
+WHERE algorithm = 'HMAC_SHA256' AND revoked_at IS NULL ORDER BY key_id FOR UPDATE
+"""
+_REPLACE_SECRETS = """
+UPDATE auth.api_keys k SET secret = n.secret FROM unnest($1::text[], $2::bytea[]) AS n (key_id, secret)
+WHERE k.key_id = n.key_id
 """
 
 
@@ -82,6 +90,14 @@ async def revoke_key(pool: Pool, redis: Redis, user_id: int, key_id: str, now: d
     if revoked:
         await tell_key_changed(redis, key_id)
     return revoked
+
+
+async def replace_secrets(conn: Connection, replaced: Callable[[bytes], bytes]) -> int:
+    """Put `replaced(secret)` in place of every encrypted secret of a key that is not revoked; how many there are."""
+    rows = await conn.fetch(_LOCK_SECRETS)
+    secrets = [replaced(row["secret"]) for row in rows]
+    await conn.execute(_REPLACE_SECRETS, [row["key_id"] for row in rows], secrets)
+    return len(rows)
 
 
 async def tell_key_changed(redis: Redis, key_id: str) -> None:

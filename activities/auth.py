@@ -1,7 +1,7 @@
 """The auth service: credentials and the record of who tried to sign in."""
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv6Address
 from typing import Literal
 
@@ -58,6 +58,11 @@ RETURNING user_id, email, roles, status, expires_at, locked_until, secret_hash
 """
 _AUDIT = """
 INSERT INTO auth.login_audits (user_id, email, outcome, reason, ip, device) VALUES ($1, $2, $3, $4, $5, $6)
+"""
+# Ids rise with time: the oldest rows are found without an index on their times.
+_FORGET_AUDITS = """
+DELETE FROM auth.login_audits WHERE created_at < now() - $1::interval
+    AND audit_id IN (SELECT audit_id FROM auth.login_audits ORDER BY audit_id LIMIT $2)
 """
 
 
@@ -147,6 +152,12 @@ async def audit_login(
     """Record one attempt to sign in; `reason` says why it failed, None that it did not."""
     outcome = "SUCCESS" if reason is None else "FAILED"
     await conn.execute(_AUDIT, user_id, email, outcome, reason, device.ip, device.agent)
+
+
+async def forget_login_audits(conn: Connection, kept: timedelta, limit: int) -> int:
+    """Delete the records of attempts to sign in that are older than `kept`, up to `limit`; how many it was."""
+    status = await conn.execute(_FORGET_AUDITS, kept, limit)
+    return int(status.removeprefix("DELETE "))
 
 
 class AuthActivities:

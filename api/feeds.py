@@ -31,25 +31,25 @@ class Feeds:
 async def open_feeds(pool: Pool, redis: Redis, sessions: SessionGuard, keys: ApiKeys) -> AsyncIterator[Feeds]:
     """Feeds that run until the block is left. Instruments are read once: a new one needs a restart."""
     market = MarketFeed(redis, await read_instruments(pool))
-    user = UserFeed(redis, sessions)
+    user = UserFeed(redis, sessions, keys)
 
     def on_message(channel: str, payload: bytes) -> None:
         if channel == REVOKED_CHANNEL:
-            user.on_revoked(payload.decode())
             keys.forget(payload.decode())
+            user.on_revoked(payload.decode())
         else:
             market.on_message(channel, payload)
 
     def on_subscribed(channel: str) -> None:
         if channel == REVOKED_CHANNEL:
-            user.recheck_sessions()
             keys.forget_all()
+            user.doubt_all()
         else:
             market.on_subscribed(channel)
 
     subscriber = Subscriber(redis, [REVOKED_CHANNEL, *market.redis_channels], on_message, on_subscribed)
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(task) for task in (subscriber.run(), user.follow_stream(), user.check_sessions())]
+        tasks = [group.create_task(task) for task in (subscriber.run(), user.follow_stream(), user.settle_doubts())]
         try:
             yield Feeds(market, user, Counter())
         finally:

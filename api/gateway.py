@@ -19,6 +19,7 @@ from api.addresses import client_address, network_of
 from api.models import UserId
 from api.problems import internal_error, problem_response
 from api.rate_limits import Limit
+from api.signatures import signed_request
 from api.state import AppState, State
 from domain.identity import SERVICE, Identity
 from domain.problems import Problem
@@ -252,7 +253,7 @@ async def current_user(request: Request, state: State, bearer: Bearer, key_id: A
         return await current_signed_in(request, state, bearer)
     if bearer is not None:
         raise Problem("UNAUTHENTICATED", "Expected an access token or an API key, was both")
-    identity = await state.keys.authenticate(request, key_id, datetime.now(UTC))
+    identity = await state.keys.authenticate(await signed_request(request, key_id), datetime.now(UTC))
     _know(request, identity)
     await spend(request.scope, state, state.limits.api_key, key_id)
     return identity

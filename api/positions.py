@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import Field, field_validator
 from temporalio.client import WorkflowFailureError
+from temporalio.common import SearchAttributePair, TypedSearchAttributes
 from temporalio.service import RPCError
 
 from activities.instruments import read_tiers
 from activities.liquidation import cross_backing, deleverage_ranks
 from activities.positions import position_view
 from activities.risk import set_margin_mode
+from activities.sagas import INSTRUMENT_ID, USER_ID
 from api.gateway import ServedUserId, User
 from api.models import ApiModel, SafeText
 from api.openapi import problems
@@ -177,6 +179,9 @@ async def _change_margin(
                 MarginChange(change_id, user_id, instrument_id, kind, value),
                 id=change_id,
                 task_queue=OPERATIONS_QUEUE,
+                search_attributes=TypedSearchAttributes(
+                    [SearchAttributePair(USER_ID, str(user_id)), SearchAttributePair(INSTRUMENT_ID, instrument_id)]
+                ),
                 static_summary=f"{kind} {value} of user {user_id} in {instrument_id}",
             )
     except (TimeoutError, RPCError, WorkflowFailureError) as error:

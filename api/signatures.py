@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from starlette.requests import Request
 
 from activities.api_keys import ApiKey, find_key
-from api.addresses import client_address
+from api.addresses import Address, client_address
 from domain.clock import to_ms
 from domain.identity import USER_ROLE, Identity
 from domain.problems import Problem
@@ -40,6 +40,44 @@ def canonical(method: str, target: str, timestamp: str, recv_window: str, nonce:
 
 
 @dataclass(frozen=True, slots=True)
+class SignedRequest:
+    """What somebody has signed, with what key, and from where it came: unproven, all of it as it was sent."""
+
+    key_id: str
+    method: str
+    target: str
+    timestamp: str
+    recv_window: str
+    nonce: str
+    signature: str
+    address: Address | None
+    body: bytes = b""
+
+    @property
+    def text(self) -> bytes:
+        """The bytes that must have been signed."""
+        return canonical(self.method, self.target, self.timestamp, self.recv_window, self.nonce, self.body)
+
+
+async def signed_request(request: Request, key_id: str) -> SignedRequest:
+    """An HTTP request whose X-Api-Key is `key_id`."""
+    target = request.scope["raw_path"].decode("latin-1")
+    if request.scope["query_string"]:
+        target += "?" + request.scope["query_string"].decode("latin-1")
+    return SignedRequest(
+        key_id=key_id,
+        method=request.method,
+        target=target,
+        timestamp=request.headers.get("x-api-timestamp", ""),
+        recv_window=request.headers.get("x-api-recv-window", str(RECV_WINDOW_MS)),
+        nonce=request.headers.get("x-api-nonce", ""),
+        signature=request.headers.get("x-api-signature", ""),
+        address=client_address(request.scope),
+        body=await request.body(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class _Remembered:
     key: ApiKey | None
     hmac_secret: bytes
@@ -55,19 +93,24 @@ class ApiKeys:
         self._vault = vault
         self._remembered: dict[str, _Remembered] = {}
 
-    async def authenticate(self, request: Request, key_id: str, now: datetime) -> Identity:
+    async def authenticate(self, request: SignedRequest, now: datetime) -> Identity:
         """The key's user. Raises Problem UNAUTHENTICATED when the request is not signed well, late or a repeat, and
         FORBIDDEN when the key may not do this, or not from there. Never an operator, whoever the user is."""
-        remembered = await self._find(key_id)
+        remembered = await self._find(request.key_id)
         key = remembered.key
         if key is None:
-            raise _unauthenticated("The API key is not valid")
-        signed, replay_ms = _signed(request, await request.body(), to_ms(now))
-        if not _is_genuine(key, remembered.hmac_secret, signed, request.headers.get("x-api-signature", "")):
+            raise _invalid_key()
+        replay_ms = _remaining_ms(request, to_ms(now))
+        if not _is_genuine(key, remembered.hmac_secret, request.text, request.signature):
             raise _unauthenticated("The signature is not valid")
         _require_allowed(key, request)
-        await self._require_first(key_id, signed, replay_ms)
-        return Identity(key.user_id, frozenset({USER_ROLE}), "")
+        await self._require_first(request, replay_ms)
+        return Identity(key.user_id, frozenset({USER_ROLE}), session_id="", key_id=key.key_id)
+
+    async def require(self, key_id: str) -> None:
+        """Raise Problem UNAUTHENTICATED unless the key is good now, whatever is remembered of it."""
+        if await find_key(self._pool, key_id) is None:
+            raise _invalid_key()
 
     def forget(self, key_id: str) -> None:
         """Look at the key anew."""
@@ -101,18 +144,16 @@ class ApiKeys:
         except InvalidToken:
             raise RuntimeError(f"No key of EXCHANGE_API_KEY_SECRETS_FILE opens API key {key.key_id}") from None
 
-    async def _require_first(self, key_id: str, signed: bytes, replay_ms: int) -> None:
+    async def _require_first(self, request: SignedRequest, replay_ms: int) -> None:
         # What is signed and not the signature: another valid signature of the same request is the same request.
-        name = f"api:signed:{key_id}:{hashlib.sha256(signed).hexdigest()}"
+        name = f"api:signed:{request.key_id}:{hashlib.sha256(request.text).hexdigest()}"
         if not await self._redis.set(name, b"", nx=True, px=replay_ms):
             raise _unauthenticated("The request was sent before; change X-Api-Timestamp or X-Api-Nonce")
 
 
-def _signed(request: Request, body: bytes, now_ms: int) -> tuple[bytes, int]:
-    """What should be signed, and for how many more milliseconds it would be accepted."""
-    timestamp = request.headers.get("x-api-timestamp", "")
-    recv_window = request.headers.get("x-api-recv-window", str(RECV_WINDOW_MS))
-    nonce = request.headers.get("x-api-nonce", "")
+def _remaining_ms(request: SignedRequest, now_ms: int) -> int:
+    """For how many more milliseconds the request would be accepted."""
+    timestamp, recv_window, nonce = request.timestamp, request.recv_window, request.nonce
     if not _NUMBER.fullmatch(timestamp) or not _NUMBER.fullmatch(recv_window) or not _NONCE.fullmatch(nonce):
         raise _unauthenticated("X-Api-Timestamp (ms), X-Api-Recv-Window (ms) or X-Api-Nonce is not valid")
     if int(recv_window) > RECV_WINDOW_MS_MAX:
@@ -120,10 +161,7 @@ def _signed(request: Request, body: bytes, now_ms: int) -> tuple[bytes, int]:
     left = int(timestamp) + int(recv_window) - now_ms
     if left < 0 or int(timestamp) > now_ms + AHEAD_MS_MAX:
         raise _unauthenticated(f"X-Api-Timestamp is outside the receive window; it is {now_ms} here")
-    target = request.scope["raw_path"].decode("latin-1")
-    if request.scope["query_string"]:
-        target += "?" + request.scope["query_string"].decode("latin-1")
-    return canonical(request.method, target, timestamp, recv_window, nonce, body), left + 1
+    return left + 1
 
 
 def _is_genuine(key: ApiKey, hmac_secret: bytes, signed: bytes, signature: str) -> bool:
@@ -140,13 +178,18 @@ def _is_genuine(key: ApiKey, hmac_secret: bytes, signed: bytes, signature: str) 
     return True
 
 
-def _require_allowed(key: ApiKey, request: Request) -> None:
-    address = client_address(request.scope)
+def _require_allowed(key: ApiKey, request: SignedRequest) -> None:
+    address = request.address
     networks = [ip_network(each) for each in key.allowed_addresses]
     if networks and (address is None or not any(address in network for network in networks)):
         raise Problem("FORBIDDEN", "The API key may not be used from this address")
-    if request.method not in _SAFE_METHODS and "TRADE" not in key.permissions:
-        raise Problem("FORBIDDEN", "The API key may only read")
+    needed = "READ" if request.method in _SAFE_METHODS else "TRADE"
+    if needed not in key.permissions:
+        raise Problem("FORBIDDEN", f"The API key has no permission {needed}")
+
+
+def _invalid_key() -> Problem:
+    return _unauthenticated("The API key is not valid")
 
 
 def _unauthenticated(detail: str) -> Problem:

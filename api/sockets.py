@@ -4,16 +4,21 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, WebSocket
 from redis.exceptions import RedisError
 from starlette.websockets import WebSocketDisconnect
 
+from api.addresses import client_address
 from api.gateway import authenticate
 from api.market_feed import MarketFeed
 from api.problems import problem_response
+from api.signatures import RECV_WINDOW_MS, SignedRequest
 from api.socket_client import (
+    FORBIDDEN_CLOSE,
     TRY_AGAIN_LATER_CLOSE,
     UNAUTHENTICATED_CLOSE,
     SocketClient,
@@ -23,6 +28,7 @@ from api.socket_client import (
 )
 from api.state import AppState, State
 from api.user_feed import user_message
+from domain.identity import Identity
 from domain.periods import PERIODS_MS
 from domain.problems import Problem
 from storage.leadership import OUTAGES
@@ -37,8 +43,13 @@ JOIN_SECONDS = 5.0
 MARKET_QUEUE_MAX = 512
 # One batch of orders may push thousands of messages to its user at once.
 USER_QUEUE_MAX = 10_000
+USER_PATH = "/ws/user"
 SOCKET_CHANNELS = (*CHANNELS, "kline")
 PONG = b'{"type":"pong"}'
+
+
+# No more digits than `api.signatures` takes; a longer number would be costly to write out.
+_Milliseconds = Annotated[int, msgspec.Meta(ge=0, lt=10**15)]
 
 
 class _Request(msgspec.Struct, rename="camel"):
@@ -47,6 +58,11 @@ class _Request(msgspec.Struct, rename="camel"):
     instrument_id: str = ""
     period: str = ""
     token: str = ""
+    api_key: str = ""
+    timestamp: _Milliseconds = 0
+    recv_window: _Milliseconds = RECV_WINDOW_MS
+    nonce: str = ""
+    signature: str = ""
 
 
 class _SnakeCaseRequest(msgspec.Struct):
@@ -73,9 +89,10 @@ async def market_channel_socket(websocket: WebSocket, state: State, channel: str
     await _serve_market(websocket, state, (channel,), first)
 
 
-@router.websocket("/ws/user")
+@router.websocket(USER_PATH)
 async def user_socket(websocket: WebSocket, state: State) -> None:
-    """A user's own messages, after `{"op":"auth","token":…}`; 4401 when that fails or the session ends."""
+    """A user's own messages, after `{"op":"auth",…}` with an access token, or signed with an API key that may READ;
+    closed with 4401 or 4403 when that fails, or when the session or key ends."""
     async with _accepted(websocket, state) as accepted:
         if accepted:
             await _serve_new_user(websocket, state)
@@ -83,11 +100,12 @@ async def user_socket(websocket: WebSocket, state: State) -> None:
 
 async def _serve_new_user(websocket: WebSocket, state: AppState) -> None:
     try:
-        await _serve_user(websocket, state, await _first_token(websocket))
+        await _serve_user(websocket, state, await _first_request(websocket))
     except WebSocketDisconnect:
         return
     except Problem as problem:
-        await close_socket(websocket, UNAUTHENTICATED_CLOSE, problem.detail)
+        code = FORBIDDEN_CLOSE if problem.code == "FORBIDDEN" else UNAUTHENTICATED_CLOSE
+        await close_socket(websocket, code, problem.detail)
     except (RedisError, *OUTAGES) as error:
         log.warning("A user socket cannot be served: %r", error)
         await close_socket(websocket, TRY_AGAIN_LATER_CLOSE, "Try again later")
@@ -113,15 +131,33 @@ async def _accepted(websocket: WebSocket, state: AppState) -> AsyncIterator[bool
             del sockets[address]
 
 
-async def _first_token(websocket: WebSocket) -> str:
+async def _first_request(websocket: WebSocket) -> _Request:
     try:
         async with asyncio.timeout(AUTH_SECONDS):
             request = _parse(await receive(websocket))
     except TimeoutError:
-        raise Problem("UNAUTHENTICATED", f"No token came within {AUTH_SECONDS:g} seconds") from None
+        raise Problem("UNAUTHENTICATED", f"Nothing came within {AUTH_SECONDS:g} seconds") from None
     if request.op != "auth":
         raise Problem("UNAUTHENTICATED", f"Expected op auth first, was {request.op!r}")
-    return request.token
+    return request
+
+
+async def _identify(websocket: WebSocket, state: AppState, request: _Request) -> Identity:
+    if not request.api_key:
+        return await authenticate(state, request.token)
+    if request.token:
+        raise Problem("UNAUTHENTICATED", "Expected an access token or an API key, was both")
+    signed = SignedRequest(
+        key_id=request.api_key,
+        method="GET",
+        target=USER_PATH,
+        timestamp=str(request.timestamp),
+        recv_window=str(request.recv_window),
+        nonce=request.nonce,
+        signature=request.signature,
+        address=client_address(websocket.scope),
+    )
+    return await state.keys.authenticate(signed, datetime.now(UTC))
 
 
 async def _serve_market(
@@ -175,7 +211,7 @@ def _channel(request: _Request) -> str:
     return kline_channel(request.period)
 
 
-async def _serve_user(websocket: WebSocket, state: AppState, token: str) -> None:
+async def _serve_user(websocket: WebSocket, state: AppState, first: _Request) -> None:
     client = SocketClient(websocket, USER_QUEUE_MAX)
     feed = state.feeds.user
 
@@ -188,12 +224,10 @@ async def _serve_user(websocket: WebSocket, state: AppState, token: str) -> None
         except Problem as problem:
             client.offer(error_message(problem))
 
-    identity = await authenticate(state, token)
+    identity = await _identify(websocket, state, first)
     try:
         async with asyncio.timeout(JOIN_SECONDS):
             await feed.join(client, identity)
-        # Asked again: a revocation between the first answer and joining went unheard.
-        await authenticate(state, token)
         client.offer(user_message("auth", msgspec.json.encode({"userId": str(identity.user_id)})))
         await client.serve(on_message)
     finally:

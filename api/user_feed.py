@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import chain, islice
 from typing import cast
 
 import msgspec
@@ -10,6 +12,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from api.sessions import SessionGuard
+from api.signatures import ApiKeys
 from api.socket_client import UNAUTHENTICATED_CLOSE, SocketClient
 from domain.events import USER_PUSH_TOPIC
 from domain.identity import Identity
@@ -25,6 +28,7 @@ RETRY_SECONDS = 0.5
 # The relay repeats entries only right after a crash, so that a short memory of ids tells repeats.
 SEEN_IDS_MAX = 10_000
 RECHECK_SECONDS = 60.0
+CHECKED_AT_ONCE_MAX = 500
 
 
 # What the client library returns per entry: its id in the stream and its fields.
@@ -41,23 +45,28 @@ _decode_pushes = msgspec.json.Decoder(list[_Push]).decode
 
 
 class UserFeed:
-    """Reads the stream once for all sockets, and only while there are any; closes those whose session ended."""
+    """Reads the stream once for all sockets, and only while there are any; closes those whose session or key ended."""
 
-    def __init__(self, redis: Redis, sessions: SessionGuard) -> None:
+    def __init__(self, redis: Redis, sessions: SessionGuard, keys: ApiKeys) -> None:
         self._redis = redis
         self._sessions = sessions
+        self._keys = keys
         self._clients: dict[int, dict[SocketClient, Identity]] = {}
         self._seen: dict[bytes, None] = {}
         self._position: bytes | None = None
         self._occupied = asyncio.Event()
         self._positioned = asyncio.Event()
-        self._recheck = asyncio.Event()
+        # Sockets whose session or key may have ended.
+        self._doubtful: dict[SocketClient, Identity] = {}
+        self._doubt = asyncio.Event()
 
     async def join(self, client: SocketClient, identity: Identity) -> None:
-        """Send `client` what is pushed to its user after this returns."""
+        """Send `client` what is pushed to its user after this returns. Raises Problem UNAUTHENTICATED."""
         self._clients.setdefault(identity.user_id, {})[client] = identity
         self._occupied.set()
         await self._positioned.wait()
+        # Asked again: a revocation between the first answer and joining went unheard.
+        await self._require_good(identity, datetime.now(UTC))
 
     def leave(self, client: SocketClient, identity: Identity) -> None:
         """Forget a client."""
@@ -68,16 +77,19 @@ class UserFeed:
         if not self._clients:
             self._occupied.clear()
 
-    def on_revoked(self, session_id: str) -> None:
-        """Close the sockets of this session."""
-        for clients in self._clients.values():
-            for client, identity in clients.items():
-                if identity.session_id == session_id:
-                    client.close(UNAUTHENTICATED_CLOSE, "The session was revoked")
+    def on_revoked(self, name: str) -> None:
+        """Close the sockets of a session that has ended; look at those of an API key, which has changed in some way."""
+        for client, identity in self._open_sockets():
+            if identity.session_id == name:
+                client.close(UNAUTHENTICATED_CLOSE, "The session was revoked")
+            elif identity.key_id == name:
+                self._doubtful[client] = identity
+                self._doubt.set()
 
-    def recheck_sessions(self) -> None:
-        """Revocations may have been missed: look at every session soon."""
-        self._recheck.set()
+    def doubt_all(self) -> None:
+        """Revocations may have been missed: look at every socket soon."""
+        self._doubtful.update(self._open_sockets())
+        self._doubt.set()
 
     async def follow_stream(self) -> None:
         """Dispatch until cancelled; a Redis outage delays."""
@@ -89,15 +101,19 @@ class UserFeed:
                 log.warning("User messages are delayed: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def check_sessions(self) -> None:
-        """Close the sockets of sessions that ended unheard, until cancelled: once a minute and after every doubt."""
+    async def settle_doubts(self) -> None:
+        """Close the sockets of sessions and keys that ended, until cancelled: after every doubt and once a minute."""
         while True:
-            await wait_for_event(self._recheck, RECHECK_SECONDS)
-            self._recheck.clear()
+            if not await wait_for_event(self._doubt, RECHECK_SECONDS):
+                self.doubt_all()
+            self._doubt.clear()
             try:
-                await self._close_ended(datetime.now(UTC))
+                while self._doubtful:
+                    await self._settle_some(datetime.now(UTC))
             except (RedisError, *OUTAGES) as error:
-                log.warning("Sessions of open sockets cannot be checked: %s", error)
+                log.warning("Sessions and keys of open sockets cannot be checked: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
+                self._doubt.set()
 
     async def _read_while_occupied(self) -> None:
         if self._position is None:
@@ -134,13 +150,31 @@ class UserFeed:
             del self._seen[next(iter(self._seen))]
         return False
 
-    async def _close_ended(self, now: datetime) -> None:
-        open_sockets = [item for clients in self._clients.values() for item in clients.items()]
-        for client, identity in open_sockets:
-            try:
-                await self._sessions.require(identity.session_id, now)
-            except Problem as problem:
-                client.close(UNAUTHENTICATED_CLOSE, problem.detail)
+    def _open_sockets(self) -> Iterator[tuple[SocketClient, Identity]]:
+        return chain.from_iterable(clients.items() for clients in self._clients.values())
+
+    async def _settle_some(self, now: datetime) -> None:
+        # Sessions that are asked for together cost one look into Redis.
+        some = list(islice(self._doubtful.items(), CHECKED_AT_ONCE_MAX))
+        for client, _ in some:
+            del self._doubtful[client]
+        answers = await asyncio.gather(
+            *(self._require_good(identity, now) for _, identity in some), return_exceptions=True
+        )
+        for (client, identity), answer in zip(some, answers, strict=True):
+            if isinstance(answer, Problem):
+                client.close(UNAUTHENTICATED_CLOSE, answer.detail)
+            elif answer is not None:
+                self._doubtful[client] = identity
+        failures = [answer for answer in answers if answer is not None and not isinstance(answer, Problem)]
+        if failures:
+            raise failures[0]
+
+    async def _require_good(self, identity: Identity, now: datetime) -> None:
+        if identity.key_id:
+            await self._keys.require(identity.key_id)
+        else:
+            await self._sessions.require(identity.session_id, now)
 
 
 def user_message(channel: str, data: bytes) -> bytes:

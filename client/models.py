@@ -13,6 +13,7 @@ Side = Literal["BUY", "SELL"]
 OrderType = Literal["LIMIT", "MARKET", "STOP_MARKET", "STOP_LIMIT", "TAKE_PROFIT_MARKET", "TAKE_PROFIT_LIMIT"]
 TimeInForce = Literal["GTC", "IOC", "FOK"]
 StpMode = Literal["EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH"]
+Permission = Literal["READ", "TRADE"]
 MarginMode = Literal["ISOLATED", "CROSS"]
 Level = tuple[Decimal, Decimal]
 
@@ -49,6 +50,23 @@ class User(_Model, frozen=True):
     email: str
     status: str
     created_at: datetime
+
+
+class KeyDetails(_Model, frozen=True):
+    """An API key; without `allowed_addresses` it may be used from everywhere."""
+
+    key_id: str
+    label: str
+    algorithm: Literal["HMAC_SHA256", "ED25519"]
+    permissions: list[Permission]
+    allowed_addresses: list[str]
+    created_at: datetime
+
+
+class NewKeyDetails(KeyDetails, frozen=True):
+    """An API key just made, and the secret if it is of HMAC_SHA256."""
+
+    secret: str | None
 
 
 class NewOrder(_Model, frozen=True, omit_defaults=True):

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
@@ -10,12 +10,13 @@ import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
+from client.account import Account
 from client.errors import Refused, UnavailableError
 from client.exchange import PAUSE_SECONDS, Exchange
 from client.models import Book, Level, MarketMessage, UserMessage
-from client.session import Login, Session
 
-UNAUTHENTICATED = 4401
+UNAUTHENTICATED, FORBIDDEN = 4401, 4403
+USER_PATH = "/ws/user"
 _LOST = (OSError, InvalidHandshake, ConnectionClosed)
 
 
@@ -62,25 +63,26 @@ async def books(exchange: Exchange, instrument_id: str) -> AsyncIterator["LocalB
         yield book
 
 
-async def user_messages(session: Session) -> AsyncIterator[UserMessage]:
+async def user_messages(account: Account) -> AsyncIterator[UserMessage]:
     """The user's events until closed. `auth` comes first, and again after every new connection: what happened in
-    between is not repeated, so look it up then. Needs a session of `sign_in`. Raises UnavailableError as above."""
-    login, exchange = session.caller, session.exchange
-    if not isinstance(login, Login):
-        raise TypeError("Expected a session that was signed in with a password")
+    between is not repeated, so look it up then. Raises UnavailableError as above, and Refused when the caller has no
+    better proof than one that is no longer good (an API key that was revoked)."""
+    caller, exchange = account.caller, account.exchange
     retry = _Retry(exchange)
     while True:
-        token = login.access_token
+        proof: Mapping[str, str] = {}
         try:
-            async with connect(_address(exchange, "/ws/user"), proxy=None) as socket:
-                await socket.send(msgspec.json.encode({"op": "auth", "token": token}).decode())
+            async with connect(_address(exchange, USER_PATH), proxy=None) as socket:
+                proof = caller.headers("GET", USER_PATH, b"")
+                await socket.send(_auth_message(proof))
                 async for frame in socket:
                     retry.succeeded()
                     yield msgspec.json.decode(frame, type=UserMessage)
         except _LOST as error:
+            refusal = _refusal(error)
+            if refusal is not None and not (refusal.status == 401 and await caller.renew(proof)):
+                raise refusal from error
             await retry.wait(error)
-            if isinstance(error, ConnectionClosed) and error.rcvd is not None and error.rcvd.code == UNAUTHENTICATED:
-                await login.renew({"Authorization": f"Bearer {token}"})
 
 
 class Chain:
@@ -170,11 +172,41 @@ def _address(exchange: Exchange, path: str) -> str:
     return "ws" + exchange.url.removeprefix("http") + path
 
 
+def _auth_message(proof: Mapping[str, str]) -> str:
+    """The headers that prove who sends a GET, in the form in which the socket takes them."""
+    if "X-Api-Key" not in proof:
+        return _text({"op": "auth", "token": proof["Authorization"].removeprefix("Bearer ")})
+    message = {
+        "op": "auth",
+        "apiKey": proof["X-Api-Key"],
+        "timestamp": int(proof["X-Api-Timestamp"]),
+        "recvWindow": int(proof["X-Api-Recv-Window"]),
+        "nonce": proof["X-Api-Nonce"],
+        "signature": proof["X-Api-Signature"],
+    }
+    return _text(message)
+
+
+def _refusal(error: BaseException) -> Refused | None:
+    """What the exchange said when it closed a socket for want of a good proof."""
+    if not isinstance(error, ConnectionClosed) or error.rcvd is None:
+        return None
+    if error.rcvd.code == FORBIDDEN:
+        return Refused(403, "FORBIDDEN", error.rcvd.reason, {})
+    if error.rcvd.code == UNAUTHENTICATED:
+        return Refused(401, "UNAUTHENTICATED", error.rcvd.reason, {})
+    return None
+
+
+def _text(message: object) -> str:
+    return msgspec.json.encode(message).decode()
+
+
 async def _subscribe(socket: ClientConnection, topic: Topic) -> None:
     request = {"op": "subscribe", "channel": topic.channel, "instrumentId": topic.instrument_id}
     if topic.period:
         request["period"] = topic.period
-    await socket.send(msgspec.json.encode(request).decode())
+    await socket.send(_text(request))
 
 
 def _market_message(frame: str | bytes) -> MarketMessage | None:

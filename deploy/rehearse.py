@@ -3,7 +3,7 @@
 Builds what the Dockerfile would build (the files it copies, the packages of requirements-runtime.lock in an environment
 of their own), starts Postgres, Valkey and Temporal apart, and then runs every service of docker-compose.yml by its own
 command, environment and health check: set-up, engine, two workers, market, two apis. Trades, kills a worker and an
-engine under way, and ends with a clean audit. Leaves nothing behind.
+engine under way, has a request signed with an API key, and ends with a clean audit. Leaves nothing behind.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from ruamel.yaml import YAML
@@ -29,7 +30,8 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from stack import servers  # noqa: E402 - found by the line above
+from client import ApiKey  # noqa: E402 - found by the line above
+from stack import servers  # noqa: E402
 
 BTC = "BTC-USDT-PERP"
 HEALTHY_SECONDS = 90
@@ -86,6 +88,7 @@ class Host:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         key = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         (folder / "jwt-key").write_bytes(key)
+        (folder / "api-key-secrets").write_bytes(Fernet.generate_key())
 
     @property
     def admin_password(self) -> str:
@@ -97,14 +100,13 @@ class Host:
         service = self._services[name.rsplit("-", 1)[0] if name in PROCESSES else name]
         values = {key: self._filled(str(value)) for key, value in service["environment"].items()}
         values |= {key: value for key, value in self._addresses.items() if key in values}
+        values = {key: value.replace("/run/secrets", str(self._folder)) for key, value in values.items()}
         values["EXCHANGE_STATE_DIR"] = str(self._folder / name)
         if name in PROCESSES:
             own = "EXCHANGE_API_PORT" if name.startswith("api") else "EXCHANGE_METRICS_PORT"
             values[own] = str(self.ports[name])
             if "EXCHANGE_TEMPORAL_METRICS_PORT" in values:
                 values["EXCHANGE_TEMPORAL_METRICS_PORT"] = str(self._temporal_ports[name])
-            if "EXCHANGE_JWT_PRIVATE_KEY_FILE" in values:
-                values["EXCHANGE_JWT_PRIVATE_KEY_FILE"] = str(self._folder / "jwt-key")
         # What the image itself sets, and nothing of ours.
         return values | {
             "PATH": f"{self._programs}:/usr/bin:/bin",
@@ -180,7 +182,7 @@ class Visitor:
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The JSON of a POST that must succeed."""
         answer = self.client.post(path, json=body)
-        if answer.status_code != httpx.codes.OK:
+        if not answer.is_success:
             raise SystemExit(f"POST {path}: {answer.status_code} {answer.text}")
         return answer.json()
 
@@ -215,6 +217,21 @@ def trade(host: Host, what: str) -> None:
             return
         time.sleep(0.5)
     raise SystemExit(f"Expected a clean audit, was {report}")
+
+
+def sign(host: Host) -> None:
+    """A user makes an API key at one api, and a program signs with it at the other."""
+    user = Visitor(f"http://127.0.0.1:{host.ports['api-1']}")
+    email = f"{uuid.uuid4().hex}@example.com"
+    user.post("/api/users", {"email": email, "password": PASSWORD})
+    user.sign_in(email, PASSWORD)
+    made = user.post("/api/auth/api-keys", {"label": "bot", "algorithm": "HMAC_SHA256", "permissions": ["READ"]})
+    headers = ApiKey.with_secret(made["keyId"], made["secret"]).headers("GET", "/api/users/me", b"")
+    program = Visitor(f"http://127.0.0.1:{host.ports['api-2']}")
+    answer = program.client.get("/api/users/me", headers=headers)
+    if answer.status_code != httpx.codes.OK or answer.json()["email"] != email:
+        raise SystemExit(f"A request signed with an API key: {answer.status_code} {answer.text}")
+    say("an API key with a secret, made at api-1, signed a request at api-2")
 
 
 @contextmanager
@@ -256,6 +273,7 @@ def main() -> None:
                 for process in PROCESSES:
                     host.start(process)
                 trade(host, "all up")
+                sign(host)
                 host.kill("worker-1")
                 trade(host, "one worker killed")
                 host.kill("engine-1")

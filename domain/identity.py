@@ -37,11 +37,12 @@ _EMAIL = re.compile(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """An authenticated caller. A service has user id 0, no session and the role `internal`; an API key no session."""
+    """An authenticated caller, by session or by API key. A service has neither, user id 0 and the role `internal`."""
 
     user_id: int
     roles: frozenset[str]
     session_id: str
+    key_id: str = ""
 
     @property
     def is_admin(self) -> bool:

@@ -7,14 +7,15 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import cast
+from typing import Any, cast
 
 import asyncpg
 import msgspec
 from prometheus_client.core import Metric
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
+from domain.clock import from_ms
 from storage.db import Connection, Pool
 from storage.leadership import OBSERVER_LOCK, run_as_leader
 from storage.market_keys import mark_key
@@ -41,6 +42,7 @@ _LIQUIDATIONS = """
     SELECT status, count(*), max(extract(epoch FROM now() - created_at))::float8
     FROM risk.v_open_liquidations GROUP BY status
 """
+_REPORTED = "SELECT topic, entry_id, entries FROM reporting.v_stream_positions"
 _REGISTRATIONS = "SELECT status, count(*) FROM users.v_open_registrations GROUP BY status"
 SAGA_KINDS, SAGA_AGES = ("PLACE", "CANCEL"), ("0-5s", "5-60s", "1-10m", "10m-")
 
@@ -50,6 +52,14 @@ class Mark(msgspec.Struct, rename="camel"):
 
     calculated_at: datetime
     is_frozen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Uncounted:
+    """How many events of a stream are not in the reports, and when the oldest of them came."""
+
+    events: int
+    since: datetime | None
 
 
 _decode_mark = msgspec.json.Decoder(Mark).decode
@@ -104,12 +114,14 @@ async def observe(conn: Connection, redis: Redis, watch: Watch, now: datetime) -
         *_saga_figures(await conn.fetch(_SAGAS)),
         *_queue_figures(await conn.fetch(_LIQUIDATIONS), await conn.fetch(_REGISTRATIONS)),
     ]
+    reported = await conn.fetch(_REPORTED)
     try:
         async with asyncio.timeout(LOOK_SECONDS):
             marks = await read_marks(redis, [row["instrument_id"] for row in lags])
+            uncounted = await read_uncounted(redis, reported)
     except (RedisError, OSError):
-        marks = {}
-    return figures + _mark_figures(marks, watch, now)
+        marks, uncounted = {}, {}
+    return [*figures, *_mark_figures(marks, watch, now), *_reporting_figures(uncounted, now)]
 
 
 def _lag_figures(rows: Sequence[asyncpg.Record], watch: Watch, now: datetime) -> Iterable[Metric]:
@@ -225,3 +237,46 @@ def _mark_figures(marks: Mapping[str, Mark], watch: Watch, now: datetime) -> lis
             ["instrument"],
         ),
     ]
+
+
+async def read_uncounted(redis: Redis, reported: Sequence[asyncpg.Record]) -> dict[str, Uncounted]:
+    """What each stream holds after the position up to which it is in the reports."""
+    async with redis.pipeline(transaction=False) as pipe:
+        for row in reported:
+            pipe.xinfo_stream(row["topic"])
+            pipe.xrange(row["topic"], min=f"({row['entry_id']}", count=1)
+        replies = await pipe.execute(raise_on_error=False)
+    return {
+        row["topic"]: _uncounted(row["entries"], info, first)
+        for row, info, first in zip(reported, replies[::2], replies[1::2], strict=True)
+    }
+
+
+def _uncounted(counted: int, info: dict[str, Any] | Exception, first: list[Any] | Exception) -> Uncounted:
+    if isinstance(info, ResponseError) and "no such key" in str(info):
+        return Uncounted(0, None)
+    if isinstance(info, Exception):
+        raise info
+    if isinstance(first, Exception):
+        raise first
+    # An entry's id begins with the milliseconds at which it was added.
+    since = from_ms(int(first[0][0].partition(b"-")[0])) if first else None
+    return Uncounted(max(0, int(info["entries-added"]) - counted), since)
+
+
+def _reporting_figures(uncounted: Mapping[str, Uncounted], now: datetime) -> Iterable[Metric]:
+    yield figure(
+        "exchange_reporting_lag_events",
+        "Events in the streams that are not in the reports.",
+        (([topic], each.events) for topic, each in uncounted.items()),
+        ["topic"],
+    )
+    yield figure(
+        "exchange_reporting_lag_seconds",
+        "Since when the oldest of them waits.",
+        (
+            ([topic], 0.0 if each.since is None else max(0.0, (now - each.since).total_seconds()))
+            for topic, each in uncounted.items()
+        ),
+        ["topic"],
+    )

@@ -1,5 +1,6 @@
 """The pruner: deletes old prices and risk snapshots, finished sagas, the results of their steps, and the positions that
-finished funding settlements went by, once nothing can ask for them.
+finished funding settlements went by, once nothing can ask for them; and the records of attempts to sign in, which are
+kept for EXCHANGE_LOGIN_AUDIT_RETENTION_DAYS.
 
 Deposits and withdrawals keep theirs for ever: their references are the callers', who may repeat one at any time.
 """
@@ -8,6 +9,7 @@ import asyncio
 import logging
 from datetime import timedelta
 
+from activities.auth import forget_login_audits
 from activities.liquidation import forget_snapshots
 from activities.market import forget_prices
 from activities.positions import forget_funding_positions
@@ -25,21 +27,22 @@ PRUNE_SECONDS = 600.0
 DELETED_MAX = 2_000
 
 
-async def run_pruner(pool: Pool, stop: asyncio.Event) -> None:
+async def run_pruner(pool: Pool, audits_kept: timedelta, stop: asyncio.Event) -> None:
     """Prune until `stop`, while this process leads."""
 
     async def prune_for_ever(conn: Connection) -> None:
         while True:
-            deleted = await prune(conn, KEPT)
+            deleted = await prune(conn, KEPT, audits_kept)
             if deleted:
-                log.info("Deleted %d old steps, sagas and prices", deleted)
+                log.info("Deleted %d old steps, sagas, prices and login audits", deleted)
             await asyncio.sleep(PRUNE_SECONDS)
 
     await run_as_leader(pool, PRUNER_LOCK, stop, prune_for_ever)
 
 
-async def prune(conn: Connection, kept: timedelta, limit: int = DELETED_MAX) -> int:
-    """Delete what is older than `kept` and than every saga still open, `limit` rows at a time; how many it was."""
+async def prune(conn: Connection, kept: timedelta, audits_kept: timedelta, limit: int = DELETED_MAX) -> int:
+    """Delete what is older than `kept` and than every saga still open, and login audits older than `audits_kept`,
+    `limit` rows at a time; how many it was."""
     before = await time_before_open_sagas(conn, kept)
     total = 0
     while deleted := (
@@ -49,6 +52,7 @@ async def prune(conn: Connection, kept: timedelta, limit: int = DELETED_MAX) -> 
         + await forget_snapshots(conn, limit)
         + await forget_prices(conn, PRICES_KEPT, limit)
         + await forget_funding_positions(conn, before, limit)
+        + await forget_login_audits(conn, audits_kept, limit)
     ):
         total += deleted
     return total

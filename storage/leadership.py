@@ -28,6 +28,8 @@ OUTAGES = (
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.InterfaceError,
+    # Of a connection that broke in the middle of an exchange of messages, and that the pool handed out all the same.
+    asyncpg.InternalClientError,
 )
 
 Work = Callable[[Connection], Awaitable[None]]

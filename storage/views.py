@@ -2,6 +2,7 @@
 
 VIEWS: dict[str, str] = {
     "outbox.v_backlog": "SELECT count(*) AS messages, min(created_at) AS oldest FROM outbox.messages",
+    "reporting.v_stream_positions": "SELECT topic, entry_id, entries FROM reporting.stream_positions",
     "users.v_users": "SELECT user_id, email, status, roles FROM users.users",
     "users.v_open_registrations": (
         "SELECT user_id, status, created_at FROM users.user_registration_prepare WHERE status <> 'COMPLETED'"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -292,6 +293,7 @@ async def running_exchange(database_url: str, folder: Path, **others: Any) -> As
         admin_password=PASSWORD,
         internal_token=INTERNAL_TOKEN,
         jwt_private_key_file=_write_key(folder / "jwt.pem"),
+        api_key_secrets_file=_write_secrets(folder / "api-key-secrets"),
         **others,
     )
     commands = {server.process.name: server.process.command for server in (valkey, temporal)}
@@ -321,6 +323,11 @@ def _required(path: Path | None) -> Path:
 def _write_key(path: Path) -> Path:
     key = Ed25519PrivateKey.generate()
     path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return path
+
+
+def _write_secrets(path: Path) -> Path:
+    path.write_bytes(Fernet.generate_key())
     return path
 
 

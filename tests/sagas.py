@@ -5,6 +5,7 @@ fail, and an engine that matches when told.
 import asyncio
 import functools
 import inspect
+import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 from temporalio import activity
+from temporalio.api.sdk.v1 import WorkflowMetadata
 from temporalio.client import Client, WorkflowHandle, WorkflowHistory
 from temporalio.worker import Worker
 
@@ -230,6 +232,21 @@ async def workers(
     assert not left, f"Expected activities named {left}"
     async with running[0], running[1], running[2], running[3]:
         yield
+
+
+async def details(handle: WorkflowHandle[Any, Any]) -> str:
+    """Where a workflow says that it stands."""
+    metadata: WorkflowMetadata = await handle.query("__temporal_workflow_metadata", result_type=WorkflowMetadata)
+    return metadata.current_details
+
+
+async def until_said(handle: WorkflowHandle[Any, Any], pattern: str) -> None:
+    """Returns when the workflow says, in its current details, what the pattern finds."""
+
+    async def is_said() -> bool:
+        return re.search(pattern, await details(handle)) is not None
+
+    await until(is_said, 15, f"details like {pattern!r}")
 
 
 def fails(times: int) -> Change:

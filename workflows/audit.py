@@ -16,6 +16,7 @@ class LedgerAuditWorkflow:
     @workflow.run
     async def run(self) -> AuditReport:
         """One audit."""
+        workflow.set_current_details("Checks every invariant")
         report: AuditReport = await workflow.execute_activity(
             AUDIT,
             result_type=AuditReport,

@@ -46,6 +46,7 @@ class FundingSettlementWorkflow:
         run = _run_of(start)
         wait = run.time + SETTLED_AFTER - workflow.now()
         if wait > timedelta(0):
+            workflow.set_current_details(f"Waiting for {run.funding_time}")
             await workflow.sleep(wait)
         workflow.set_current_details(f"Waiting for the rate of {run.funding_time}")
         if await run_step(OPEN_FUNDING, run, bool, run.funding_time):

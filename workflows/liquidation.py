@@ -60,9 +60,11 @@ class LiquidationWorkflow:
         """PROCESSED, ABORTED by an operator, or OVER when it had ended before."""
         takeover = Takeover(state.liquidation_id, is_open=True)
         status = "PROCESSED"
+        workflow.set_current_details("Takes the position over")
         try:
             takeover = await run_step(BEGIN, state.liquidation_id, Takeover, "takes the position over")
             if not takeover.is_open:
+                workflow.set_current_details("Had ended before")
                 return "OVER"
             await self._liquidate(takeover)
         except (FailureError, asyncio.CancelledError) as error:

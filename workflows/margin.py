@@ -30,11 +30,17 @@ class MarginChangeWorkflow:
     @workflow.run
     async def run(self, change: MarginChange) -> str | None:
         """Answers why it was refused, None when it is done."""
+        refusal = await self._change(change)
+        workflow.set_current_details("Done" if refusal is None else f"Refused: {refusal}")
+        return refusal
+
+    async def _change(self, change: MarginChange) -> str | None:
         try:
             return await self._carry_out(change, await self._decide(change))
         except (FailureError, asyncio.CancelledError) as error:
             if not is_cancelled_exception(error):
                 raise
+            workflow.set_current_details("Cancelled: finishes what was begun")
             # Half a change would bar the user's orders for good. The steps answer what they have answered before.
             plan = await self._plan(change)
             if plan.is_busy:
@@ -43,6 +49,7 @@ class MarginChangeWorkflow:
 
     async def _decide(self, change: MarginChange) -> MarginVerdict:
         waits = 0
+        workflow.set_current_details("Checks the change")
         while (plan := await self._plan(change)).is_busy:
             waits += 1
             workflow.set_current_details("Waits for another saga of the user")
@@ -55,9 +62,11 @@ class MarginChangeWorkflow:
     async def _carry_out(self, change: MarginChange, plan: MarginVerdict) -> str | None:
         if plan.refusal is not None:
             return plan.refusal
+        workflow.set_current_details("Moves the money")
         moved = await run_step(MOVE_MARGIN, change, MarginMoved)
         if moved.refused:
             return moved.refused[0]
+        workflow.set_current_details("Adopts what was moved")
         await run_step(ADOPT_MARGIN, change, type(None))
         if moved.is_uncovered:
             # The money went elsewhere while the leverage was being lowered; the position came first.

@@ -49,7 +49,9 @@ class OrderPlacementWorkflow:
         except (FailureError, asyncio.CancelledError) as error:
             if not is_cancelled_exception(error):
                 raise
+            workflow.set_current_details("Cancelled: gives the money back")
             await self._give_back(batch)
+        workflow.set_current_details(f"{len(self._passed)} orders to the engine, {len(self._refused)} refused")
         return await run_step(
             ACCEPT_ORDERS,
             Acceptance(batch.saga_id, sorted(self._passed), self._refused),
@@ -60,6 +62,7 @@ class OrderPlacementWorkflow:
     async def _reserve(self, batch: OrderBatch) -> None:
         pending, fundings, busy_rounds = batch.order_ids, 0, 0
         while pending:
+            workflow.set_current_details(f"Reserves the money of {len(pending)} orders")
             self._step = StepRequest(batch.saga_id, self._step.round + 1, pending)
             checked = await run_step(CHECK_ORDERS, self._step, Outcome, f"{len(pending)} orders")
             self._refused += checked.refused
@@ -116,10 +119,12 @@ class OrderCancellationWorkflow:
     async def run(self, batch: OrderBatch) -> int:
         """Request the cancellation of the batch; answers how many requests the engine got."""
         requested, waits = 0, 0
+        workflow.set_current_details(f"Asks for the end of {len(batch.order_ids)} orders")
         while True:
             outcome = await run_step(REQUEST_CANCELS, batch, Outcome, f"{len(batch.order_ids)} orders")
             requested += len(outcome.passed)
             if not outcome.busy:
+                workflow.set_current_details(f"{requested} orders asked to end")
                 return requested
             waits += 1
             workflow.set_current_details(f"{len(outcome.busy)} orders are not with the engine yet")

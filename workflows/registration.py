@@ -42,6 +42,7 @@ class UserRegistrationWorkflow:
     @workflow.run
     async def run(self, registration: Registration) -> None:
         """Raises ApplicationError REGISTRATION_FAILED when the credential could not be created."""
+        workflow.set_current_details(f"Creates the credential, in up to {REGISTRATION_ATTEMPTS_MAX} attempts")
         try:
             await workflow.execute_activity(
                 CREATE_CREDENTIALS,
@@ -55,6 +56,7 @@ class UserRegistrationWorkflow:
             if is_cancelled_exception(error):
                 raise
             await self._give_up(FailedRegistration(registration.user_id, str(error.cause)))
+        workflow.set_current_details("Makes the user active")
         await workflow.execute_activity(
             COMPLETE_REGISTRATION,
             registration,
@@ -62,6 +64,7 @@ class UserRegistrationWorkflow:
             retry_policy=RECORD_RETRY,
             summary="User becomes ACTIVE",
         )
+        workflow.set_current_details("The user is active")
 
     async def _give_up(self, failed: FailedRegistration) -> None:
         workflow.set_current_details(f"Failed: {failed.error}. Reset this workflow to try again.")
@@ -82,6 +85,7 @@ class RegistrationResumerWorkflow:
     @workflow.run
     async def run(self) -> list[int]:
         """The users whose registration was started again."""
+        workflow.set_current_details("Looks for registrations that wait for too long")
         stalled = await workflow.execute_activity(
             STALLED_REGISTRATIONS,
             result_type=StalledRegistrations,
@@ -90,7 +94,9 @@ class RegistrationResumerWorkflow:
             retry_policy=RECORD_RETRY,
             summary="Registrations that wait for too long",
         )
+        workflow.set_current_details(f"Starts up to {len(stalled.user_ids)} registrations again")
         resumed = await asyncio.gather(*map(self._resume, stalled.user_ids))
+        workflow.set_current_details(f"{sum(resumed)} registrations were started again")
         return [user_id for user_id, started in zip(stalled.user_ids, resumed, strict=True) if started]
 
     async def _resume(self, user_id: int) -> bool:

@@ -58,6 +58,7 @@ class SettlementWorkflow:
     @workflow.run
     async def run(self, state: SettlementInput) -> None:
         """Never ends: continues as new when its history grows."""
+        workflow.set_current_details("Looks up where things stand")
         await self._look_up()
         while not workflow.info().is_continue_as_new_suggested():
             workflow.set_current_details(f"Settled up to event {self._settled_seq} of {self._target_seq}")

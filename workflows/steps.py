@@ -17,8 +17,9 @@ async def run_step(name: str, arg: Any, result: type[T], summary: str = "") -> T
     """Run an idempotent activity to its end, however long that takes.
 
     First as a local activity (no round trip to the server). When a few quick attempts fail, as a regular one that
-    is retried for ever: the operator then sees it pending in the Temporal UI, with its last failure, and may mend
-    the cause, reset or cancel. A failure marked non-retryable is raised at once.
+    is retried for ever: the operator then sees it pending in the Temporal UI, with its last failure, also in the
+    workflow's current details, and may mend the cause, reset or cancel. A failure marked non-retryable is raised at
+    once.
     """
     try:
         return await workflow.execute_local_activity(  # type: ignore[no-any-return]  # name-based call: untyped
@@ -35,7 +36,9 @@ async def run_step(name: str, arg: Any, result: type[T], summary: str = "") -> T
         if is_cancelled_exception(error) or (isinstance(cause, ApplicationError) and cause.non_retryable):
             raise
         workflow.logger.warning("Step %s failed locally, retrying visibly: %s", name, cause)
-    return await workflow.execute_activity(  # type: ignore[no-any-return]  # name-based call: untyped
+        before = workflow.get_current_details()
+        workflow.set_current_details(f"{before}: {name} is tried again after {cause}")
+    done: T = await workflow.execute_activity(
         name,
         arg,
         result_type=result,
@@ -43,6 +46,8 @@ async def run_step(name: str, arg: Any, result: type[T], summary: str = "") -> T
         retry_policy=VISIBLE_ATTEMPTS,
         summary=summary or None,
     )
+    workflow.set_current_details(before)
+    return done
 
 
 def cause_of(error: FailureError) -> BaseException | None:

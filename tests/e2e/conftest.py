@@ -6,7 +6,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.conftest import TEMPLATE
+from tests.conftest import COPY_OF_TEMPLATE
 from tests.exchange import Exchange, Trader, running_exchange
 
 
@@ -19,7 +19,7 @@ async def exchange(
 ) -> AsyncIterator[Exchange]:
     name = f"exchange_{next(numbers)}"
     connection = await asyncpg.connect(postgres_url)
-    await connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    await connection.execute(f"CREATE DATABASE {name} {COPY_OF_TEMPLATE}")
     folder: Path = tmp_path_factory.mktemp("exchange")
     url = postgres_url.replace("/postgres?", f"/{name}?", 1)
     async with running_exchange(url, folder, **getattr(request.module, "SETTINGS", {})) as exchange:

@@ -1,18 +1,35 @@
 """The Python client against the real exchange."""
 
 import asyncio
+import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from decimal import Decimal
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from websockets.asyncio.client import ClientConnection
 
-from client import NewOrder, Order, Refused, Topic, books, market_messages, sign_in, user_messages
-from client.models import AmendedOrder, Fill, Ticker
+from client import (
+    Account,
+    ApiKey,
+    NewOrder,
+    Order,
+    Refused,
+    Session,
+    Topic,
+    books,
+    market_messages,
+    sign_in,
+    user_messages,
+)
+from client.models import AmendedOrder, Fill, Permission, Ticker
 from client.session import Login
 from client.streams import Chain
+from clients import connect_temporal
+from domain.margin_changes import MARGIN_CHANGE
 from tests.exchange import BTC, PASSWORD, Exchange, Trader
 from tests.servers import ROOT
 from tests.waiting import until
@@ -75,6 +92,13 @@ async def test_margin_is_asked_for_and_changed(exchange: Exchange, admin: Trader
     assert check.allowed
     assert check.required_margin > 600
     await bob.session.set_leverage(BTC, 20)
+    temporal = await connect_temporal(exchange.settings)
+
+    async def is_found() -> bool:
+        query = f"WorkflowType = '{MARGIN_CHANGE}' AND UserId = '{bob.user_id}' AND InstrumentId = '{BTC}'"
+        return (await temporal.count_workflows(query)).count == 1
+
+    await until(is_found, 10, "the change to be found by whom it is about")
     await alice.session.place(limit("SELL", "0.1", "60000"), wait=True)
     await bob.session.place(limit("BUY", "0.1", "60000"), wait=True)
     await exchange.until_settled()
@@ -218,8 +242,84 @@ async def test_streams_outlive_the_end_of_an_api_process(exchange: Exchange, ali
         exchange.api.patience = 0.0
 
 
-async def test_the_example_of_the_readme_runs(exchange: Exchange) -> None:
-    code = (ROOT / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+async def with_key(exchange: Exchange, session: Session, algorithm: str, permissions: list[Permission]) -> Account:
+    """The account of a session for a program with a new API key."""
+    private = Ed25519PrivateKey.generate()
+    public = private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    if algorithm == "ED25519":
+        made = await session.create_api_key("bot", permissions, public_key=public)
+        assert made.secret is None
+        return Account(exchange.api, ApiKey(made.key_id, private.sign))
+    made = await session.create_api_key("bot", permissions)
+    assert made.secret is not None
+    return Account(exchange.api, ApiKey.with_secret(made.key_id, made.secret))
+
+
+@pytest.mark.parametrize("algorithm", ["HMAC_SHA256", "ED25519"])
+async def test_a_program_with_a_key_trades_as_its_user(exchange: Exchange, alice: Trader, algorithm: str) -> None:
+    bot = await with_key(exchange, alice.session, algorithm, ["READ", "TRADE"])
+    messages = user_messages(bot)
+    assert (await first(messages)).data == {"userId": alice.user_id}
+    placed = await bot.place(limit("BUY", "0.01", "50000"), wait=True)
+    await exchange.until_settled()
+    assert await alice.session.order(placed.order_id) == await bot.order(placed.order_id)
+    assert [order.order_id async for order in bot.orders(instrument_id=BTC, status="PLACED")] == [placed.order_id]
+    # Equal calls of the same millisecond are calls of their own.
+    assert len({str(balances) for balances in await asyncio.gather(*(bot.balances() for _ in range(10)))}) == 1
+    assert await bot.cancel_all() == [placed.order_id]
+    message = await first(messages)
+    while not (message.channel == "order" and message.as_order().is_final):
+        message = await first(messages)
+    assert message.as_order().order_id == placed.order_id
+
+
+async def refusal_of(call: Awaitable[object]) -> tuple[int, str]:
+    with pytest.raises(Refused) as refusal:
+        await call
+    return refusal.value.status, refusal.value.code
+
+
+async def test_a_key_is_listed_and_does_what_it_is_for_until_it_is_revoked(exchange: Exchange, alice: Trader) -> None:
+    reader = await with_key(exchange, alice.session, "HMAC_SHA256", ["READ"])
+    trader = await with_key(exchange, alice.session, "HMAC_SHA256", ["TRADE"])
+    listed_keys = await alice.session.api_keys()
+    assert [key.permissions for key in listed_keys] == [["TRADE"], ["READ"]]
+    for forbidden in (reader.cancel_all(), trader.balances(), first(user_messages(trader))):
+        assert await refusal_of(forbidden) == (403, "FORBIDDEN")
+    messages = user_messages(reader)
+    assert (await first(messages)).channel == "auth"
+    await alice.session.revoke_api_key(listed_keys[1].key_id)
+    for ended in (first(messages), first(user_messages(reader)), reader.me()):
+        assert await refusal_of(ended) == (401, "UNAUTHENTICATED")
+    assert [key.key_id for key in await alice.session.api_keys()] == [listed_keys[0].key_id]
+
+
+async def test_a_programs_stream_outlives_the_end_of_an_api_process(exchange: Exchange, alice: Trader) -> None:
+    exchange.api.patience = 30.0
+    messages = user_messages(await with_key(exchange, alice.session, "ED25519", ["READ"]))
+    assert (await first(messages)).channel == "auth"
+    exchange.kill("api")
+    exchange.start("api")
+    await exchange.until_ready()
+    try:
+        async with asyncio.timeout(30):
+            assert (await anext(messages)).channel == "auth"
+    finally:
+        exchange.api.patience = 0.0
+
+
+def python_of(document: str) -> list[str]:
+    """The Python examples of a document."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, [rb"Order\(order_id=.*", rb"\S+ \S+"]), (1, [rb"\[\]", rb"UserMessage\(channel='auth'.*"])],
+    ids=["session", "API key"],
+)
+async def test_the_examples_of_the_readme_run(exchange: Exchange, number: int, said: list[bytes]) -> None:
+    code = python_of("README.md")[number]
     here = code.replace("http://127.0.0.1:8000", exchange.url)
     assert here != code
     child = await asyncio.create_subprocess_exec(
@@ -228,9 +328,21 @@ async def test_the_example_of_the_readme_runs(exchange: Exchange) -> None:
     assert child.stdout is not None
     try:
         async with asyncio.timeout(20):
-            order, book = await child.stdout.readline(), await child.stdout.readline()
+            for pattern in said:
+                line = await child.stdout.readline()
+                assert re.fullmatch(pattern, line.strip()), line
     finally:
         child.kill()
         await child.wait()
-    assert order.startswith(b"Order(order_id=")
-    assert len(book.split()) == 2
+
+
+async def test_the_signature_of_the_document_is_right(exchange: Exchange, alice: Trader) -> None:
+    example: dict[str, Any] = {}
+    (code,) = python_of("docs/identity.md")
+    exec(code, example)
+    made = await alice.session.create_api_key("bot", ["READ"])
+    target = "/api/orders?limit=10"
+    headers = example["signed"](made.key_id, made.secret, "GET", target)
+    assert (await exchange.client.get(target, headers=headers)).status_code == 200
+    headers = example["signed"](made.key_id, made.secret, "GET", "/api/orders")
+    assert (await exchange.client.get(target, headers=headers)).status_code == 401

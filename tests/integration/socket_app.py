@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import uvicorn
+from fastapi import FastAPI
 from websockets.asyncio.client import connect
 
 from activities.sessions import new_session, open_session
@@ -26,7 +27,13 @@ class Api:
     """A running api: where it listens and what is behind it."""
 
     host: str
-    state: AppState
+    app: FastAPI
+
+    @property
+    def state(self) -> AppState:
+        """What the api holds."""
+        state: AppState = self.app.state.exchange
+        return state
 
     @property
     def ws(self) -> str:
@@ -62,7 +69,7 @@ async def running_api(settings: Settings) -> AsyncIterator[Api]:
         await asyncio.sleep(0.01)
     host, port = listener.getsockname()
     try:
-        yield Api(f"{host}:{port}", app.state.exchange)
+        yield Api(f"{host}:{port}", app)
     finally:
         server.should_exit = True
         await task

@@ -138,6 +138,9 @@ async def test_a_key_may_do_what_it_is_for_and_from_where(exchange: Exchange, al
         return answer.status_code, answer.json().get("code")
 
     assert await post(reader, sign) == (403, "FORBIDDEN")
+    trader, sign = await make(exchange, alice, permissions=["TRADE"])
+    assert await me(exchange, signed(trader, sign, "GET", "/api/users/me")) == (403, "FORBIDDEN")
+    assert await post(trader, sign) == (200, None)
     assert await post(*await make(exchange, alice)) == (200, None)
     elsewhere, sign = await make(exchange, alice, allowedAddresses=["192.0.2.0/24", "2001:db8::/32"])
     assert await me(exchange, signed(elsewhere, sign, "GET", "/api/users/me")) == (403, "FORBIDDEN")

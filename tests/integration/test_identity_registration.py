@@ -33,6 +33,7 @@ from tests.integration.identity_app import (
     running_exchange,
 )
 from tests.replay import replay, save_history
+from tests.sagas import details
 from workflows.registration import WORKFLOWS
 
 HASH = "$argon2id$v=19$m=47104,t=1,p=1$YgJVTMAv87A9/n4+YGRxcQ$vsLXY6jI0+iPk2wQ2mORcnwNat1A9aAxMVrGTmaxAjI"
@@ -174,7 +175,10 @@ async def test_while_the_credential_store_is_down_the_registration_waits_and_the
         again = await exchange.client.post("/api/users", json=body)
         assert (again.status_code, again.json()["code"]) == (400, "EMAIL_ALREADY_EXISTS")
         assert await sweep(temporal) == []  # Its workflow is still at work.
-    await asyncio.wait_for(temporal.get_workflow_handle(registration_workflow_id(user_id)).result(), 30)
+        handle = temporal.get_workflow_handle(registration_workflow_id(user_id))
+        assert await details(handle) == "Creates the credential, in up to 25 attempts"
+    await asyncio.wait_for(handle.result(), 30)
+    assert await details(handle) == "The user is active"
     assert await statuses(pool, user_id) == ("ACTIVE", "COMPLETED")
     await exchange.login()
 
@@ -192,6 +196,7 @@ async def test_the_sweep_restarts_what_has_no_workflow_and_leaves_the_rest(
     await temporal.get_workflow_handle(registration_workflow_id(orphan)).result()
     assert await statuses(pool, orphan) == ("ACTIVE", "COMPLETED")
     assert await statuses(pool, young) == ("PREPARE", "PREPARE")
+    assert await details(temporal.get_workflow_handle("sweep")) == "1 registrations were started again"
     await save_history(temporal.get_workflow_handle("sweep"), "registration_resumer")
 
 

@@ -227,7 +227,7 @@ async def test_rest_shows_the_freeze_and_refuses_to_hold_a_real_index(
         await mark_of(redis, BTC, isFrozen=True)
         mark = (await exchange.client.get(f"/api/market/mark-price/{BTC}")).json()
         assert (mark["source"], mark["isFrozen"], mark["frozenSince"] is None) == ("ccxt", True, False)
-        token, _ = await Api("", exchange.state).sign_in(1001, "admin")
+        token, _ = await Api("", exchange.app).sign_in(1001, "admin")
         path = f"/api/admin/mark-price/{BTC}"
         response = await exchange.client.post(path, json={"price": "1"}, headers=bearer(token))
         assert (response.status_code, response.json()["code"]) == (403, "FORBIDDEN")

@@ -25,6 +25,7 @@ from market.kline_store import KEPT_MS, delete_old, read_positions, read_trades
 from market.klines import CLOSE_GRACE_MS, Kline
 from settings import Settings
 from storage.db import Pool
+from storage.leadership import OUTAGES
 from tests.integration.identity_app import Exchange, complete, running_exchange
 from tests.integration.market_app import BTC, ETH, SOL, EngineLog, eventually, now_ms, placed, running_market, trade
 from tests.integration.socket_app import running_api
@@ -193,7 +194,7 @@ async def test_lost_connections_and_an_emptied_redis_only_delay(
         await redis.client_kill_filter(_type="pubsub")
         async with asyncio.timeout(10):
             while True:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(*OUTAGES):
                     await engine.append(BTC, trades_at([now_ms()], seed=2), hint=False)
                     break
         await counted(pool, 3)

@@ -41,7 +41,7 @@ async def _has_trade(redis: Redis, instrument_id: str) -> bool:
 
 
 async def sign_in(exchange: Exchange, user_id: int, *roles: str) -> dict[str, str]:
-    token, _ = await Api("", exchange.state).sign_in(user_id, *roles)
+    token, _ = await Api("", exchange.app).sign_in(user_id, *roles)
     return bearer(token)
 
 

@@ -90,6 +90,37 @@ async def test_settlement_that_does_not_move_is_alerted_once_and_again_after_it_
         assert alerts(caplog) == [expected, f"ALERT {BTC}: settlement is 6 events behind and does not move"]
 
 
+async def test_the_reports_are_behind_by_what_they_have_not_counted(pool: Pool, redis: Redis) -> None:
+    lags = ("exchange_reporting_lag_events", "exchange_reporting_lag_seconds")
+    at = int(NOW.timestamp() * 1000)
+    for seconds_ago in (90, 60, 30):
+        await redis.xadd("matching.trade", {"id": "1-0"}, id=f"{at - seconds_ago * 1000}-0")
+    await redis.xadd("ledger.entry", {"id": "1-0"}, id=f"{at - 1000}-0")
+
+    async def shown(topic: str) -> list[float]:
+        figures = await look(pool, redis)
+        return [value(figures, name, topic) for name in lags]
+
+    # Before the reports are made for the first time, nothing is known.
+    assert not [name for metric in await look(pool, redis) if metric.name in lags for name in metric.samples]
+    await pool.execute(
+        "INSERT INTO reporting.stream_positions (topic, entry_id, entries) VALUES"
+        " ('matching.trade', '0-0', 0), ('ledger.entry', $1, 1), ('not.there', '0-0', 0)",
+        f"{at - 1000}-0",
+    )
+    assert await shown("matching.trade") == [3, 90]
+    assert await shown("ledger.entry") == [0, 0]
+    assert await shown("not.there") == [0, 0]
+    await pool.execute(
+        "UPDATE reporting.stream_positions SET entry_id = $1, entries = 2 WHERE topic = 'matching.trade'",
+        f"{at - 60_000}-0",
+    )
+    assert await shown("matching.trade") == [1, 30]
+    # What was read and is no longer there does not count.
+    await redis.xtrim("matching.trade", maxlen=1, approximate=False)
+    assert await shown("matching.trade") == [1, 30]
+
+
 @pytest.mark.parametrize(
     ("age", "is_frozen", "shown", "alerted"), [(1, False, 0, 0), (1, True, 1, 0), (60, False, 1, 1), (60, True, 1, 0)]
 )

@@ -9,10 +9,12 @@ from redis.asyncio import Redis
 from activities.ledger import transfer_external
 from domain.funding import FundingRun
 from monitors.pruner import KEPT, prune
+from settings import Settings
 from storage.db import Pool
 from tests.integration.ledger_world import BTC, World, advance, assert_conserved, finish, limit
 
 LONG = timedelta(days=8)
+AUDITS_KEPT = timedelta(days=30)
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ async def age(pool: Pool) -> None:
 
 async def pruned(pool: Pool, limit: int = 1_000) -> int:
     async with pool.acquire() as conn:
-        return await prune(conn, KEPT, limit)
+        return await prune(conn, KEPT, AUDITS_KEPT, limit)
 
 
 async def kinds(pool: Pool) -> list[str]:
@@ -119,3 +121,17 @@ async def test_positions_of_old_funding_go_once_it_is_done_and_their_payments_st
     times = await pool.fetch("SELECT DISTINCT funding_time FROM positions.funding_positions")
     assert [row[0] for row in times] == [open_still]
     assert await pool.fetchval("SELECT count(*) FROM positions.position_events WHERE type = 'FUNDING'") == 2
+
+
+async def test_attempts_to_sign_in_are_on_record_for_as_long_as_is_set(pool: Pool) -> None:
+    await pool.execute(
+        "INSERT INTO auth.login_audits (email, outcome, created_at)"
+        " SELECT 'day' || n, 'SUCCESS', now() - n * interval '1 day' FROM generate_series(40, 25, -1) AS n"
+    )
+    # Days 30 to 40: thirty days ago is a moment more than thirty days by now.
+    assert await pruned(pool, limit=2) == 11
+    assert await pool.fetchval("SELECT string_agg(email, ' ' ORDER BY audit_id) FROM auth.login_audits") == (
+        "day29 day28 day27 day26 day25"
+    )
+    assert await pruned(pool) == 0
+    assert Settings().login_audit_retention_days == 90

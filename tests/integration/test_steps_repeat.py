@@ -13,7 +13,7 @@ from activities.audit import run_audit
 from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
 from domain.sagas import Acceptance, OrderBatch, Outcome, StepRequest
 from storage.db import Pool, open_pool
-from tests.conftest import TEMPLATE
+from tests.conftest import COPY_OF_TEMPLATE
 from tests.integration.ledger_world import BTC, ETH, World, dump, limit, market, settlement_steps
 
 NOON = datetime(2099, 1, 1, 12, tzinfo=UTC)
@@ -177,7 +177,7 @@ def funding(world: World, run: FundingRun) -> Iterator[tuple[str, Activity]]:
 async def other_pool(postgres_url: str) -> AsyncIterator[Pool]:
     """A second database, for the run that nothing happens to."""
     admin = await asyncpg.connect(postgres_url)
-    await admin.execute(f"CREATE DATABASE undisturbed TEMPLATE {TEMPLATE}")
+    await admin.execute(f"CREATE DATABASE undisturbed {COPY_OF_TEMPLATE}")
     opened = await open_pool(postgres_url.replace("/postgres?", "/undisturbed?", 1))
     yield opened
     opened.terminate()

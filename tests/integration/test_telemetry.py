@@ -125,6 +125,14 @@ def test_what_is_behind_comes_to_nothing(exchange: Watched) -> None:
     wait_until(lambda: behind() == [0] * 7, SECONDS, "nothing behind")
 
 
+def test_the_reports_come_to_hold_every_event(exchange: Watched) -> None:
+    def behind() -> list[float]:
+        figures = exchange.figures("worker").items()
+        return [value for (name, _), value in figures if name == "exchange_reporting_lag_events"]
+
+    wait_until(lambda: behind() == [0] * 4, SECONDS, "nothing missing in the reports")
+
+
 def test_requests_are_counted_under_the_route_that_served_them(exchange: Watched) -> None:
     get(f"{exchange.stack.api_url}/nowhere/{uuid.uuid4().hex}")
     get(f"{exchange.stack.api_url}/api/market/tickers/{BTC}")

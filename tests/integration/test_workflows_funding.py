@@ -40,6 +40,7 @@ from tests.sagas import (
     Desk,
     Gate,
     StepwiseEngine,
+    details,
     fails,
     order,
     regular_attempts,
@@ -153,6 +154,8 @@ async def test_a_run_waits_visibly_for_the_rate(exchange: Exchange) -> None:
     async with workers(exchange.desk.temporal, exchange.pool, exchange.redis):
         handle = await exchange.start(moment)
         await until_pending(handle, OPEN_FUNDING, "no funding rate")
+        assert "Waiting for the rate of" in await details(handle)
+        assert "no funding rate" in await details(handle)
         await exchange.publish_rate(moment)
         assert await handle.result() == PAID
     await save_history(handle, "funding_without_rate")

@@ -21,6 +21,7 @@ from tests.sagas import (
     Desk,
     Gate,
     StepwiseEngine,
+    details,
     fails,
     first,
     order,
@@ -85,6 +86,7 @@ async def test_a_refusal_changes_nothing_and_says_why(desk: Desk, pool: Pool, re
         assert await refused.result() == "INSUFFICIENT_MARGIN"
         broke = await start(desk, "MARGIN", "5000")
         assert await broke.result() == "INSUFFICIENT_FUNDS"
+        assert await details(broke) == "Refused: INSUFFICIENT_FUNDS"
     assert await desk.balance(ALICE) == (D("939.7"), D(60))
     await desk.assert_clean()
     await save_history(refused, "margin_refused")
@@ -102,10 +104,12 @@ async def test_a_change_waits_for_an_order_of_the_user_that_is_not_frozen_yet(
         handle = await start(desk, "LEVERAGE", "5")
 
         await until(lambda: _is_waiting(handle), 15, "the change to wait")
+        assert await details(handle) == "Waits for another saga of the user"
         assert await pool.fetchval("SELECT leverage FROM risk.exposures WHERE user_id = $1", ALICE) == 10
         gate.is_open = True
         await placing.result()
         assert await handle.result() is None
+        assert await details(handle) == "Done"
     assert await pool.fetchval("SELECT leverage FROM risk.exposures WHERE user_id = $1", ALICE) == 5
     # 600 / 5 + 0.30
     assert await desk.balance(ALICE) == (D("879.7"), D("120.3"))

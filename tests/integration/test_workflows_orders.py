@@ -19,11 +19,13 @@ from tests.sagas import (
     Desk,
     Gate,
     StepwiseEngine,
+    details,
     fails,
     first,
     order,
     regular_attempts,
     start_settlement,
+    until_said,
     until_settled,
     workers,
 )
@@ -135,6 +137,7 @@ async def test_an_order_waits_while_another_saga_of_its_user_is_between_check_an
             return await rounds(pool, two) > 2
 
         await until(has_waited, 10, "the second saga to wait")
+        await until_said(handles[1], "^1 orders wait for another saga of their user$")
         assert await desk.states(two.batch.order_ids) == [("PENDING", None)] * 2
         gate.is_open = True
         for handle in handles:
@@ -152,7 +155,9 @@ async def test_a_step_that_fails_locally_is_retried_where_operators_see_it(
     saga = await desk.take_in(order(ALICE, "BUY", "0.01", "60000"))
     async with workers(desk.temporal, pool, redis, {FREEZE_FUNDS: fails(5), ACCEPT_ORDERS: fails(2)}):
         handle = await desk.start(saga)
+        await until_said(handle, f"^Reserves the money of 1 orders: {FREEZE_FUNDS} is tried again after .*to come")
         await handle.result()
+        assert await details(handle) == "1 orders to the engine, 0 refused"
     # Four attempts as a local activity, one that failed as a regular one, and the one that did it.
     assert regular_attempts(await handle.fetch_history()) == [(FREEZE_FUNDS, 2)]
     assert await desk.states(saga.batch.order_ids) == [("ACCEPTED", None)]
@@ -398,9 +403,11 @@ async def test_a_cancellation_waits_for_orders_that_are_not_with_the_engine_yet(
         cancellation = await desk.cancel(*saga.batch.order_ids)
         await asyncio.sleep(0.3)
         assert (await cancellation.describe()).status == WorkflowExecutionStatus.RUNNING
+        assert await details(cancellation) == "3 orders are not with the engine yet"
         assert await desk.commands() == []
         await (await desk.start(saga)).result()
         assert await cancellation.result() == 2
+        assert await details(cancellation) == "2 orders asked to end"
         settlement = await start_settlement(desk.temporal)
         await until_settled(settlement, await engine.match())
     assert await desk.commands() == ["NEW", "NEW", "CANCEL", "CANCEL"]

@@ -40,6 +40,7 @@ from tests.sagas import (
     regular_attempts,
     settlement_steps,
     start_settlement,
+    until_said,
     until_settled,
     workers,
 )
@@ -123,7 +124,10 @@ async def test_a_step_that_fails_is_retried_until_it_succeeds(
     async with workers(desk.temporal, pool, redis, {step: fails(times)}):
         last = await trade(desk, engine)
         handle = await start_settlement(desk.temporal)
+        if step == SETTLE:
+            await until_said(handle, f"^Settled up to event 0 of [0-9]+: {SETTLE} is tried again after ")
         await until_settled(handle, last)
+        await until_said(handle, f"^Settled up to event {last} of {last}$")
     history = await handle.fetch_history()
     assert regular_attempts(history) == ([(SETTLE, 2)] if step == SETTLE else [])
     await assert_traded(desk, 1)

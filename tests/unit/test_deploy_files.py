@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from settings import Settings
 from stack.servers import SEARCH_ATTRIBUTES, TEMPORAL_DYNAMIC_CONFIG
 from telemetry.alerts import NAMES
 from tests.deploy_files import DEPLOY, alert_rules, dashboard, expressions, metrics_named, read_yaml
@@ -51,10 +52,21 @@ def test_no_secret_has_a_default(compose: dict[str, Any]) -> None:
     text = COMPOSE.read_text()
     secrets = {name for name in re.findall(r"\$\{(\w+)", text) if re.search("PASSWORD|TOKEN|KEY", name)}
     assert len(secrets) >= 6
-    for name in secrets - {"EXCHANGE_JWT_PRIVATE_KEY"}:
+    for name in secrets:
         assert set(re.findall(rf"\$\{{{name}([^}}]*)\}}", text)) == {":?must be set"}, name
     # Compose itself refuses to start without the variable of a secret.
-    assert compose["secrets"]["jwt-key"] == {"environment": "EXCHANGE_JWT_PRIVATE_KEY"}
+    assert compose["secrets"] == {
+        "jwt-key": {"environment": "EXCHANGE_JWT_PRIVATE_KEY"},
+        "api-key-secrets": {"environment": "EXCHANGE_API_KEY_SECRETS"},
+    }
+
+
+def test_every_secret_file_is_given_to_the_apis_alone_and_named_by_a_setting(compose: dict[str, Any]) -> None:
+    given = {name: service["secrets"] for name, service in compose["services"].items() if "secrets" in service}
+    assert given == {"api": list(compose["secrets"])}
+    named = {name: value for name, value in compose["services"]["api"]["environment"].items() if name.endswith("_FILE")}
+    assert set(named.values()) == {f"/run/secrets/{name}" for name in compose["secrets"]}
+    assert {name.removeprefix("EXCHANGE_").lower() for name in named} <= set(Settings.model_fields)
 
 
 def test_nothing_of_ours_runs_as_root_or_writes_into_its_image(compose: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +26,11 @@ MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*
 
 def calls(path: Path, names: set[str]) -> list[ast.Call]:
     """The calls in a module of anything called like one of `names`."""
-    return [
-        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and _name(node) in names
-    ]
+    return _calls_in(ast.parse(path.read_text()), names)
+
+
+def _calls_in(tree: ast.AST, names: set[str]) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _name(node) in names]
 
 
 def _name(call: ast.Call) -> str:
@@ -69,6 +72,23 @@ CLASSES = list(workflow_classes())
 def test_every_start_has_a_static_summary() -> None:
     assert sum(len(calls(path, STARTS)) for path in MODULES) >= 6
     assert without("static_summary", STARTS) == []
+
+
+def test_every_start_can_be_searched_for_by_whom_or_what_it_is_about() -> None:
+    keys = {"search_attributes", "typed_search_attributes"}
+    without_keys = {
+        ast.unparse(call.args[0])
+        for path in MODULES
+        for call in calls(path, STARTS)
+        if not keys & {given.arg for given in call.keywords}
+    }
+    # About the exchange as a whole: found by the ids of their schedules.
+    assert without_keys == {"LEDGER_AUDIT", "REGISTRATION_RESUMER"}
+
+
+@pytest.mark.parametrize("found", CLASSES, ids=lambda found: found.__name__)
+def test_every_workflow_says_where_it_stands(found: type) -> None:
+    assert _calls_in(ast.parse(inspect.getsource(found)), {"set_current_details"})
 
 
 def test_every_step_has_a_summary() -> None:
