@@ -36,9 +36,8 @@ class Settings(BaseSettings):
     index_vwap_seconds: PositiveFloat = 10.0
     funding_interval_seconds: int = 8 * 3600
     mark_price_interval_seconds: float = 1.0
+    # Ed25519 keys in PEM: the first signs access tokens, the tokens of all are good.
     jwt_private_key_file: Path | None = None
-    # Further Ed25519 keys whose tokens are good (PEM files, private or public, commas between): docs/identity.md.
-    jwt_verification_key_files: str = ""
     # Fernet keys, one a line, that encrypt the secrets of HMAC API keys: the first encrypts, all decrypt.
     api_key_secrets_file: Path | None = None
     log_level: str = "INFO"

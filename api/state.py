@@ -18,7 +18,7 @@ from api.rate_limits import Limit, RateLimiter
 from api.sessions import SessionGuard
 from api.signatures import ApiKeys
 from api.throttle import LoginThrottle
-from api.tokens import AccessTokens, load_private_key, load_public_keys
+from api.tokens import AccessTokens, load_keys
 from api.vault import open_vault
 from clients import connect_temporal, open_redis
 from settings import Settings
@@ -61,8 +61,7 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
     if settings.jwt_private_key_file is None:
         raise RuntimeError("EXCHANGE_JWT_PRIVATE_KEY_FILE is not set: start the stack, or name a PEM file")
     async with AsyncExitStack() as stack:
-        signing_key = load_private_key(settings.jwt_private_key_file)
-        tokens = AccessTokens(signing_key, load_public_keys(settings.jwt_verification_key_files))
+        tokens = AccessTokens(*load_keys(settings.jwt_private_key_file))
         vault = open_vault(settings.api_key_secrets_file)
         passwords = Passwords()
         stack.callback(passwords.close)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from datetime import datetime
@@ -26,30 +27,33 @@ TOKEN_TYPE = "at+jwt"
 ISSUER = "saga-exchange"
 AUDIENCE = "saga-exchange-api"
 VERIFIED_MAX = 20_000
+_PEM = re.compile(rb"-----BEGIN ([A-Z ]+)-----.+?-----END \1-----", re.DOTALL)
 _CLAIMS = ["iss", "aud", "sub", "sid", "iat", "exp", "jti"]
 
 
-def load_private_key(path: Path) -> Ed25519PrivateKey:
-    """The signing key in a PEM file. Raises OSError, or ValueError when it is no Ed25519 key."""
-    key = load_pem_private_key(path.read_bytes(), password=None)
-    if not isinstance(key, Ed25519PrivateKey):
+def load_keys(path: Path) -> tuple[Ed25519PrivateKey, list[Ed25519PublicKey]]:
+    """The keys of a PEM file: the first one, private, signs; those after it, public or private, verify only.
+
+    Raises OSError, or ValueError when there is none, or one that is not of Ed25519.
+    """
+    blocks = [found[0] for found in _PEM.finditer(path.read_bytes())]
+    if not blocks:
+        raise ValueError(f"Expected a key in {path}, was none")
+    first, *others = (_load_key(block, path) for block in blocks)
+    if not isinstance(first, Ed25519PrivateKey):
+        raise ValueError(f"Expected a private key first in {path}, was a public one")
+    return first, [_public(key) for key in others]
+
+
+def _load_key(pem: bytes, path: Path) -> Ed25519PrivateKey | Ed25519PublicKey:
+    key = load_pem_private_key(pem, password=None) if b"PRIVATE" in pem else load_pem_public_key(pem)
+    if not isinstance(key, Ed25519PrivateKey | Ed25519PublicKey):
         raise ValueError(f"Expected an Ed25519 key in {path}, was {type(key).__name__}")
     return key
 
 
-def load_public_keys(files: str) -> list[Ed25519PublicKey]:
-    """The keys in PEM files, public or private, named with commas between. Raises OSError, ValueError."""
-    return [_load_public_key(Path(name.strip())) for name in files.split(",") if name.strip()]
-
-
-def _load_public_key(path: Path) -> Ed25519PublicKey:
-    pem = path.read_bytes()
-    if b"PRIVATE" in pem:
-        return load_private_key(path).public_key()
-    key = load_pem_public_key(pem)
-    if not isinstance(key, Ed25519PublicKey):
-        raise ValueError(f"Expected an Ed25519 key in {path}, was {type(key).__name__}")
-    return key
+def _public(key: Ed25519PrivateKey | Ed25519PublicKey) -> Ed25519PublicKey:
+    return key.public_key() if isinstance(key, Ed25519PrivateKey) else key
 
 
 def key_id(key: Ed25519PrivateKey | Ed25519PublicKey) -> str:
@@ -60,8 +64,8 @@ def key_id(key: Ed25519PrivateKey | Ed25519PublicKey) -> str:
 
 
 def _public_members(key: Ed25519PrivateKey | Ed25519PublicKey) -> dict[str, str]:
-    public = key.public_key() if isinstance(key, Ed25519PrivateKey) else key
-    return {"crv": "Ed25519", "kty": "OKP", "x": _base64url(public.public_bytes(Encoding.Raw, PublicFormat.Raw))}
+    raw = _public(key).public_bytes(Encoding.Raw, PublicFormat.Raw)
+    return {"crv": "Ed25519", "kty": "OKP", "x": _base64url(raw)}
 
 
 class AccessTokens:

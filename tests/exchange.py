@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from activities.sessions import new_session, open_session
 from api.bootstrap import bootstrap
-from api.tokens import AccessTokens, load_private_key
+from api.tokens import AccessTokens, load_keys
 from client import Exchange as Client
 from client import Operator, Session, register, sign_in
 from clients import open_redis
@@ -210,7 +210,7 @@ class Exchange:
     async def crowd(self, count: int) -> list[Trader]:
         """New users, signed in, without passwords: registering each would take most of a test's time."""
         now = datetime.now(UTC)
-        tokens = AccessTokens(load_private_key(_required(self.settings.jwt_private_key_file)))
+        tokens = AccessTokens(*load_keys(_required(self.settings.jwt_private_key_file)))
         traders = []
         async with open_redis(self.settings) as redis, self.pool.acquire() as conn, conn.transaction():
             rows = await conn.fetch(

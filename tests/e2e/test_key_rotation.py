@@ -107,7 +107,7 @@ async def in_use(*accounts: Account) -> AsyncIterator[list[int]]:
             user.cancel()
 
 
-async def new_key(session: Session) -> ApiKey:
+async def made_key(session: Session) -> ApiKey:
     """A key with a secret, made just now."""
     made = await session.create_api_key("bot", ["READ"])
     assert made.secret is not None
@@ -135,24 +135,22 @@ def openssl(*arguments: str | Path) -> str:
 
 
 async def test_keys_are_changed_under_use_and_nobody_notices(
-    settings_of_all: Settings, apis: tuple[Api, Api], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings_of_all: Settings, apis: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old_pem, secrets = settings_of_all.jwt_private_key_file, settings_of_all.api_key_secrets_file
-    assert old_pem is not None
+    pem, secrets = settings_of_all.jwt_private_key_file, settings_of_all.api_key_secrets_file
+    assert pem is not None
     assert secrets is not None
-    new_pem = tmp_path / "new.pem"
-    openssl("genpkey", "-algorithm", "ed25519", "-out", new_pem)
+    old_key, new_key = pem.read_text(), openssl("genpkey", "-algorithm", "ed25519")
     old_secret = secrets.read_text().strip()
     new_secret = openssl("rand", "-base64", "32").translate(str.maketrans("+/", "-_")).strip()
 
-    async def restart_one_by_one(**changes: Any) -> None:
-        settings = settings_of_all.model_copy(update=changes)
+    async def restart_one_by_one() -> None:
         for api in apis:
-            await api.restart(settings)
+            await api.restart(settings_of_all)
             await require_all_known_everywhere(apis)
 
     session = await sign_in(apis[0].client, EMAIL, PASSWORD)
-    login, program = session.caller, await new_key(session)
+    login, program = session.caller, await made_key(session)
     assert isinstance(login, Login)
     renewals = 0
     renew = login.renew
@@ -166,10 +164,12 @@ async def test_keys_are_changed_under_use_and_nobody_notices(
     callers = [Account(api.client, caller) for api in apis for caller in (login, program)]
     async with in_use(*callers) as counts:
         secrets.write_text(f"{old_secret}\n{new_secret}\n")
-        await restart_one_by_one(jwt_verification_key_files=str(new_pem))
+        pem.write_text(old_key + new_key)
+        await restart_one_by_one()
         assert await apis[0].keys() == 2
         secrets.write_text(f"{new_secret}\n{old_secret}\n")
-        await restart_one_by_one(jwt_private_key_file=new_pem, jwt_verification_key_files=str(old_pem))
+        pem.write_text(new_key + old_key)
+        await restart_one_by_one()
         assert renewals == 0
         environment = environment_of(settings_of_all)
         await asyncio.to_thread(
@@ -178,7 +178,8 @@ async def test_keys_are_changed_under_use_and_nobody_notices(
         secrets.write_text(f"{new_secret}\n")
         # Before the old tokens have expired, as when the old key was stolen: they are refused, and refreshed.
         old_headers = login.headers("GET", "/api/users/me", b"")
-        await restart_one_by_one(jwt_private_key_file=new_pem)
+        pem.write_text(new_key)
+        await restart_one_by_one()
         before = counts.copy()
         await until(lambda: _all_above(counts, before), 10, "everybody to be served")
         assert [await api.keys() for api in apis] == [1, 1]

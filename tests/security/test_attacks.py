@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from api.gateway import BODY_BYTES_MAX
-from api.tokens import AUDIENCE, ISSUER, key_id, load_private_key
+from api.tokens import AUDIENCE, ISSUER, key_id, load_keys
 from storage.db import Pool
 from tests.integration.identity_app import INTERNAL_TOKEN, PASSWORD, Exchange, bearer
 from tests.integration.test_identity_api_keys import make
@@ -37,7 +37,7 @@ INJECTIONS = [
 
 def key_of(exchange: Exchange) -> Ed25519PrivateKey:
     assert exchange.state.settings.jwt_private_key_file is not None
-    return load_private_key(exchange.state.settings.jwt_private_key_file)
+    return load_keys(exchange.state.settings.jwt_private_key_file)[0]
 
 
 def claims(session_id: str, **changes: object) -> dict[str, Any]:

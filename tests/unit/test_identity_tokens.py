@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from api import tokens
-from api.tokens import AUDIENCE, ISSUER, AccessTokens, key_id, load_private_key, load_public_keys
+from api.tokens import AUDIENCE, ISSUER, AccessTokens, key_id, load_keys
 from domain.identity import Identity
 from domain.problems import Problem
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+OLDER = Ed25519PrivateKey.from_private_bytes(bytes(range(2, 34)))
+RSA = generate_private_key(65537, 2048)
 ALICE = Identity(1000, frozenset({"user"}), "6f1f1f5e-0000-4000-8000-000000000001")
 MINUTE = timedelta(minutes=1)
 
@@ -149,14 +152,37 @@ def test_the_key_id_is_the_rfc_8037_thumbprint() -> None:
     assert key_id(Ed25519PrivateKey.from_private_bytes(secret)) == "kPrK_qmxVWaYVA9wwBF6Iuo3vVzz7TxHCTwXBygrS4k"
 
 
-def test_only_an_ed25519_key_is_taken_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "key.pem"
-    path.write_bytes(KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    assert key_id(load_private_key(path)) == key_id(KEY)
-    other = generate_private_key(65537, 2048)
-    path.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    with pytest.raises(ValueError, match="Expected an Ed25519 key"):
-        load_private_key(path)
+def test_the_first_key_of_a_file_signs_and_all_verify(tmp_path: Path) -> None:
+    path, other = tmp_path / "keys.pem", Ed25519PrivateKey.generate()
+    path.write_bytes(private_pem(KEY) + b"\nthe one of last year\n" + public_pem(other) + private_pem(OLDER))
+    signing, others = load_keys(path)
+    assert key_id(signing) == key_id(KEY)
+    assert [key_id(key) for key in others] == [key_id(other), key_id(OLDER)]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (lambda: b"", "Expected a key"),
+        (lambda: b"-----BEGIN PRIVATE KEY-----\n", "Expected a key"),
+        (lambda: private_pem(RSA), "Expected an Ed25519 key"),
+        (lambda: private_pem(KEY) + public_pem(RSA), "Expected an Ed25519 key"),
+        (lambda: public_pem(KEY) + private_pem(KEY), "Expected a private key first"),
+    ],
+)
+def test_a_file_without_a_key_to_sign_with_is_refused(tmp_path: Path, content: Callable[[], bytes], why: str) -> None:
+    path = tmp_path / "keys.pem"
+    path.write_bytes(content())
+    with pytest.raises(ValueError, match=why):
+        load_keys(path)
+
+
+def private_pem(key: Ed25519PrivateKey | RSAPrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def public_pem(key: Ed25519PrivateKey | RSAPrivateKey) -> bytes:
+    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def test_keys_are_changed_without_anybody_noticing() -> None:
@@ -188,16 +214,3 @@ def test_one_keys_name_does_not_open_what_another_signed() -> None:
 def test_a_token_without_a_key_id_or_of_later_is_refused() -> None:
     refused(jwt.encode(claims(), KEY, algorithm="EdDSA", headers={"typ": "at+jwt"}))
     refused(signed(claims(nbf=int(datetime.now(UTC).timestamp()) + 3600)))
-
-
-def test_verification_keys_are_public_or_private_pem_files(tmp_path: Path) -> None:
-    public, private = tmp_path / "public.pem", tmp_path / "private.pem"
-    public.write_bytes(KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    private.write_bytes(KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    assert [key_id(key) for key in load_public_keys(f"{public}, {private}")] == [key_id(KEY)] * 2
-    assert load_public_keys("") == []
-    public.write_bytes(
-        generate_private_key(65537, 2048).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    )
-    with pytest.raises(ValueError, match="Expected an Ed25519 key"):
-        load_public_keys(str(public))
