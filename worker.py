@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 import uvloop
@@ -36,6 +37,8 @@ from monitors.sweeper import run_sweeper
 from reporting.consumer import run_reporting
 from settings import Settings, get_settings
 from storage.db import Pool, open_pool
+from storage.leadership import wait_for_event
+from telemetry.alerts import MONITOR_FAILED, alert
 from telemetry.endpoint import endpoint
 from telemetry.health import CHECK_SECONDS_MAX, Checks
 from telemetry.tracing import start_tracing, stop_tracing
@@ -48,6 +51,9 @@ from workflows.registration import RegistrationResumerWorkflow, UserRegistration
 from workflows.settlement import SettlementWorkflow
 
 log = logging.getLogger("worker")
+
+Monitor = Callable[[], Awaitable[None]]
+MONITOR_PAUSE_SECONDS = 5.0
 
 
 def build_workers(client: Client, pool: Pool, settings: Settings) -> list[Worker]:
@@ -92,7 +98,8 @@ def build_workers(client: Client, pool: Pool, settings: Settings) -> list[Worker
 
 
 async def run(settings: Settings, stop: asyncio.Event) -> None:
-    """Work until `stop` is set; an error that cannot be waited out ends the process, and its supervisor restarts it."""
+    """Work until `stop` is set; an error of Temporal's workers that cannot be waited out ends the process, and its
+    supervisor restarts it. An error of a monitor does not: settlement must not stop for it."""
     pool = await open_pool(settings.require_database_url(), size_max=20, name="worker")
     client = await connect_temporal(settings)
     funding_interval = timedelta(seconds=settings.funding_interval_seconds)
@@ -106,16 +113,33 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     async with endpoint(settings.metrics_host, settings.metrics_port, checks), asyncio.TaskGroup() as tasks:
         for worker in build_workers(client, pool, settings):
             tasks.create_task(_run_worker(worker, stop))
-        tasks.create_task(run_relay(pool, open_redis(settings), stop))
-        tasks.create_task(run_observer(pool, redis, stop))
-        tasks.create_task(run_sweeper(pool, client, stop))
-        tasks.create_task(run_pruner(pool, timedelta(days=settings.login_audit_retention_days), stop))
-        tasks.create_task(run_reporting(pool, open_redis(settings), stop))
-        tasks.create_task(run_countdowns(pool, client, stop))
-        tasks.create_task(
-            run_liquidations(pool, open_redis(settings), client, settings.mark_price_interval_seconds, stop)
-        )
+        for name, monitor in _monitors(settings, pool, client, stop).items():
+            tasks.create_task(keep_running(name, monitor, stop))
     await pool.close()
+
+
+def _monitors(settings: Settings, pool: Pool, client: Client, stop: asyncio.Event) -> dict[str, Monitor]:
+    redis, audits_kept = open_redis(settings), timedelta(days=settings.login_audit_retention_days)
+    return {
+        "relay": lambda: run_relay(pool, redis, stop),
+        "observer": lambda: run_observer(pool, redis, stop),
+        "sweeper": lambda: run_sweeper(pool, client, stop),
+        "pruner": lambda: run_pruner(pool, audits_kept, stop),
+        "reporting": lambda: run_reporting(pool, redis, stop),
+        "countdowns": lambda: run_countdowns(pool, client, stop),
+        "liquidations": lambda: run_liquidations(pool, redis, client, settings.mark_price_interval_seconds, stop),
+    }
+
+
+async def keep_running(name: str, monitor: Monitor, stop: asyncio.Event) -> None:
+    """Run a monitor until `stop`. It waits outages out by itself; what it raises is a defect: told, and tried again."""
+    while not stop.is_set():
+        try:
+            await monitor()
+        except Exception as error:
+            log.exception("The monitor %s failed", name)
+            alert(MONITOR_FAILED, "the monitor %s failed, and is tried again: %s", name, error)
+            await wait_for_event(stop, MONITOR_PAUSE_SECONDS)
 
 
 async def _run_worker(worker: Worker, stop: asyncio.Event) -> None:
