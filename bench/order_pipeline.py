@@ -6,6 +6,7 @@
 import argparse
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ async def batch_rate(api: Api, addresses: Addresses, traders: Sequence[Trader], 
     """Orders per second through the batch endpoint until all are settled, and until all were answered."""
     first = await _next_order_id(api, traders[0])
     pairs = [(traders[2 * n], traders[2 * n + 1]) for n in range(BATCH_SENDERS)]
-    rounds = orders // (BATCH * 2 * BATCH_SENDERS)
+    rounds = math.ceil(orders / (BATCH * 2 * BATCH_SENDERS))
 
     async def send(buyer: Trader, seller: Trader) -> None:
         for _ in range(rounds):
@@ -145,5 +146,10 @@ def main(seconds: float = 10, batch_orders: int = 40_000) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=10, help="length of each timed part")
-    parser.add_argument("--batch-orders", type=int, default=40_000, help="orders through the batch endpoint")
+    parser.add_argument(
+        "--batch-orders",
+        type=int,
+        default=40_000,
+        help=f"orders through the batch endpoint, rounded up to {BATCH * 2 * BATCH_SENDERS}",
+    )
     main(**vars(parser.parse_args()))
