@@ -2,20 +2,25 @@
 
 import asyncio
 import hmac
+import itertools
 import logging
 import re
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Annotated
 
 from fastapi import Depends, Query, Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.addresses import client_address, network_of
+from api.load import Load
 from api.models import UserId
 from api.problems import internal_error, problem_response
 from api.rate_limits import Limit
@@ -33,6 +38,8 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 _RECORD = "exchange.record"
 # Probes tell the truth also, and above all, under load.
 _UNLIMITED = ("/health/",)
+# Seconds, in turns: who is refused together does not come back together.
+_RETRY_AFTER = itertools.cycle((1, 2, 3))
 _SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -101,7 +108,6 @@ class Gateway:
                 message["headers"] = [*message["headers"], *_headers(scope, record, message["headers"])]
             await send(message)
 
-        load.in_flight += 1
         try:
             refusal = await _refusal(scope)
             if refusal is not None:
@@ -116,7 +122,7 @@ class Gateway:
                 raise
             await internal_error()(scope, receive, send_with_headers)
         finally:
-            load.in_flight -= 1
+            load.release(scope)
             _log_request(scope, record)
 
 
@@ -166,13 +172,37 @@ async def _refusal(scope: Scope) -> Problem | None:
         return Problem("VALIDATION_FAILED", "The address must not contain NUL characters")
     if scope["path"].startswith(_UNLIMITED):
         return None
-    if scope["app"].state.load.is_too_high:
-        return Problem("OVERLOADED", "The exchange has more to do than it can; try again shortly")
+    if not scope["app"].state.load.admit(scope):
+        return _overload(next(_RETRY_AFTER))
     try:
         await _spend_of_address(scope)
     except Problem as problem:
         return problem
     return None
+
+
+def _overload(retry_after: int) -> Problem:
+    return Problem("OVERLOADED", "The exchange has more to do than it can; try again shortly", retryAfter=retry_after)
+
+
+def may_begin(scope: Scope, load: Load) -> bool:
+    """Count a request of which the head is known in `load`; False if it gets an `overload_answer` instead."""
+    return scope["path"].startswith(_UNLIMITED) or load.admit(scope)
+
+
+def overload_answer(scope: Scope, more_headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """All of the answer that the gateway would give, without running the application: a refusal must cost next to
+    nothing, or refusing leaves no time for what was admitted."""
+    response = _overload_response(next(_RETRY_AFTER))
+    record = RequestRecord(_request_id(scope), 0.0)
+    headers = [*more_headers, *response.raw_headers, *_headers(scope, record, response.raw_headers)]
+    lines = [b"%b: %b\r\n" % header for header in headers]
+    return b"".join((b"HTTP/1.1 503 Service Unavailable\r\n", *lines, b"\r\n", response.body))
+
+
+@cache
+def _overload_response(retry_after: int) -> Response:
+    return problem_response(_overload(retry_after))
 
 
 async def _spend_of_address(scope: Scope) -> None:

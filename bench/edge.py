@@ -233,7 +233,7 @@ def _print(name: str, outcome: Outcome) -> None:
     print(
         f"{'':28} offered {answered / outcome.load_seconds:.0f}/s over {outcome.report.connections} connections,"
         f" at most {outcome.report.latest_ms:.0f} ms late, {outcome.report.waiting_max} waiting for a connection"
-        f"   CPU seconds: {spent}"
+        f"   {outcome.report.problems or ''}   CPU seconds: {spent}"
     )
 
 

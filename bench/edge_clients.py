@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import cast
 
@@ -31,6 +31,7 @@ IDLE_SECONDS_MAX = 4.0
 DISCONNECTED, TIMED_OUT, NOT_SENT = 1, 2, 3
 _LENGTH = re.compile(rb"\r\ncontent-length: (\d+)", re.IGNORECASE)
 _ORDER_ID = re.compile(rb'"orderId":(\d+)')
+_CODE = re.compile(rb'"code":"(\w+)"')
 _HEAD = (
     "POST /api/orders HTTP/1.1\r\nHost: localhost\r\nAuthorization: {}\r\n"
     "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n"
@@ -63,6 +64,8 @@ class Report(msgspec.Struct):
     connections: int
     waiting_max: int
     refusals_without_retry_after: int
+    # Problem documents by their code.
+    problems: dict[str, int]
     cpu_seconds: float
 
 
@@ -75,6 +78,7 @@ class Load:
         self.opened = 0
         self.waiting_max = 0
         self.refusals_without_retry_after = 0
+        self.problems: Counter[str] = Counter()
         self._requests = [_request(job, n) for n in range(len(job.authorizations))]
         self._job = job
         self._loop = asyncio.get_running_loop()
@@ -218,6 +222,8 @@ class Connection(asyncio.Protocol):
             self._load.answered(self, status, int(order_id[1]))
         else:
             lower = data[:head].lower()
+            code = _CODE.search(data, head)
+            self._load.problems[code[1].decode() if code else "none"] += 1
             if status == 503 and b"\r\nretry-after: " not in lower:
                 self._load.refusals_without_retry_after += 1
             if b"\r\nconnection: close" in lower:
@@ -242,6 +248,7 @@ async def _main() -> None:
         load.opened,
         load.waiting_max,
         load.refusals_without_retry_after,
+        load.problems,
         time.process_time() - cpu,
     )
     Path(job.out).write_bytes(load.rows.tobytes())
