@@ -3,8 +3,8 @@
 httptools keeps whatever a client sends as a head, for as long as it takes to send it; the ASGI application has no say
 before the head is complete. Bodies are bounded by the gateway.
 
-Under overload most requests are refused. Through a task, the application and its middleware a refusal would cost a third
-of an order, and five times the orders would leave no time for any.
+Under overload most requests are refused. Through a task, the application and its middleware each refusal would cost a
+third of an order, and five times the orders would leave no time for any.
 """
 
 import asyncio
@@ -97,5 +97,5 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 def _can_go_on_after_refusal(cycle: RequestResponseCycle) -> bool:
-    """Whether the connection is of use after an answer that does not wait for a body. The gateway refuses the others."""
+    """Whether the connection is of use after an answer that does not wait for a body; else the gateway refuses."""
     return cycle.keep_alive and not cycle.waiting_for_100_continue and cycle.scope["method"] != "HEAD"

@@ -1,8 +1,8 @@
 """Whether this process has more to do than it can: then requests are refused while refusing is still quick.
 
 Requests that were let in wait for each other: for as long as it takes to finish what is in flight (Little's law). So a
-bound on the wait, times what is finished in a second, bounds what may be in flight, whatever the machine can do just now.
-A burst that is worked off quickly is no overload: this bound holds only while requests do take long.
+bound on the wait, times what is finished in a second, bounds what may be in flight, whatever the machine can do just
+now. A burst that is worked off quickly is no overload: this bound holds only while requests do take long.
 
 The event loop does everything in turns, and an order takes dozens of them. So what new requests may cost in a turn is
 bounded too, those that are let in as well as those that are refused.

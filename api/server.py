@@ -62,7 +62,7 @@ class Server(uvicorn.Server):
         self.listeners = sockets or [self.config.bind_socket()]
         await super().startup([])
         for listener in self.listeners:
-            listener.setblocking(False)
+            listener.settimeout(0)
             listener.listen(self.config.backlog)
             self._listen_to(listener)
 
@@ -95,11 +95,9 @@ class Server(uvicorn.Server):
             task.add_done_callback(self._accepting.discard)
 
     async def _serve_connection(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
+        connection.settimeout(0)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await asyncio.get_running_loop().connect_accepted_socket(self._new_protocol, connection)
 
     def _new_protocol(self) -> asyncio.Protocol:
-        return BoundedHttpProtocol(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
+        return BoundedHttpProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)

@@ -1,14 +1,15 @@
 """Overload: five times the orders that the exchange can take, for a minute.
 
-First the peak: a closed loop over ever more connections. Then an open loop at five times that rate (`bench.edge_clients`,
-a process of its own; latency counts from when an order was due, so that waiting is not hidden). Promised, or the exit
-status is 1: every order that was answered is in the database, once, and came to its end; the audit is clean. Aimed at:
-goodput stays at 80 % of the peak, the p99 of accepted orders is bounded, and after it memory and latency are what they
-were. Rate limits are off: what is tried is how load is shed.
+First the peak: a closed loop over ever more connections. Then an open loop at five times that rate
+(`bench.edge_clients`, a process of its own; latency counts from when an order was due, so that waiting is not hidden).
+Promised, or the exit status is 1: every order that was answered is in the database, once, and came to its end; the
+audit is clean. Aimed at: goodput stays at 80 % of the peak, the p99 of accepted orders is bounded, and after it memory
+and latency are what they were. Rate limits are off: what is tried is how load is shed.
 """
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 import time
@@ -34,7 +35,7 @@ DEPOSIT = "100000000"
 NO_RATE_LIMITS = {"EXCHANGE_RATE_LIMIT_ADDRESS": "0", "EXCHANGE_RATE_LIMIT_USER": "0"}
 PEAK_CONNECTIONS = (50, 200, 500)
 PEAK_SECONDS_MAX = 10.0
-# Connections of the open loop: more than can be in flight in the api process (2,000).
+# Connections of the open loop: four times what may be in flight in the api process.
 CONNECTIONS_MAX = 4_000
 OVERLOAD = 5
 # Of the peak: the rate at which latency is compared before and after.
@@ -43,7 +44,8 @@ SETTLED_SECONDS_MAX = 180.0
 QUIET_SECONDS = 10.0
 SAMPLE_SECONDS = 1.0
 GOODPUT_TARGET = 0.8
-P99_TARGET_MS = 1_000.0
+# Twice EXCHANGE_REQUEST_WAIT_SECONDS_MAX: the wait to be let in comes before that wait.
+P99_TARGET_MS = 2_000.0
 MEMORY_TARGET = 1.2
 SERVICES = ("api", "worker", "engine", "market")
 STATUSES = {200: "accepted", DISCONNECTED: "disconnected", TIMED_OUT: "timed out", NOT_SENT: "not sent"}
@@ -85,6 +87,14 @@ class Outcome:
     def p(self, share: float) -> float:
         """A percentile of the milliseconds that accepted orders took."""
         return percentile(self.latencies, share)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most orders a second that were answered, and settled, when nobody sent more than was answered."""
+
+    accepted: float
+    settled: float
 
 
 class Processes:
@@ -214,9 +224,9 @@ async def promises_kept(database: str, outcomes: Sequence[Outcome]) -> bool:
     refused = sum(one in found for outcome in outcomes for one in outcome.refused)
     statuses = Counter(row["status"] for row in rows)
     print(
-        f"{len(accepted)} accepted orders: {len(lost)} lost, {len(rows) - len(found)} twice, {wrongly_filled} with fills"
-        f" that do not add up, {len(open_ones)} on their way for ever; of {len(rows)} in the database"
-        f" {dict(statuses)}, {len(rows) - len(accepted) - refused} had no answer, {refused} were refused"
+        f"{len(accepted)} accepted orders: {len(lost)} lost, {len(rows) - len(found)} twice,"
+        f" {wrongly_filled} with fills that do not add up, {len(open_ones)} on their way for ever; of {len(rows)} in"
+        f" the database {dict(statuses)}, {len(rows) - len(accepted) - refused} had no answer, {refused} were refused"
     )
     return not (lost or len(rows) != len(found) or wrongly_filled or open_ones)
 
@@ -237,12 +247,9 @@ def _print(name: str, outcome: Outcome) -> None:
     )
 
 
-def _target(what: str, value: str, met: bool) -> None:
-    print(f"{what:60} {value:>20}   {'met' if met else 'MISSED'}")
-
-
 async def measure(seconds: float) -> bool:
     """Run everything once and print it; whether all that was promised is so."""
+    print(f"load average before: {os.getloadavg()[0]:.1f}")
     with running_exchange(NO_RATE_LIMITS) as addresses:
         async with open_api(addresses, 8) as api:
             exchange = Exchange(addresses, await api.traders(TRADERS, DEPOSIT))
@@ -257,37 +264,45 @@ async def measure(seconds: float) -> bool:
 
 async def _phases(exchange: Exchange, processes: Processes, seconds: float) -> list[Outcome]:
     short = min(seconds, PEAK_SECONDS_MAX)
-    outcomes = [await load(exchange, processes, "warm", rate=None, connections=50, seconds=short / 2)]
+    warm = await load(exchange, processes, "warm", rate=None, connections=50, seconds=short / 2)
     peaks = []
     for connections in PEAK_CONNECTIONS:
         peaks.append(await load(exchange, processes, "peak", rate=None, connections=connections, seconds=short))
         _print(f"peak, {connections} connections", peaks[-1])
-    peak, settled = max(one.goodput for one in peaks), max(one.settled for one in peaks)
-    calm = {"rate": peak * CALM_SHARE, "connections": CONNECTIONS_MAX, "seconds": short}
-    before = await load(exchange, processes, "before", **calm)
-    _print(f"{CALM_SHARE:.0%} of the peak, before", before)
+    peak = Peak(max(one.goodput for one in peaks), max(one.settled for one in peaks))
+
+    async def offer(name: str, share: float, seconds: float) -> Outcome:
+        rate = share * peak.accepted
+        outcome = await load(exchange, processes, name, rate=rate, connections=CONNECTIONS_MAX, seconds=seconds)
+        _print(f"{share:g} x the peak, {name}", outcome)
+        return outcome
+
+    before = await offer("before", CALM_SHARE, short)
     await asyncio.sleep(QUIET_SECONDS)
     rss_before = processes.rss()
     async with processes.watched() as rss_highest:
-        over = await load(
-            exchange, processes, "over", rate=peak * OVERLOAD, connections=CONNECTIONS_MAX, seconds=seconds
-        )
-    _print(f"{OVERLOAD} x the peak, {seconds:g} s", over)
+        over = await offer("overload", OVERLOAD, seconds)
     await asyncio.sleep(QUIET_SECONDS)
     rss_after = processes.rss()
-    after = await load(exchange, processes, "after", **calm)
-    _print(f"{CALM_SHARE:.0%} of the peak, after", after)
+    after = await offer("after", CALM_SHARE, short)
     for name in SERVICES:
         megabytes = [rss[name] / 2**20 for rss in (rss_before, rss_highest, rss_after)]
         print("{:28} {:.0f} MB before, at most {:.0f}, {:.0f} after".format(name, *megabytes))
-    _target(f"goodput accepted, of the peak (>= {GOODPUT_TARGET:.0%})", f"{over.goodput / peak:.0%}", over.goodput >= GOODPUT_TARGET * peak)
-    _target(f"goodput settled, of the peak (>= {GOODPUT_TARGET:.0%})", f"{over.settled / settled:.0%}", over.settled >= GOODPUT_TARGET * settled)
-    _target(f"p99 of accepted orders (<= {P99_TARGET_MS:.0f} ms)", f"{over.p(0.99):.0f} ms", over.p(0.99) <= P99_TARGET_MS)
-    grown = max(rss_after[name] / rss_before[name] for name in SERVICES)
-    _target(f"memory after, of before (<= {MEMORY_TARGET:.0%})", f"{grown:.0%}", grown <= MEMORY_TARGET)
-    without = over.report.refusals_without_retry_after
-    _target("refusals without Retry-After (0)", str(without), not without)
-    return [*outcomes, *peaks, before, over, after]
+    _judge(over, peak, max(rss_after[name] / rss_before[name] for name in SERVICES))
+    return [warm, *peaks, before, over, after]
+
+
+def _judge(over: Outcome, peak: Peak, memory: float) -> None:
+    accepted, settled = over.goodput / peak.accepted, over.settled / peak.settled
+    p99, silent = over.p(0.99), over.report.refusals_without_retry_after
+    for what, value, is_met in (
+        (f"accepted, of the peak (>= {GOODPUT_TARGET:.0%})", f"{accepted:.0%}", accepted >= GOODPUT_TARGET),
+        (f"settled, of the peak (>= {GOODPUT_TARGET:.0%})", f"{settled:.0%}", settled >= GOODPUT_TARGET),
+        (f"p99 of accepted orders (<= {P99_TARGET_MS:.0f} ms)", f"{p99:.0f} ms", p99 <= P99_TARGET_MS),
+        (f"memory after, of before (<= {MEMORY_TARGET:.0%})", f"{memory:.0%}", memory <= MEMORY_TARGET),
+        ("refusals without Retry-After (0)", str(silent), not silent),
+    ):
+        print(f"{what:45} {value:>10}   {'met' if is_met else 'MISSED'}")
 
 
 def main(seconds: float = 60) -> None:

@@ -36,9 +36,7 @@ _HEAD = (
     "POST /api/orders HTTP/1.1\r\nHost: localhost\r\nAuthorization: {}\r\n"
     "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n"
 )
-_BODY = (
-    '{{"instrumentId":"{}","side":"{}","type":"LIMIT","price":"{}","quantity":"0.001","clientOrderId":"{}-%08d"}}'
-)
+_BODY = '{{"instrumentId":"{}","side":"{}","type":"LIMIT","price":"{}","quantity":"0.001","clientOrderId":"{}-%08d"}}'
 
 
 class Job(msgspec.Struct):
@@ -100,7 +98,7 @@ class Load:
             if self._job.rate is not None:
                 self._send_due(elapsed, self._job.rate)
             await asyncio.sleep(TICK_SECONDS)
-        while self._busy or self._waiting or self._connecting:
+        while self._busy or self._waiting or self._connecting:  # noqa: ASYNC110 - every answer would have to tell
             await asyncio.sleep(TICK_SECONDS)
         sweeping.cancel()
 
@@ -152,7 +150,9 @@ class Load:
     async def _connect(self, number: int, due: float) -> None:
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
-                _, connection = await self._loop.create_connection(lambda: Connection(self), "127.0.0.1", self._job.port)
+                _, connection = await self._loop.create_connection(
+                    lambda: Connection(self), "127.0.0.1", self._job.port
+                )
         except OSError:  # a time-out is one, too
             self._note(number, DISCONNECTED, time.perf_counter() - due)
             return
@@ -251,7 +251,7 @@ async def _main() -> None:
         load.problems,
         time.process_time() - cpu,
     )
-    Path(job.out).write_bytes(load.rows.tobytes())
+    Path(job.out).write_bytes(load.rows.tobytes())  # noqa: ASYNC240 - the load is over
     sys.stdout.buffer.write(msgspec.json.encode(report))
     sys.stdout.buffer.flush()
     # Nobody waits for a thousand farewells.
