@@ -3,11 +3,12 @@
 httptools keeps whatever a client sends as a head, for as long as it takes to send it; the ASGI application has no say
 before the head is complete. Bodies are bounded by the gateway.
 
-Under overload most requests are refused. Through a task, the application and its middleware each refusal would cost a
-third of an order, and five times the orders would leave no time for any.
+Under overload most requests are refused. Through parser, task, application and middleware each refusal would cost a third
+of an order, and five times the orders would leave no time for any.
 """
 
 import asyncio
+import re
 from functools import partial
 from typing import Any, cast
 
@@ -15,12 +16,18 @@ from starlette.types import Scope
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from api.gateway import may_begin, overload_answer
+from api.gateway import UNLIMITED, count_in, overload_answer
 from api.load import Load
 from api.metering import count_refusal
 
 HEAD_SECONDS_MAX = 10.0
 HEAD_BYTES_MAX = 64 * 1024
+# Probes are never refused, and after an answer to a HEAD there would be no body.
+_PLAIN = re.compile(rb"(?:GET|POST|PUT|PATCH|DELETE) (?!%b)/[!-~]* HTTP/1\.1\r\n" % re.escape(UNLIMITED.encode()))
+# Headers that say how long the request is, whether the connection goes on after it, and what it is called.
+_TELLING = re.compile(
+    rb"(?i)\n(content-length|transfer-encoding|connection|expect|upgrade|x-request-id)[ \t]*:[ \t]*([^\r\n]*)"
+)
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -31,6 +38,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._deadline: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._is_between_requests = True
+        # An answer is on its way, to a request that the parser has not seen; and what has come after it.
+        self._is_refusing = False
+        self._early = b""
         self._load: Load = self.config.app.state.load  # type: ignore[union-attr]  # a FastAPI (api/server.py)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
@@ -44,7 +55,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse, and refuse a head that grows without end."""
+        """Parse, and refuse: what there is no time for, and a head that grows without end."""
+        if self._is_refusing:
+            self._early += data
+            return
+        if self._is_between_requests and self._load.is_too_high:
+            request_id = _refusable(data)
+            if request_id is not None:
+                self._refuse_unread(data, request_id)
+                return
         super().data_received(data)
         if self._deadline is not None:
             self._head_bytes += len(data)
@@ -53,6 +72,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
+        self._is_between_requests = False
         self._expect_head()
         super().on_message_begin()
 
@@ -61,24 +81,34 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_is_there()
         super().on_headers_complete()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        scope = cast(Scope, cycle.scope)
-        if may_begin(scope, self._load) or not _can_go_on_after_refusal(cycle):
-            self._load.beginnings.put(partial(super()._start_asgi_task, cycle, app))
-        else:
-            self._load.refusals.put(partial(self._refuse_for_load, cycle))
+    def on_message_complete(self) -> None:
+        """The last byte of a request."""
+        self._is_between_requests = True
+        super().on_message_complete()
 
-    def _refuse_for_load(self, cycle: RequestResponseCycle) -> None:
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        count_in(cast(Scope, cycle.scope), self._load)
+        self._load.beginnings.put(partial(super()._start_asgi_task, cycle, app))
+
+    def _refuse_unread(self, data: bytes, request_id: bytes) -> None:
+        self._head_is_there()
+        self._unset_keepalive_if_required()
+        self._is_refusing = True
+        self._load.refusals.put(partial(self._answer_unread, data, request_id))
+
+    def _answer_unread(self, data: bytes, request_id: bytes) -> None:
+        self._is_refusing = False
         if self.transport.is_closing():
             return
-        scope = cast(Scope, cycle.scope)
-        self.transport.write(overload_answer(scope, self.server_state.default_headers))
-        count_refusal(scope["method"])
-        # What comes of a body after this is not kept.
-        cycle.response_started = cycle.response_complete = True
-        if not cycle.keep_alive:
-            self.transport.close()
+        method, path, _ = data.split(b" ", 2)
+        answer = overload_answer(path, self.scheme or "http", request_id, self.server_state.default_headers)
+        self.transport.write(answer)
+        count_refusal(method.decode())
+        self._load.refused += 1
         self.on_response_complete()
+        if self._early:
+            early, self._early = self._early, b""
+            self.data_received(early)
 
     def _expect_head(self) -> None:
         if self._deadline is None:
@@ -96,6 +126,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.send_400_response("The head of the request is too long or too late.")
 
 
-def _can_go_on_after_refusal(cycle: RequestResponseCycle) -> bool:
-    """Whether the connection is of use after an answer that does not wait for a body; else the gateway refuses."""
-    return cycle.keep_alive and not cycle.waiting_for_100_continue and cycle.scope["method"] != "HEAD"
+def _refusable(data: bytes) -> bytes | None:
+    """The request id, empty if it has none, of one plain request, whole and nothing behind it; None for all else, which
+    takes the long way and is refused there."""
+    end = data.find(b"\r\n\r\n")
+    if end < 0 or not _PLAIN.match(data, 0, end):
+        return None
+    length, request_id = 0, b""
+    for name, value in _TELLING.findall(data, 0, end):
+        match name.lower():
+            case b"content-length" if not length and value.isdigit():
+                length = int(value)
+            case b"x-request-id":
+                request_id = value
+            case _:
+                return None
+    return request_id if len(data) == end + 4 + length else None

@@ -109,7 +109,8 @@ class Load:
         self._taken = 0.0
         # The same of the samples of the last WINDOW_SECONDS, after the length of each.
         self._samples: deque[tuple[float, int, float]] = deque()
-        self._refused = 0
+        # Since it was told last.
+        self.refused = 0
 
     @property
     def is_too_high(self) -> bool:
@@ -122,7 +123,6 @@ class Load:
         if _ADMITTED in scope:
             return True
         if self.is_too_high:
-            self._refused += 1
             return False
         scope[_ADMITTED] = time.monotonic()
         self.in_flight += 1
@@ -144,10 +144,10 @@ class Load:
             now = time.monotonic()
             self.sample(now - started)
             started = now
-            if self._refused and now - told >= TELL_SECONDS:
+            if self.refused and now - told >= TELL_SECONDS:
                 # Not a line for each: they are many, and writing them is what there is no time for.
-                log.warning("Overloaded: %d requests refused, %d in flight", self._refused, self.in_flight)
-                self._refused, told = 0, now
+                log.warning("Overloaded: %d requests refused, %d in flight", self.refused, self.in_flight)
+                self.refused, told = 0, now
 
     def sample(self, seconds: float) -> None:
         """Take stock of the last `seconds`."""

@@ -115,7 +115,7 @@ async def test_refusals_are_told_once_a_second_and_not_one_by_one(
     monkeypatch.setattr("api.load.TELL_SECONDS", 0.2)
     load = Load(in_flight_max=0, lag_seconds_max=9, wait_seconds_max=1)
     watching = asyncio.create_task(load.watch())
-    assert not admitted(load, 100)
+    load.refused = 100
     await asyncio.sleep(0.6)
     watching.cancel()
     assert [record.getMessage() for record in caplog.records] == ["Overloaded: 100 requests refused, 0 in flight"]
