@@ -3,11 +3,12 @@
 httptools keeps whatever a client sends as a head, for as long as it takes to send it; the ASGI application has no say
 before the head is complete. Bodies are bounded by the gateway.
 
-Under overload most requests are refused. Through parser, task, application and middleware each refusal would cost a third
-of an order, and five times the orders would leave no time for any.
+Under overload most requests are refused. Through parser, task, application and middleware each refusal would cost a
+third of an order, and five times the orders would leave no time for any.
 """
 
 import asyncio
+import math
 import re
 from functools import partial
 from typing import Any, cast
@@ -42,6 +43,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         # An answer is on its way, to a request that the parser has not seen; and what has come after it.
         self._is_refusing = False
         self._early = b""
+        self._refused_at = -math.inf
         self._load: Load = self.config.app.state.load  # type: ignore[union-attr]  # a FastAPI (api/server.py)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
@@ -92,7 +94,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _refuse_unread(self, data: bytes, request_id: bytes) -> None:
         self._head_is_there()
-        self._unset_keepalive_if_required()
         self._is_refusing = True
         self._load.refusals.put(partial(self._answer_unread, data, request_id))
 
@@ -105,10 +106,22 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.write(answer)
         count_refusal(method.decode())
         self._load.refused += 1
-        self.on_response_complete()
+        # Setting the clock anew for each would take a quarter of the time.
+        self._refused_at = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_handler()
         if self._early:
             early, self._early = self._early, b""
             self.data_received(early)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close, unless a request was refused meanwhile: then look again in time."""
+        self.timeout_keep_alive_task = None
+        rest = self._refused_at + self.timeout_keep_alive - self.loop.time()
+        if rest > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(rest, self.timeout_keep_alive_handler)
+        elif not self._is_refusing:
+            super().timeout_keep_alive_handler()
 
     def _expect_head(self) -> None:
         if self._deadline is None:

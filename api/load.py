@@ -104,6 +104,7 @@ class Load:
         self._lag_seconds_max = lag_seconds_max
         self._wait_seconds_max = wait_seconds_max
         self._late = deque([0.0] * SAMPLES, SAMPLES)
+        self._is_late = False
         # Of the sample under way: how many were finished, and the sum of the seconds they took.
         self._finished = 0
         self._taken = 0.0
@@ -116,7 +117,7 @@ class Load:
     def is_too_high(self) -> bool:
         """Whether the next request should be refused."""
         bound = min(self._in_flight_bound, self.in_flight_max)
-        return self.in_flight >= bound or min(self._late) > self._lag_seconds_max
+        return self._is_late or self.in_flight >= bound
 
     def admit(self, scope: MutableMapping[str, Any]) -> bool:
         """Count a request in, the first time it asks; whether it may go on. Give it back to `release`."""
@@ -152,6 +153,7 @@ class Load:
     def sample(self, seconds: float) -> None:
         """Take stock of the last `seconds`."""
         self._late.append(seconds - SAMPLE_SECONDS)
+        self._is_late = min(self._late) > self._lag_seconds_max
         self._samples.append((seconds, self._finished, self._taken))
         self._finished, self._taken = 0, 0.0
         known = sum(lasted for lasted, _, _ in self._samples)

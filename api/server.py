@@ -63,8 +63,8 @@ class Server(uvicorn.Server):
         """Listen, once the application is ready. Raises SystemExit when it is not, or when the address is taken."""
         self.listeners = sockets or [self.config.bind_socket()]
         await super().startup([])
-        # What is there by now stays for ever, and is a hundred times more than what a moment's requests are made of: the
-        # collector need not go through it again and again, least of all when there are many requests.
+        # What is there by now stays for ever, and is a hundred times more than what a moment's requests are made of.
+        # The collector need not go through it again and again, least of all when there are many requests.
         gc.collect()
         gc.freeze()
         gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -68,6 +69,22 @@ async def test_a_refusal_is_whole_and_the_connection_goes_on() -> None:
         assert b"content-type: application/problem+json\r\n" in first
         assert b'"code":"overloaded"' in first
         assert server.config.app.state.load.in_flight == 0  # type: ignore[union-attr]
+
+
+async def test_a_connection_on_which_nothing_follows_a_refusal_is_closed() -> None:
+    async with serving(in_flight_max=0) as (server, port):
+        server.config.timeout_keep_alive = 0.3  # type: ignore[assignment]  # seconds, which may be fractions
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        begun = time.monotonic()
+        for _ in range(4):
+            writer.write(ORDER)
+            assert b"503" in await reader.read(65536)
+            await asyncio.sleep(0.15)
+        async with asyncio.timeout(3):
+            assert await reader.read() == b""
+        # Not while requests came: 0.45 s for the last of them, and 0.3 after it.
+        assert 0.7 < time.monotonic() - begun < 1.5
+        writer.close()
 
 
 async def test_requests_in_one_packet_are_all_refused_and_so_is_one_whose_body_comes_later() -> None:
