@@ -60,8 +60,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Parse, and refuse: what there is no time for, and a head that grows without end."""
         if self._is_refusing:
             self._early += data
+            if len(self._early) > HEAD_BYTES_MAX:
+                self.flow.pause_reading()
             return
-        if self._is_between_requests and self._load.is_too_high:
+        # Answers come in the order of the requests: one that has none yet goes first.
+        is_free = self._is_between_requests and (self.cycle is None or self.cycle.response_complete)
+        if is_free and self._load.is_too_high:
             request_id = _refusable(data)
             if request_id is not None:
                 self._refuse_unread(data, request_id)
@@ -112,6 +116,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.timeout_keep_alive_handler()
         if self._early:
             early, self._early = self._early, b""
+            self.flow.resume_reading()
             self.data_received(early)
 
     def timeout_keep_alive_handler(self) -> None:

@@ -27,6 +27,11 @@ async def serving(in_flight_max: int) -> AsyncIterator[tuple[Server, int]]:
     app.state.logs_all_requests = False
     app.add_middleware(Gateway)
 
+    @app.get("/health/slow")
+    async def slow() -> str:
+        await asyncio.sleep(0.3)
+        return "at last"
+
     @app.get("/health/live")
     async def live() -> str:
         return "yes"
@@ -69,6 +74,19 @@ async def test_a_refusal_is_whole_and_the_connection_goes_on() -> None:
         assert b"content-type: application/problem+json\r\n" in first
         assert b'"code":"overloaded"' in first
         assert server.config.app.state.load.in_flight == 0  # type: ignore[union-attr]
+
+
+async def test_a_refusal_does_not_overtake_the_answer_before_it() -> None:
+    async with serving(in_flight_max=0) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(PROBE.replace(b"/health/live", b"/health/slow"))
+        await asyncio.sleep(0.1)
+        writer.write(ORDER)
+        async with asyncio.timeout(5):
+            assert b" 200 OK" in await reader.readline()
+            await reader.readuntil(b"at last")
+            assert b"HTTP/1.1 503 " in await reader.readuntil(b"\r\n\r\n")
+        writer.close()
 
 
 async def test_a_connection_on_which_nothing_follows_a_refusal_is_closed() -> None:
