@@ -2,10 +2,8 @@
 
 import sys
 
-import uvicorn
-
 from api.app import create_app
-from api.server import server_config
+from api.server import Server, server_config
 from logs import set_up_logging
 from settings import get_settings
 
@@ -14,7 +12,7 @@ def main() -> None:
     """Serve on EXCHANGE_API_HOST:EXCHANGE_API_PORT. Raises SystemExit when it cannot start."""
     settings = get_settings()
     set_up_logging(settings)
-    server = uvicorn.Server(server_config(create_app(settings), settings.api_host, settings.api_port))
+    server = Server(server_config(create_app(settings), settings.api_host, settings.api_port))
     server.run()
     if not server.started:
         sys.exit(1)

@@ -96,7 +96,9 @@ def create_app(settings: Settings) -> FastAPI:
             "exclude": _is_unobserved,
         },
     )
-    app.state.load = Load(settings.requests_in_flight_max, settings.loop_lag_seconds_max)
+    app.state.load = Load(
+        settings.requests_in_flight_max, settings.loop_lag_seconds_max, settings.request_wait_seconds_max
+    )
     app.state.logs_all_requests = settings.access_log == "all"
     add_handlers(app)
     # The last one added is the outermost.

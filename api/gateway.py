@@ -2,12 +2,15 @@
 
 import asyncio
 import hmac
+import itertools
 import logging
 import re
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Annotated
 
 from fastapi import Depends, Query, Request, Security
@@ -16,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.addresses import client_address, network_of
+from api.load import Load
 from api.models import UserId
 from api.problems import internal_error, problem_response
 from api.rate_limits import Limit
@@ -33,7 +37,13 @@ SLOW_SECONDS = 1.0
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 _RECORD = "exchange.record"
 # Probes tell the truth also, and above all, under load.
-_UNLIMITED = ("/health/",)
+UNLIMITED = "/health/"
+# Seconds, in turns: who is refused together does not come back together.
+_RETRY_AFTER = itertools.cycle((1, 2, 3))
+# Whose headers differ (`_headers`).
+_KINDS_OF_PATHS = (b"/api/market/", b"/api/", b"/docs", b"/redoc", b"")
+# Drawing lots for each of their ids would be the dearest part of a refusal.
+_REFUSED, _refused_numbers = uuid.uuid4().hex[:16].encode(), itertools.count()
 _SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -102,7 +112,6 @@ class Gateway:
                 message["headers"] = [*message["headers"], *_headers(scope, record, message["headers"])]
             await send(message)
 
-        load.in_flight += 1
         try:
             refusal = await _refusal(scope)
             if refusal is not None:
@@ -117,7 +126,7 @@ class Gateway:
                 raise
             await internal_error()(scope, receive, send_with_headers)
         finally:
-            load.in_flight -= 1
+            load.release(scope)
             _log_request(scope, record)
 
 
@@ -165,15 +174,49 @@ async def _refusal(scope: Scope) -> Problem | None:
         return Problem("REQUEST_TOO_LARGE", f"A body may have {BODY_BYTES_MAX} bytes")
     if b"%00" in scope.get("raw_path", b"") or b"%00" in scope["query_string"]:
         return Problem("VALIDATION_FAILED", "The address must not contain NUL characters")
-    if scope["path"].startswith(_UNLIMITED):
+    if scope["path"].startswith(UNLIMITED):
         return None
-    if scope["app"].state.load.is_too_high:
-        return Problem("OVERLOADED", "The exchange has more to do than it can; try again shortly")
+    load: Load = scope["app"].state.load
+    if not load.admit(scope):
+        load.refused += 1
+        return _overload(next(_RETRY_AFTER))
     try:
         await _spend_of_address(scope)
     except Problem as problem:
         return problem
     return None
+
+
+def _overload(retry_after: int) -> Problem:
+    return Problem("OVERLOADED", "The exchange has more to do than it can; try again shortly", retryAfter=retry_after)
+
+
+def count_in(scope: Scope, load: Load) -> None:
+    """Count a request of which the head is known; if the load is too high for it, the gateway will refuse it."""
+    if not scope["path"].startswith(UNLIMITED):
+        load.admit(scope)
+
+
+def overload_answer(
+    target: bytes, scheme: str, request_id: bytes, more_headers: Iterable[tuple[bytes, bytes]]
+) -> bytes:
+    """The whole answer that the gateway would give, without the application: a refusal must cost next to nothing, or
+    refusing leaves no time for what was let in. `request_id` is the client's, if it sent one."""
+    kind = next(prefix for prefix in _KINDS_OF_PATHS if target.startswith(prefix))
+    head, body = _overload_parts(kind.decode(), scheme, next(_RETRY_AFTER))
+    if not _REQUEST_ID.fullmatch(request_id):
+        request_id = b"%b-%x" % (_REFUSED, next(_refused_numbers))
+    return b"".join((head % request_id, *(b"%b: %b\r\n" % header for header in more_headers), b"\r\n", body))
+
+
+@cache
+def _overload_parts(path: str, scheme: str, retry_after: int) -> tuple[bytes, bytes]:
+    """The head, with a place for the request's id and without its end, and the body."""
+    response = problem_response(_overload(retry_after))
+    record = RequestRecord(b"%b", 0.0)
+    headers = response.raw_headers + _headers({"path": path, "scheme": scheme}, record, response.raw_headers)
+    lines = [b"%b: %b\r\n" % header for header in headers]
+    return b"".join((b"HTTP/1.1 503 Service Unavailable\r\n", *lines)), bytes(response.body)
 
 
 async def _spend_of_address(scope: Scope) -> None:

@@ -45,6 +45,11 @@ class Meter:
             requests.inc()
 
 
+def count_refusal(method: str) -> None:
+    """Count a request that was refused before the application saw it."""
+    _figures(method if method in _METHODS else "other", NO_ROUTE, 503)[1].inc()
+
+
 @cache
 def _figures(method: str, route: str, status: int) -> tuple[Histogram, Counter]:
     """Found once: looking a series up by its labels costs more than counting."""

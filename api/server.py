@@ -1,5 +1,10 @@
 """How the application is served."""
 
+import asyncio
+import gc
+import logging
+import socket
+
 import uvicorn
 from fastapi import FastAPI
 
@@ -11,6 +16,11 @@ GRACE_SECONDS = 10
 PING_SECONDS = 20.0
 PONG_SECONDS = 20.0
 SOCKET_MESSAGE_BYTES_MAX = 16 * 1024
+GARBAGE_OBJECTS = 10_000
+CONNECTIONS_A_TURN = 100
+PAUSE_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
 
 
 def server_config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
@@ -35,3 +45,66 @@ def server_config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
         backlog=2048,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
+
+
+class Server(uvicorn.Server):
+    """Takes in every connection that waits, in each turn of the loop.
+
+    uvloop takes one a turn, and a turn is long when there is much to do: then new connections would grow old in the
+    kernel's queue, where nobody refuses them.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listeners: list[socket.socket] = []
+        self._accepting: set[asyncio.Task[None]] = set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, once the application is ready. Raises SystemExit when it is not, or when the address is taken."""
+        self.listeners = sockets or [self.config.bind_socket()]
+        await super().startup([])
+        # What is there by now stays for ever, and is a hundred times more than what a moment's requests are made of.
+        # The collector need not go through it again and again, least of all when there are many requests.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
+        for listener in self.listeners:
+            listener.settimeout(0)
+            listener.listen(self.config.backlog)
+            self._listen_to(listener)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """No more connections; those that are there end as `uvicorn` lets them."""
+        for listener in self.listeners:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+        await super().shutdown([])
+
+    def _listen_to(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(listener, self._accept_all, listener)
+
+    def _accept_all(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(CONNECTIONS_A_TURN):
+            try:
+                connection, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # No file or memory is left for it: it stays in the queue, and waking up for it at once is of no use.
+                log.error("A connection cannot be accepted: %s", error)
+                loop.remove_reader(listener)
+                loop.call_later(PAUSE_SECONDS, self._listen_to, listener)
+                return
+            task = loop.create_task(self._serve_connection(connection))
+            self._accepting.add(task)
+            task.add_done_callback(self._accepting.discard)
+
+    async def _serve_connection(self, connection: socket.socket) -> None:
+        connection.settimeout(0)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await asyncio.get_running_loop().connect_accepted_socket(self._new_protocol, connection)
+
+    def _new_protocol(self) -> asyncio.Protocol:
+        return BoundedHttpProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)

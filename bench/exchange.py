@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ class Addresses:
     database: str
     temporal: str
     admin_password: str
+    stack_pid: int
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,18 @@ class Trader:
 
 
 @contextmanager
-def running_exchange() -> Iterator[Addresses]:
-    """`python -m stack` in a temporary folder, ready; stopped in the end."""
+def running_exchange(settings: Mapping[str, str] | None = None) -> Iterator[Addresses]:
+    """`python -m stack` in a temporary folder, ready; stopped in the end. `settings` are environment variables."""
     with tempfile.TemporaryDirectory(prefix="exchange-bench-") as folder:
         os.chmod(folder, 0o711)
         port = free_port()
-        environment = {**os.environ, "EXCHANGE_STATE_DIR": f"{folder}/state", "EXCHANGE_API_PORT": str(port)}
+        own = {"EXCHANGE_STATE_DIR": f"{folder}/state", "EXCHANGE_API_PORT": str(port)}
+        environment = {**os.environ, **own, **(settings or {})}
         with open(f"{folder}/stack.log", "wb") as log:
             stack = subprocess.Popen([sys.executable, "-m", "stack"], cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
             _wait_ready(stack, Path(folder))
-            yield _addresses(Path(folder, "state"), port)
+            yield _addresses(Path(folder, "state"), port, stack.pid)
         finally:
             stack.send_signal(signal.SIGTERM)
             stack.wait(60)
@@ -67,7 +69,7 @@ def _wait_ready(stack: "subprocess.Popen[bytes]", folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _addresses(state: Path, port: int) -> Addresses:
+def _addresses(state: Path, port: int, stack_pid: int) -> Addresses:
     lines = (state / "environment").read_text().splitlines()
     values = {name: value.strip("'") for name, _, value in (line.partition("=") for line in lines)}
     return Addresses(
@@ -75,6 +77,7 @@ def _addresses(state: Path, port: int) -> Addresses:
         values["EXCHANGE_DATABASE_URL"],
         values["EXCHANGE_TEMPORAL_ADDRESS"],
         (state / "admin-password").read_text().strip(),
+        stack_pid,
     )
 
 

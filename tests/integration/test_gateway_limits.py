@@ -11,13 +11,12 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-import uvicorn
 from redis.asyncio import Redis
 
 from api import gateway, http_protocol
 from api.app import create_app
 from api.rate_limits import Limit, RateLimiter
-from api.server import server_config
+from api.server import Server, server_config
 from domain.problems import Problem
 from logs import JsonLines, TextLines
 from settings import Settings
@@ -133,12 +132,12 @@ async def test_sign_ins_have_a_limit_of_their_own(running: Running) -> None:
 
 
 async def test_under_too_much_load_requests_are_refused_and_probes_are_not(exchange: Exchange) -> None:
-    exchange.app.state.load._in_flight_max = 0
+    exchange.app.state.load.in_flight_max = 0
     refused = await exchange.client.get("/api/market/instruments")
     assert (refused.status_code, refused.json()["code"]) == (503, "OVERLOADED")
-    assert refused.headers["retry-after"] == "1"
+    assert refused.headers["retry-after"] in ("1", "2", "3")
     assert (await exchange.client.get("/health/live")).status_code == 200
-    exchange.app.state.load._in_flight_max = 1
+    exchange.app.state.load.in_flight_max = 1
     assert (await exchange.client.get("/api/market/instruments")).status_code == 200
     assert exchange.app.state.load.in_flight == 0
 
@@ -229,7 +228,7 @@ def test_the_logs_last_net_catches_secrets_that_an_error_quotes(message: str) ->
 async def served(settings: Settings) -> AsyncIterator[int]:
     """The api behind a real socket, in this process; the port."""
     port = closed_port()
-    api = uvicorn.Server(server_config(create_app(settings), "127.0.0.1", port))
+    api = Server(server_config(create_app(settings), "127.0.0.1", port))
     api.install_signal_handlers = lambda: None  # type: ignore[attr-defined]  # pytest keeps its own
     task = asyncio.create_task(api._serve())
     while not api.started:  # noqa: ASYNC110  # uvicorn tells nobody
