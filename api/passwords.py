@@ -4,6 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar, TypeVarTuple
 
 from argon2 import PasswordHasher, Type, extract_parameters
@@ -11,6 +12,7 @@ from argon2.exceptions import InvalidHashError, VerificationError
 
 from domain.problems import Problem
 
+HASHER = PasswordHasher(memory_cost=47_104, time_cost=1, parallelism=1)
 CONCURRENT_MAX = 4
 WAITING_MAX = 64
 
@@ -22,15 +24,14 @@ class Passwords:
     """Hashes and verifies passwords in its own threads. Raises Problem OVERLOADED when too many wait."""
 
     def __init__(self) -> None:
-        self._hasher = PasswordHasher(memory_cost=47_104, time_cost=1, parallelism=1)
         self._threads = ThreadPoolExecutor(CONCURRENT_MAX, thread_name_prefix="argon2")
         self._waiting = 0
         # What the password of an unknown user is compared with, so that it takes as long as a known one's.
-        self._nobody = self._hasher.hash(secrets.token_urlsafe())
+        self._nobody = _hash_of_nobody()
 
     async def hash(self, password: str) -> str:
         """The Argon2id hash of `password`, with parameters and salt in it."""
-        return await self._off_the_loop(self._hasher.hash, password)
+        return await self._off_the_loop(HASHER.hash, password)
 
     async def matches(self, password: str, secret_hash: str | None) -> bool:
         """Whether `password` has this hash; false, after the same time, when there is no hash."""
@@ -39,7 +40,7 @@ class Passwords:
 
     def outdated(self, secret_hash: str) -> bool:
         """Whether the hash was made with other parameters than today's."""
-        return self._hasher.check_needs_rehash(secret_hash)
+        return HASHER.check_needs_rehash(secret_hash)
 
     def close(self) -> None:
         """End the threads."""
@@ -47,7 +48,7 @@ class Passwords:
 
     def _verify(self, password: str, secret_hash: str) -> bool:
         try:
-            return self._hasher.verify(secret_hash, password)
+            return HASHER.verify(secret_hash, password)
         except (VerificationError, InvalidHashError):
             return False
 
@@ -59,6 +60,11 @@ class Passwords:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
         finally:
             self._waiting -= 1
+
+
+@cache
+def _hash_of_nobody() -> str:
+    return HASHER.hash(secrets.token_urlsafe())
 
 
 def is_argon2id(secret_hash: str) -> bool:

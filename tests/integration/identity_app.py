@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from temporalio.worker import Worker
 from activities.auth import AuthActivities, create_credential
 from activities.users import UserActivities, prepare_registration
 from api.app import create_app
+from api.passwords import HASHER
 from api.state import AppState
 from clients import OPERATIONS_QUEUE
 from domain.identity import PASSWORD_CREDENTIAL, Registration
@@ -44,7 +46,7 @@ class Exchange:
 
     async def add_user(self, email: str = "alice@example.com", password: str = PASSWORD) -> int:
         """A registered user, written straight into the services: for exchanges without a worker; the id."""
-        secret_hash = await self.state.passwords.hash(password)
+        secret_hash = _hashed(password)
         user_id = await prepare_registration(self.state.pool, email, secret_hash)
         await create_credential(self.state.pool, user_id, PASSWORD_CREDENTIAL, secret_hash)
         await UserActivities(self.state.pool).complete_registration(Registration(user_id))
@@ -56,6 +58,12 @@ class Exchange:
         assert response.status_code == 200, response.text
         tokens: dict[str, Any] = response.json()
         return tokens
+
+
+@cache
+def _hashed(password: str) -> str:
+    """Once for all tests: it is made to take long."""
+    return HASHER.hash(password)
 
 
 def bearer(token: str) -> dict[str, str]:
