@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     rate_limit_api_key: float = Field(1_000, ge=0)
     rate_limit_sign_in: float = Field(50, ge=0)
     # From here on requests are refused with 503, in each api process.
-    requests_in_flight_max: int = 1_000
+    requests_in_flight_max: int = 600
     loop_lag_seconds_max: float = 0.5
     # … and from here on while requests have been waiting for each other for a while.
     request_wait_seconds_max: PositiveFloat = 1.0

@@ -54,7 +54,8 @@ log = logging.getLogger(__name__)
 LANES = 2
 BATCH_MAX = 1000
 WAITING_MAX = 20_000
-SAGA_WAITING_MAX = 5_000
+# What a saga costs beside its orders grows with the load: only larger ones keep up with it then.
+SAGA_MAX = 3_000
 SAGA_SECONDS_MAX = 10.0
 PLACED_SECONDS_MAX = 5.0
 INSTRUMENTS_SECONDS = 1.0
@@ -103,9 +104,7 @@ class OrderDesk:
 
     def _placement_lane(self) -> PlacementLane:
         """Orders are written down as they come; the sagas follow one at a time, each over all that waits by then."""
-        sagas: Lane[Saga, None] = Lane(
-            self._run_placements, batch_max=BATCH_MAX, waiting_max=SAGA_WAITING_MAX, name="sagas"
-        )
+        sagas: Lane[Saga, None] = Lane(self._run_placements, batch_max=SAGA_MAX, waiting_max=SAGA_MAX, name="sagas")
 
         async def take_in_next(entries: Sequence[Entry], answer: Answer[dict[str, Any]]) -> None:
             saga = await self._take_in(entries, answer)
