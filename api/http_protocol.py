@@ -11,7 +11,7 @@ import asyncio
 import math
 import re
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from starlette.types import Scope
 from uvicorn._types import ASGI3Application
@@ -23,6 +23,8 @@ from api.metering import count_refusal
 
 HEAD_SECONDS_MAX = 10.0
 HEAD_BYTES_MAX = 64 * 1024
+# Of Content-Length: below ten MB. What is longer the gateway refuses for its length.
+LENGTH_DIGITS_MAX = 7
 # A whole head in the strictest reading of RFC 9112: in any other, somebody on the way may see another end of the
 # request than we do. Probes are never refused, and after an answer to a HEAD there would be no body.
 _PLAIN_HEAD = re.compile(
@@ -34,6 +36,13 @@ _PLAIN_HEAD = re.compile(
 _TELLING = re.compile(
     rb"(?i)\n(content-length|transfer-encoding|connection|expect|upgrade|x-request-id):[ \t]*([^\r\n]*)"
 )
+
+
+class Plain(NamedTuple):
+    """A plain request: its id, empty if it has none, and how many bytes of its body are still to come."""
+
+    request_id: bytes
+    missing: int
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -48,6 +57,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         # An answer is on its way, to a request that the parser has not seen; and what has come after it.
         self._is_refusing = False
         self._early = b""
+        # Bytes still to come of the body of a request that was refused.
+        self._skipped = 0
         self._refused_at = -math.inf
         self._load: Load = self.config.app.state.load  # type: ignore[union-attr]  # a FastAPI (api/server.py)
 
@@ -68,12 +79,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if len(self._early) > HEAD_BYTES_MAX:
                 self.flow.pause_reading()
             return
+        if self._skipped:
+            skipped = min(self._skipped, len(data))
+            self._skipped -= skipped
+            data = data[skipped:]
+            if not data:
+                return
         # Answers come in the order of the requests: one that has none yet goes first.
         is_free = self._is_between_requests and (self.cycle is None or self.cycle.response_complete)
         if is_free and self._load.is_too_high:
-            request_id = refusable(data)
-            if request_id is not None:
-                self._refuse_unread(data, request_id)
+            plain = refusable(data)
+            if plain is not None:
+                self._refuse_unread(data, plain)
                 return
         super().data_received(data)
         if self._deadline is not None:
@@ -101,10 +118,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         count_in(cast(Scope, cycle.scope), self._load)
         self._load.beginnings.put(partial(super()._start_asgi_task, cycle, app))
 
-    def _refuse_unread(self, data: bytes, request_id: bytes) -> None:
+    def _refuse_unread(self, data: bytes, plain: Plain) -> None:
         self._head_is_there()
-        self._is_refusing = True
-        self._load.refusals.put(partial(self._answer_unread, data, request_id))
+        self._is_refusing, self._skipped = True, plain.missing
+        self._load.refusals.put(partial(self._answer_unread, data, plain.request_id))
 
     def _answer_unread(self, data: bytes, request_id: bytes) -> None:
         self._is_refusing = False
@@ -149,19 +166,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.send_400_response("The head of the request is too long or too late.")
 
 
-def refusable(data: bytes) -> bytes | None:
-    """The request id, empty if it has none, of one plain request, whole and nothing behind it; None for all else, which
-    takes the long way and is refused there."""
+def refusable(data: bytes) -> Plain | None:
+    """What there is to know of one plain request with nothing behind it, the end of whose body may be missing; None for
+    all else, which takes the long way and is refused there."""
     head = _PLAIN_HEAD.match(data)
     if head is None:
         return None
     length, request_id = None, b""
     for name, value in _TELLING.findall(data, 0, head.end()):
         match name.lower():
-            case b"content-length" if length is None and value.isdigit():
+            case b"content-length" if length is None and value.isdigit() and len(value) <= LENGTH_DIGITS_MAX:
                 length = int(value)
             case b"x-request-id":
                 request_id = value
             case _:
                 return None
-    return request_id if len(data) == head.end() + (length or 0) else None
+    missing = head.end() + (length or 0) - len(data)
+    return Plain(request_id, missing) if missing >= 0 else None

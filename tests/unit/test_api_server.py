@@ -112,6 +112,34 @@ async def test_requests_in_one_packet_are_all_refused_and_so_is_one_whose_body_c
         assert (await talk(port, ORDER[:-3], ORDER[-3:] + ORDER)).count(b"OVERLOADED") == 2
 
 
+async def test_of_a_refused_request_the_body_that_comes_later_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(in_flight_max=0) as (server, port):
+        parts = [ORDER[:-5], ORDER[-5:] + ORDER[:-2], b"l", b"o" + PROBE]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(5):
+            for part in parts:
+                writer.write(part)
+                await asyncio.sleep(0.05)
+            said = await reader.readuntil(b'"yes"')
+        assert said.count(b"HTTP/1.1 503 ") == 2
+        assert said.count(b"HTTP/1.1 200 ") == 1
+        assert server.config.app.state.load.refused == 2  # type: ignore[union-attr]
+        writer.close()
+    # Not a line for each of them.
+    assert "status" not in caplog.text
+    assert [record for record in caplog.records if record.name == "access"] == []
+
+
+async def test_who_keeps_back_the_rest_of_a_refused_body_is_closed() -> None:
+    async with serving(in_flight_max=0) as (server, port):
+        server.config.timeout_keep_alive = 0.2  # type: ignore[assignment]  # seconds, which may be fractions
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(ORDER[:-5])
+        async with asyncio.timeout(3):
+            assert b"503" in await reader.read()
+        writer.close()
+
+
 @pytest.mark.parametrize(
     "request_",
     [
@@ -129,8 +157,10 @@ async def test_requests_after_which_the_connection_may_not_go_on_are_refused_by_
 
 
 def test_a_plain_request_is_refused_unread() -> None:
-    assert refusable(ORDER) == b"abc"
-    assert refusable(b"GET /api/orders?limit=1 HTTP/1.1\r\nHost:x\r\n\r\n") == b""
+    assert refusable(ORDER) == (b"abc", 0)
+    assert refusable(ORDER[:-5]) == (b"abc", 5)
+    assert refusable(ORDER[:-1]) == (b"abc", 1)
+    assert refusable(b"GET /api/orders?limit=1 HTTP/1.1\r\nHost:x\r\n\r\n") == (b"", 0)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +168,8 @@ def test_a_plain_request_is_refused_unread() -> None:
     [
         PROBE,
         ORDER + b"G",
-        ORDER[:-1],
+        ORDER[:-6],
+        ORDER.replace(b"Length: 5", b"Length: 12345678"),
         ORDER.replace(b"Host: x", b"Content-Length: 0"),
         ORDER.replace(b"Length: 5", b"Length: 5, 5"),
         ORDER.replace(b"Length: 5", b"Length: +5"),
