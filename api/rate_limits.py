@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
 from redis.asyncio import Redis
@@ -98,11 +98,16 @@ class RateLimiter:
 
     async def _renewed(self, key: tuple[str, str], limit: Limit) -> None:
         task = self._asking.get(key)
-        if task is None:
+        # One that is done may not be waited for: that gives the loop no turn, and `spend` would ask for ever.
+        if task is None or task.done():
             task = self._asking[key] = asyncio.create_task(self._ask(key, limit))
-            task.add_done_callback(lambda _: self._asking.pop(key, None))
+            task.add_done_callback(partial(self._asked, key))
         # Shielded: a client that goes away must not cancel the answer of the others.
         await asyncio.shield(task)
+
+    def _asked(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
+        if self._asking.get(key) is task:
+            del self._asking[key]
 
     async def _ask(self, key: tuple[str, str], limit: Limit) -> None:
         wanted = max(1, int(limit.per_second * LEASE_SECONDS))

@@ -91,6 +91,16 @@ async def test_a_busy_caller_costs_redis_few_calls(redis: Redis) -> None:
     assert (await redis.info("stats"))["total_commands_processed"] - before < 40
 
 
+@pytest.mark.timeout(20)
+async def test_a_lease_that_is_used_up_in_the_turn_in_which_it_came_is_asked_for_anew(redis: Redis) -> None:
+    limit, limiter = Limit("test", 1_000, 2_000), RateLimiter(redis)
+    answered = asyncio.create_task(asyncio.sleep(0))
+    await answered
+    # Its callbacks have not run yet, and others have taken what it brought.
+    limiter._asking["test", "alice"] = answered
+    assert await limiter.spend(limit, "alice") == 1_999
+
+
 async def test_without_redis_nobody_is_stopped() -> None:
     async with Redis(port=closed_port()) as away:
         assert await RateLimiter(away).spend(Limit("test", 1, 5), "alice") == 4
