@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from temporalio.service import RPCError, RPCStatusCode
 
 from domain.problems import HTTP_STATUS, Problem
+from storage.leadership import OUTAGES
 
 log = logging.getLogger(__name__)
 
@@ -34,15 +35,9 @@ _CODE_OF_STATUS = {
 }
 # A server that is away, restarting or full: the caller may try again.
 _OUTAGES: tuple[type[Exception], ...] = (
-    asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.InterfaceError,
+    *OUTAGES,
     redis.exceptions.ConnectionError,
     redis.exceptions.TimeoutError,
-    OSError,
 )
 _TEMPORAL_OUTAGES = {RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.RESOURCE_EXHAUSTED}
 
