@@ -18,6 +18,7 @@ from reporting.streams import acknowledge, gap, order, place_group, read_entries
 from storage.db import Connection, Pool, columns
 from storage.leadership import REPORTING_LOCK, run_as_leader
 from storage.outbox import oldest_message
+from telemetry.alerts import STREAM_GAP, alert
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ async def _has_gap(conn: Connection, redis: Redis) -> bool:
     positions, streams = await read_positions(conn), await read_streams(redis)
     gaps = {topic: why for topic, at in positions.items() if (why := gap(at, streams[topic])) is not None}
     if gaps:
-        log.error("ALERT the event streams have gaps, the reports are made from the tables: %s", gaps)
+        alert(STREAM_GAP, "the event streams have gaps, the reports are made from the tables: %s", gaps)
         await rebuild(conn, redis)
     return bool(gaps)
 
