@@ -1,5 +1,6 @@
-"""Connections to the servers other than Postgres: Redis and Temporal."""
+"""Connections to the servers other than Postgres: Redis and Temporal; and whether all of them answer."""
 
+from datetime import timedelta
 from functools import cache
 
 from redis.asyncio import Redis
@@ -7,6 +8,8 @@ from temporalio.client import Client
 from temporalio.runtime import PrometheusConfig, Runtime, TelemetryConfig
 
 from settings import Settings
+from storage.db import Pool
+from telemetry.health import CHECK_SECONDS_MAX, Checks
 from telemetry.tracing import temporal_interceptors
 
 # Task queues, one per kind of load. The api process hosts a worker on ORDERS so that sagas start eagerly there.
@@ -37,6 +40,15 @@ async def connect_temporal(settings: Settings) -> Client:
         interceptors=temporal_interceptors(),
         runtime=None if port is None else _measured_runtime(f"{settings.metrics_host}:{port}"),
     )
+
+
+def server_checks(pool: Pool, redis: Redis, temporal: Client) -> Checks:
+    """Whether Postgres, Redis and Temporal answer."""
+    return {
+        "postgres": lambda: pool.fetchval("SELECT 1"),
+        "redis": redis.ping,
+        "temporal": lambda: temporal.service_client.check_health(timeout=timedelta(seconds=CHECK_SECONDS_MAX)),
+    }
 
 
 @cache

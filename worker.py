@@ -26,6 +26,7 @@ from clients import (
     SETTLEMENT_QUEUE,
     connect_temporal,
     open_redis,
+    server_checks,
 )
 from logs import set_up_logging
 from monitors.countdowns import run_countdowns
@@ -40,7 +41,6 @@ from storage.db import Pool, open_pool
 from storage.leadership import wait_for_event
 from telemetry.alerts import MONITOR_FAILED, alert
 from telemetry.endpoint import endpoint
-from telemetry.health import CHECK_SECONDS_MAX, Checks
 from telemetry.tracing import start_tracing, stop_tracing
 from workflows.audit import LedgerAuditWorkflow
 from workflows.funding import FundingSettlementWorkflow
@@ -105,11 +105,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     funding_interval = timedelta(seconds=settings.funding_interval_seconds)
     await register_schedules(client, schedules(await read_instruments(pool), funding_interval))
     redis = open_redis(settings)
-    checks: Checks = {
-        "postgres": lambda: pool.fetchval("SELECT 1"),
-        "redis": redis.ping,
-        "temporal": lambda: client.service_client.check_health(timeout=timedelta(seconds=CHECK_SECONDS_MAX)),
-    }
+    checks = server_checks(pool, redis, client)
     async with endpoint(settings.metrics_host, settings.metrics_port, checks), asyncio.TaskGroup() as tasks:
         for worker in build_workers(client, pool, settings):
             tasks.create_task(_run_worker(worker, stop))

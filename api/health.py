@@ -1,14 +1,13 @@
 """Probes and figures: is the process alive, can it reach what it needs, and how does it do."""
 
-from datetime import timedelta
-
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
 from api.models import ApiModel
-from api.state import AppState, State
+from api.state import State
+from clients import server_checks
 from domain.problems import Problem
-from telemetry.health import CHECK_SECONDS_MAX, Checks, failures
+from telemetry.health import failures
 from telemetry.metrics import CONTENT_TYPE, exposition
 
 router = APIRouter(tags=["health"])
@@ -31,7 +30,7 @@ async def live() -> Health:
 @router.get("/health/ready")
 async def ready(state: State) -> Health:
     """Whether Postgres, Redis and Temporal answer within two seconds; 503 names those that do not."""
-    failed = await failures(_checks(state))
+    failed = await failures(server_checks(state.pool, state.redis, state.temporal))
     if failed:
         raise Problem("OVERLOADED", f"Not reachable: {', '.join(failed)}", failed=failed)
     return Health(status="UP")
@@ -41,11 +40,3 @@ async def ready(state: State) -> Health:
 async def metrics() -> Response:
     """The figures of this process in Prometheus' text format. For the operators' network: a proxy keeps others out."""
     return Response(exposition(), media_type=CONTENT_TYPE)
-
-
-def _checks(state: AppState) -> Checks:
-    return {
-        "postgres": lambda: state.pool.fetchval("SELECT 1"),
-        "redis": state.redis.ping,
-        "temporal": lambda: state.temporal.service_client.check_health(timeout=timedelta(seconds=CHECK_SECONDS_MAX)),
-    }
