@@ -7,18 +7,19 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import cast
 
 import asyncpg
 import msgspec
 from prometheus_client.core import Metric
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from domain.clock import from_ms
 from storage.db import Connection, Pool
 from storage.leadership import OBSERVER_LOCK, run_as_leader
 from storage.market_keys import mark_key
+from storage.streams import read_info
 from telemetry.alerts import INDEX_FROZEN, SETTLEMENT_LAG, alert
 from telemetry.metrics import OBSERVATION, figure
 
@@ -241,27 +242,15 @@ def _mark_figures(marks: Mapping[str, Mark], watch: Watch, now: datetime) -> lis
 
 async def read_uncounted(redis: Redis, reported: Sequence[asyncpg.Record]) -> dict[str, Uncounted]:
     """What each stream holds after the position up to which it is in the reports."""
-    async with redis.pipeline(transaction=False) as pipe:
-        for row in reported:
-            pipe.xinfo_stream(row["topic"])
-            pipe.xrange(row["topic"], min=f"({row['entry_id']}", count=1)
-        replies = await pipe.execute(raise_on_error=False)
-    return {
-        row["topic"]: _uncounted(row["entries"], info, first)
-        for row, info, first in zip(reported, replies[::2], replies[1::2], strict=True)
-    }
+    return {row["topic"]: await _uncounted(redis, *row) for row in reported}
 
 
-def _uncounted(counted: int, info: dict[str, Any] | Exception, first: list[Any] | Exception) -> Uncounted:
-    if isinstance(info, ResponseError) and "no such key" in str(info):
-        return Uncounted(0, None)
-    if isinstance(info, Exception):
-        raise info
-    if isinstance(first, Exception):
-        raise first
+async def _uncounted(redis: Redis, topic: str, entry_id: str, counted: int) -> Uncounted:
+    info = await read_info(redis, topic)
+    first = cast(list[tuple[bytes, object]], await redis.xrange(topic, min=f"({entry_id}", count=1))
     # An entry's id begins with the milliseconds at which it was added.
     since = from_ms(int(first[0][0].partition(b"-")[0])) if first else None
-    return Uncounted(max(0, int(info["entries-added"]) - counted), since)
+    return Uncounted(0 if info is None else max(0, int(info["entries-added"]) - counted), since)
 
 
 def _reporting_figures(uncounted: Mapping[str, Uncounted], now: datetime) -> Iterable[Metric]:

@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
 from reporting.counting import TOPICS, Entry
+from storage.streams import read_info
 
 GROUP = "reporting"
 # One process reads at a time, so that all may have one name: who takes over takes over everything.
@@ -56,11 +56,8 @@ async def read_streams(redis: Redis) -> dict[str, Stream]:
 
 
 async def _read_stream(redis: Redis, topic: str) -> Stream:
-    try:
-        info: dict[str, Any] = await redis.xinfo_stream(topic)
-    except ResponseError as error:
-        if "no such key" not in str(error):
-            raise
+    info = await read_info(redis, topic)
+    if info is None:
         return Stream(Position(), 0)
     added = int(info["entries-added"])
     return Stream(Position(info["last-generated-id"].decode(), added), added - int(info["length"]))
