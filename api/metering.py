@@ -38,16 +38,19 @@ class Meter:
             await self._app(scope, receive, send_noting)
         finally:
             HTTP_IN_FLIGHT.dec()
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            route = _route(scope)
-            seconds, requests = _figures(method, route, status)
+            seconds, requests = _figures(_known(scope["method"]), _route(scope), status)
             seconds.observe(time.perf_counter() - start)
             requests.inc()
 
 
 def count_refusal(method: str) -> None:
     """Count a request that was refused before the application saw it."""
-    _figures(method if method in _METHODS else "other", NO_ROUTE, 503)[1].inc()
+    _figures(_known(method), NO_ROUTE, 503)[1].inc()
+
+
+def _known(method: str) -> str:
+    """Other methods are the callers' invention, too."""
+    return method if method in _METHODS else "other"
 
 
 @cache

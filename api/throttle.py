@@ -5,6 +5,7 @@ back when it was right. Unknown addresses are treated like accounts: nobody lear
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -93,10 +94,10 @@ class LoginThrottle:
         limits = [ACCOUNT_FREE, ADDRESS_FREE, ACCOUNT_WINDOW_SECONDS, ADDRESS_WINDOW_SECONDS]
         answer = await self._admit(keys=keys, args=[*limits, DELAY_SECONDS_MAX, LOCK_AFTER, LOCK_SECONDS])
         failures, wait_ms = cast(list[int], answer)
+        seconds = max(1, math.ceil(wait_ms / 1000))
         if failures < 0:
-            raise locked(max(1, -(-wait_ms // 1000)))
+            raise locked(seconds)
         if failures == 0:
-            seconds = max(1, -(-wait_ms // 1000))
             raise Problem("RATE_LIMITED", f"Too many failed attempts; wait {seconds} s", retryAfter=seconds)
         return Attempt(keys[0], keys[1], failures)
 

@@ -66,9 +66,8 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One load. `rows` are (number, status, µs, order id), `accepted` order ids by clientOrderId, `latencies` those of
-    accepted orders in ms; `seconds` until the last answer, `settled_seconds` until the last order was settled; `cpu`
-    seconds by process."""
+    """One load. `counts` by status, `accepted` order ids by clientOrderId, `latencies` of accepted orders in ms;
+    `load_seconds` were orders sent, `settled_seconds` until the last one was settled; `cpu` seconds by process."""
 
     counts: Mapping[int, int]
     accepted: Mapping[str, int]

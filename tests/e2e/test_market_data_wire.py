@@ -202,7 +202,7 @@ async def test_books_and_trades_of_all_clients_are_the_engines_across_restarts_o
         for name, each in {"engine": own, "market": own, **apis}.items():
             processes.start(name, each)
         for port in ports:
-            await until(lambda port=port: _answers(port), 60, "an api that serves the depth")  # type: ignore[misc]
+            await until(lambda port=port: _answers(port), 60, "an api that serves the depth")  # type: ignore[misc]  # a default binds the loop's value
         async with following(clients):
             await until(lambda: _all_stand(clients, 0), 30, "the first snapshots")
             feeding = asyncio.create_task(feed(pool, commands))
@@ -244,7 +244,7 @@ async def at_rest(pool: Pool, clients: Sequence[Client], ports: Sequence[int]) -
         await until_matched(pool, await _last_command(pool), 60)
         head = await _head(pool)
         with suppress(AssertionError):
-            await until(lambda head=head: _all_stand(clients, head), 10, "all clients")  # type: ignore[misc]
+            await until(lambda head=head: _all_stand(clients, head), 10, "all clients")  # type: ignore[misc]  # a default binds the loop's value
         answers = [await rest_depth(port) for port in ports]
         if await _head(pool) == head and await _all_stand(clients, head):
             return head, answers
