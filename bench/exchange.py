@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import asyncpg
 
-from stack.servers import free_port
+from stack.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 READY_SECONDS = 90

@@ -38,7 +38,8 @@ from engine import lease as leases
 from engine.log import Batch, write_batch
 from engine.matcher import Matcher
 from engine.publisher import message
-from stack.servers import Process, Server, free_port, launcher, temporal, valkey, wait_until_ready
+from stack.ports import free_port
+from stack.servers import Process, Server, launcher, temporal, valkey, wait_until_ready
 from storage.db import Connection
 
 BTC = SHIPPED[0]

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from client import ApiKey  # noqa: E402 - found by the line above
 from stack import servers  # noqa: E402
+from stack.ports import free_port  # noqa: E402
 
 BTC = "BTC-USDT-PERP"
 HEALTHY_SECONDS = 90
@@ -83,8 +84,8 @@ class Host:
         self._services = YAML(typ="safe").load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
         self._variables = {name: secrets.token_hex(16) for name in ("EXCHANGE_INTERNAL_TOKEN", "VALKEY_PASSWORD")}
         self._variables |= {name: secrets.token_hex(16) for name in ("POSTGRES_PASSWORD", "EXCHANGE_ADMIN_PASSWORD")}
-        self.ports = {name: servers.free_port() for name in PROCESSES}
-        self._temporal_ports = {name: servers.free_port() for name in PROCESSES}
+        self.ports = {name: free_port() for name in PROCESSES}
+        self._temporal_ports = {name: free_port() for name in PROCESSES}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         key = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         (folder / "jwt-key").write_bytes(key)
@@ -237,7 +238,7 @@ def sign(host: Host) -> None:
 @contextmanager
 def running_servers(folder: Path) -> Iterator[dict[str, str]]:
     """Postgres, Valkey and Temporal, started apart; the settings that lead to them."""
-    parts = [servers.postgres(folder), servers.valkey(folder), servers.temporal(folder, servers.free_port(), None)]
+    parts = [servers.postgres(folder), servers.valkey(folder), servers.temporal(folder, free_port(), None)]
     children = []
     try:
         for part in parts:

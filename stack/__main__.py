@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from settings import Settings
 from stack.bring_up import bring_up
+from stack.ports import why_not_listen
 from stack.processes import make_plan, service_environment
 from stack.screen import Screen
-from stack.servers import StackError, why_not_listen
+from stack.servers import StackError
 from stack.state import (
     StateFolder,
     keep_admin_password,

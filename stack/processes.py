@@ -4,10 +4,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from settings import Settings
 from stack import servers
+from stack.ports import claim
 from stack.servers import Endpoint, Process, Server, StackError
 from stack.state import StateFolder
 
@@ -114,10 +116,11 @@ def _with_figures(settings: Settings) -> list[Process]:
     """The services, each with ports of its own for its figures: those after EXCHANGE_METRICS_PORT that are free."""
     first = settings.metrics_port or FIRST_METRICS_PORT
     candidates = range(first, first + PORTS_TRIED)
-    free = [str(port) for port in candidates if servers.why_not_listen(settings.metrics_host, port) is None]
-    if len(free) < sum(map(len, FIGURES.values())):
+    wanted = sum(map(len, FIGURES.values()))
+    claimed = list(islice((port for port in candidates if claim(settings.metrics_host, port)), wanted))
+    if len(claimed) < wanted:
         raise StackError(f"No free ports for figures from {first} on: set EXCHANGE_METRICS_PORT")
-    ports = iter(free)
+    ports = map(str, claimed)
     return [replace(process, environment={name: next(ports) for name in FIGURES[process.name]}) for process in SERVICES]
 
 
@@ -125,6 +128,6 @@ def _temporal_ports() -> tuple[int, int]:
     """The usual pair of ports, or the next one that is free."""
     for offset in range(PORTS_TRIED):
         ports = TEMPORAL_PORT + offset, TEMPORAL_UI_PORT + offset
-        if all(servers.why_not_listen("127.0.0.1", port) is None for port in ports):
+        if claim("127.0.0.1", *ports):
             return ports
     raise StackError(f"No free pair of ports for Temporal from {TEMPORAL_PORT} and {TEMPORAL_UI_PORT} on")

@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -232,26 +231,6 @@ async def wait_until_ready(endpoint: Endpoint, seconds: float) -> None:
                 await asyncio.sleep(0.05)
     except TimeoutError:
         raise StackError(f"{endpoint.name} is not ready after {seconds:.0f} s: {last}") from None
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def why_not_listen(host: str, port: int) -> str | None:
-    """Why nothing of ours could listen on `host`:`port`; None when it could."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return error.strerror
-    return None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from temporalio.client import Client
 from clients import open_redis
 from settings import Settings
 from stack import servers
+from stack.ports import free_port
 from storage.db import Pool, open_pool
 from tests.servers import migrate, running
 
@@ -50,7 +51,7 @@ async def valkey_url(server_folder: Path) -> AsyncIterator[str]:
 
 @pytest.fixture(scope="session")
 async def temporal_address(server_folder: Path) -> AsyncIterator[str]:
-    server = servers.temporal(None, servers.free_port(), None, NAMESPACES)
+    server = servers.temporal(None, free_port(), None, NAMESPACES)
     async with running([server], server_folder):
         yield server.endpoint.url
 

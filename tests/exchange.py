@@ -27,8 +27,8 @@ from clients import open_redis
 from domain.identity import Identity
 from settings import Settings
 from stack import servers
+from stack.ports import free_port
 from stack.processes import SERVICES
-from stack.servers import free_port
 from storage.db import Pool, open_pool
 from tests.servers import ROOT
 from tests.waiting import until

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from stack.servers import free_port
+from stack.ports import free_port
 from tests.servers import ROOT
 
 COMMANDS = {

@@ -16,7 +16,7 @@ from cryptography.fernet import Fernet
 from client import Account, ApiKey, Exchange, Session, sign_in
 from client.session import Login
 from settings import Settings
-from stack.servers import free_port
+from stack.ports import free_port
 from tests.exchange import environment_of
 from tests.integration.identity_app import PASSWORD, complete, running_exchange
 from tests.servers import ROOT

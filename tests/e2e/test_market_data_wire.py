@@ -19,8 +19,8 @@ from domain.money import plain
 from engine.book import BookSide
 from engine.matcher import Matcher
 from settings import Settings
+from stack.ports import free_port
 from stack.processes import SERVICES
-from stack.servers import free_port
 from storage.db import Pool
 from tests.engine_commands import AT, any_commands, new
 from tests.engine_log import append, until_matched

@@ -12,7 +12,7 @@ from temporalio.service import RPCError
 
 from activities.sagas import Saga, merge_sagas
 from monitors.sweeper import STALLED_AFTER, SWEEP_SECONDS, run_sweeper, sweep
-from stack.servers import free_port
+from stack.ports import free_port
 from storage.db import Pool
 from tests.sagas import Desk, order, workers
 from tests.waiting import until

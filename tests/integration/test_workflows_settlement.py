@@ -28,6 +28,7 @@ from domain.sagas import (
     Progress,
 )
 from stack import servers
+from stack.ports import free_port
 from storage.db import Pool
 from tests.replay import save_history
 from tests.sagas import (
@@ -241,7 +242,7 @@ async def test_orders_that_a_loss_left_without_money_are_cancelled(
 @pytest.fixture
 async def short_history(tmp_path: Path) -> AsyncIterator[Client]:
     """A Temporal that suggests to continue as new very soon."""
-    server = servers.temporal(None, servers.free_port(), None, ["short"])
+    server = servers.temporal(None, free_port(), None, ["short"])
     option = ["--dynamic-config-value", "limit.historyCount.suggestContinueAsNew=60"]
     server = replace(server, process=replace(server.process, command=[*server.process.command, *option]))
     async with running([server], tmp_path):

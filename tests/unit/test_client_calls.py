@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from client import Exchange, Refused, Session, UnavailableError, exchange
-from stack.servers import free_port
+from stack.ports import free_port
 
 BUSY = b'{"type":"t","title":"Overloaded","status":503,"detail":"later","code":"OVERLOADED"}'
 

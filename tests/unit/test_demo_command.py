@@ -10,7 +10,7 @@ import pytest
 from demo.messages import Steps
 from demo.screen import comparison, line
 from demo.tally import Market, Tally
-from stack.servers import free_port
+from stack.ports import free_port
 from tests.servers import ROOT
 
 STEPS = Steps(Decimal("0.1"), Decimal("0.001"))

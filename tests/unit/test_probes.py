@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
-from stack.servers import free_port
+from stack.ports import free_port
 from telemetry import health
 from telemetry.alerts import AUDIT_FAILED, alert
 from telemetry.endpoint import endpoint

@@ -1,0 +1,56 @@
+"""TCP ports of 127.0.0.1 and others, chosen now for servers that listen a little later.
+
+Exchanges that start at the same time on one machine must not choose the same ports: one would find its figures' port
+taken, or talk to the other one's Temporal. So whoever chooses a port claims it: his process holds the UDP port of the
+same number, which no server of ours uses, and of which the system lets go when the process ends, however it ends.
+"""
+
+import contextlib
+import socket
+
+_claims: list[socket.socket] = []
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def why_not_listen(host: str, port: int) -> str | None:
+    """Why nothing of ours could listen on `host`:`port`; None when it could."""
+    try:
+        _bound(host, port, socket.SOCK_STREAM).close()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def claim(host: str, *ports: int) -> bool:
+    """Keep these ports for this process until it ends: all of them or, when one cannot be had, none."""
+    with contextlib.ExitStack() as held:
+        try:
+            claims = [held.enter_context(_bound(host, port, socket.SOCK_DGRAM)) for port in ports]
+        except OSError:
+            return False
+        if any(why_not_listen(host, port) is not None for port in ports):
+            return False
+        held.pop_all()
+        _claims.extend(claims)
+        return True
+
+
+def _bound(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
+    family, _, protocol, _, address = socket.getaddrinfo(host, port, type=kind)[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        if kind is socket.SOCK_STREAM:
+            # Connections of a server that has just ended do not keep the next one from listening.
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
