@@ -5,10 +5,12 @@ taken, or talk to the other one's Temporal. So whoever chooses a port claims it:
 same number, which no server of ours uses, and of which the system lets go when the process ends, however it ends.
 """
 
+import atexit
 import contextlib
 import socket
 
-_claims: list[socket.socket] = []
+_claims = contextlib.ExitStack()
+atexit.register(_claims.close)
 
 
 def free_port() -> int:
@@ -32,13 +34,13 @@ def claim(host: str, *ports: int) -> bool:
     """Keep these ports for this process until it ends: all of them or, when one cannot be had, none."""
     with contextlib.ExitStack() as held:
         try:
-            claims = [held.enter_context(_bound(host, port, socket.SOCK_DGRAM)) for port in ports]
+            for port in ports:
+                held.enter_context(_bound(host, port, socket.SOCK_DGRAM))
         except OSError:
             return False
         if any(why_not_listen(host, port) is not None for port in ports):
             return False
-        held.pop_all()
-        _claims.extend(claims)
+        _claims.push(held.pop_all())
         return True
 
 
