@@ -41,12 +41,16 @@ async def run_as_leader(pool: Pool, lock: int, stop: asyncio.Event, work: Work) 
     The lock lives on one connection, which `work` is given: when it dies, `work` is cancelled at once, since another
     process may lead from then on. Database outages are waited out; what else `work` raises is raised here.
     """
+
+    async def lead(conn: Connection) -> None:
+        if await conn.fetchval("SELECT pg_try_advisory_lock($1)", lock):
+            log.info("Leading under lock %d", lock)
+            await work(conn)
+
     while not stop.is_set():
         try:
             async with pool.acquire() as conn:
-                if await conn.fetchval("SELECT pg_try_advisory_lock($1)", lock):
-                    log.info("Leading under lock %d", lock)
-                    await lead_while_connected(conn, stop, work)
+                await lead_while_connected(conn, stop, lead)
         except* OUTAGES as outages:
             log.warning("Postgres is away or lock %d is lost: %s", lock, outages.exceptions[0])
         await wait_for_event(stop, STANDBY_SECONDS)
