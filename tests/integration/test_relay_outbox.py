@@ -154,6 +154,7 @@ async def test_a_relay_that_lost_its_lock_sends_nothing_more(pool: Pool, redis: 
             await write(pool, [1])
             await asyncio.sleep(2 * STANDBY_SECONDS)
             assert await order_ids(redis) == []
+            await rival.execute("SELECT pg_advisory_unlock($1)", RELAY_LOCK)
         await eventually(lambda: is_empty(pool))
     assert await order_ids(redis) == [1]
 
