@@ -98,7 +98,7 @@ async def in_use(*accounts: Account) -> AsyncIterator[list[int]]:
         while True:
             assert (await accounts[number].me()).email == EMAIL
             counts[number] += 1
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
 
     async with asyncio.TaskGroup() as group:
         users = [group.create_task(use(number)) for number in range(len(accounts))]
