@@ -1,12 +1,13 @@
 """Fixtures shared by all tests: real Postgres, Valkey and Temporal, started once per run when a test asks for them."""
 
 import itertools
+import os
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import asyncpg
+import psutil
 import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client
@@ -43,10 +44,18 @@ def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def database_folder(server_folder: Path) -> Iterator[Path]:
-    """In memory, where there is any."""
-    in_memory = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > MEMORY_BYTES_MIN
-    with tempfile.TemporaryDirectory(prefix="exchange-", dir=MEMORY if in_memory else server_folder) as folder:
-        yield Path(folder)
+    """In memory, where there is any; what runs that were killed have left there is removed."""
+    if not MEMORY.is_dir() or shutil.disk_usage(MEMORY).free < MEMORY_BYTES_MIN:
+        yield server_folder
+        return
+    of_all_runs = MEMORY / f"exchange-tests-{os.getuid()}"
+    folder = of_all_runs / str(os.getpid())
+    folder.mkdir(mode=0o700, parents=True)
+    for other in of_all_runs.iterdir():
+        if not psutil.pid_exists(int(other.name)):
+            shutil.rmtree(other, ignore_errors=True)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
