@@ -49,11 +49,12 @@ def database_folder(server_folder: Path) -> Iterator[Path]:
         yield server_folder
         return
     of_all_runs = MEMORY / f"exchange-tests-{os.getuid()}"
+    of_all_runs.mkdir(exist_ok=True)
+    for left in of_all_runs.iterdir():
+        if int(left.name) == os.getpid() or not psutil.pid_exists(int(left.name)):
+            shutil.rmtree(left, ignore_errors=True)
     folder = of_all_runs / str(os.getpid())
-    folder.mkdir(mode=0o700, parents=True)
-    for other in of_all_runs.iterdir():
-        if not psutil.pid_exists(int(other.name)):
-            shutil.rmtree(other, ignore_errors=True)
+    folder.mkdir(mode=0o700)
     yield folder
     shutil.rmtree(folder)
 
