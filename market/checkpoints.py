@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 
-import asyncpg
 import msgspec
 
 from domain.clock import to_ms
@@ -53,8 +52,6 @@ _RECORD = """
         AS u (instrument_id, seq, bids, asks, last_price, volume)
 """
 _FORGET = "DELETE FROM market.market_snapshots WHERE instrument_id = ANY($1) AND created_at < $2"
-# The last is what a connection may say that broke before anyone looked.
-_FAILURES = (*OUTAGES, asyncpg.InternalClientError)
 
 
 class BadCheckpointError(Exception):
@@ -148,7 +145,7 @@ class Checkpointer:
     async def _try_to_save(self) -> None:
         try:
             await self.save(datetime.now(UTC))
-        except _FAILURES:
+        except OUTAGES:
             log.warning("Checkpoints are left to the next time", exc_info=True)
 
 
