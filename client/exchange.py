@@ -134,7 +134,7 @@ class Exchange:
         while True:
             part_of = {**(query or {}), "limit": PAGE_ITEMS, "cursor": cursor}
             # The type is an argument here, which a type checker cannot follow.
-            part: Page[Any] = await self.call("GET", path, Page[item], query=part_of, caller=caller)  # type: ignore[valid-type]
+            part: Page[Any] = await self.call("GET", path, Page[item], query=part_of, caller=caller)  # type: ignore[valid-type]  # as said above
             for found in part.items:
                 yield found
             cursor = part.next_cursor
