@@ -3,10 +3,13 @@
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PORT_MAX = 65_535
+Port = Annotated[int, Field(ge=1, le=PORT_MAX)]
 
 
 class Settings(BaseSettings):
@@ -19,7 +22,7 @@ class Settings(BaseSettings):
     temporal_address: str | None = None
     temporal_namespace: str = "default"
     api_host: str = "127.0.0.1"
-    api_port: int = 8000
+    api_port: Port = 8000
     state_dir: Path = Path(".exchange")
     admin_email: str = "admin@exchange.local"
     admin_password: str | None = None
@@ -43,9 +46,9 @@ class Settings(BaseSettings):
     log_level: str = "INFO"
     # Where engine, worker and market answer /metrics and /health/…; nowhere without a port. The api has its own.
     metrics_host: str = "127.0.0.1"
-    metrics_port: int | None = None
+    metrics_port: Port | None = None
     # Where the Temporal SDK of worker and api shows its own figures.
-    temporal_metrics_port: int | None = None
+    temporal_metrics_port: Port | None = None
     # The base URL of an OTLP/HTTP receiver of traces; none are made without one.
     otlp_endpoint: str | None = None
     log_format: Literal["text", "json"] = "text"

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from settings import Settings
 from stack.bring_up import bring_up
-from stack.ports import why_not_listen
+from stack.ports import claim
 from stack.processes import make_plan, service_environment
 from stack.screen import Screen
 from stack.servers import StackError
@@ -51,10 +51,12 @@ def _complain(line: str) -> int:
 
 
 async def _run(settings: Settings) -> None:
-    reason = why_not_listen(settings.api_host, settings.api_port)
-    if reason is not None:
+    try:
+        claim(settings.api_host, settings.api_port)
+    except OSError as error:
         address = f"{settings.api_host}:{settings.api_port}"
-        raise StackError(f"The API cannot listen on {address}: {reason}. Set EXCHANGE_API_HOST or EXCHANGE_API_PORT")
+        advice = "Set EXCHANGE_API_HOST or EXCHANGE_API_PORT"
+        raise StackError(f"The API cannot listen on {address}: {error.strerror}. {advice}") from None
     _allow_open_files()
     stop = _stop_on_signals()
     screen = Screen()

@@ -21,27 +21,16 @@ def free_port() -> int:
         return port
 
 
-def why_not_listen(host: str, port: int) -> str | None:
-    """Why nothing of ours could listen on `host`:`port`; None when it could."""
-    try:
-        _bound(host, port, socket.SOCK_STREAM).close()
-    except OSError as error:
-        return error.strerror
-    return None
+def claim(host: str, *ports: int) -> None:
+    """Keep these ports for this process until it ends.
 
-
-def claim(host: str, *ports: int) -> bool:
-    """Keep these ports for this process until it ends: all of them or, when one cannot be had, none."""
+    Raises OSError, and keeps none of them, when one is claimed by another or could not be listened on.
+    """
     with contextlib.ExitStack() as held:
-        try:
-            for port in ports:
-                held.enter_context(_bound(host, port, socket.SOCK_DGRAM))
-        except OSError:
-            return False
-        if any(why_not_listen(host, port) is not None for port in ports):
-            return False
+        for port in ports:
+            held.enter_context(_bound(host, port, socket.SOCK_DGRAM))
+            _bound(host, port, socket.SOCK_STREAM).close()
         _claims.push(held.pop_all())
-        return True
 
 
 def _bound(host: str, port: int, kind: socket.SocketKind) -> socket.socket:

@@ -2,12 +2,12 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from settings import Settings
+from settings import PORT_MAX, Settings
 from stack import servers
 from stack.ports import claim
 from stack.servers import Endpoint, Process, Server, StackError
@@ -115,19 +115,29 @@ def scrape_targets(settings: Settings, plan: Plan) -> list[dict[str, object]]:
 def _with_figures(settings: Settings) -> list[Process]:
     """The services, each with ports of its own for its figures: those after EXCHANGE_METRICS_PORT that are free."""
     first = settings.metrics_port or FIRST_METRICS_PORT
-    candidates = range(first, first + PORTS_TRIED)
+    candidates = ((port,) for port in range(first, min(first + PORTS_TRIED, PORT_MAX + 1)))
     wanted = sum(map(len, FIGURES.values()))
-    claimed = list(islice((port for port in candidates if claim(settings.metrics_host, port)), wanted))
+    claimed = list(islice(_claimed(settings.metrics_host, candidates), wanted))
     if len(claimed) < wanted:
-        raise StackError(f"No free ports for figures from {first} on: set EXCHANGE_METRICS_PORT")
-    ports = map(str, claimed)
+        where = f"on {settings.metrics_host} from {first} on"
+        raise StackError(f"No free ports for figures {where}: set EXCHANGE_METRICS_HOST or EXCHANGE_METRICS_PORT")
+    ports = (str(port) for (port,) in claimed)
     return [replace(process, environment={name: next(ports) for name in FIGURES[process.name]}) for process in SERVICES]
 
 
-def _temporal_ports() -> tuple[int, int]:
+def _temporal_ports() -> tuple[int, ...]:
     """The usual pair of ports, or the next one that is free."""
-    for offset in range(PORTS_TRIED):
-        ports = TEMPORAL_PORT + offset, TEMPORAL_UI_PORT + offset
-        if claim("127.0.0.1", *ports):
-            return ports
+    candidates = ((TEMPORAL_PORT + offset, TEMPORAL_UI_PORT + offset) for offset in range(PORTS_TRIED))
+    for ports in _claimed("127.0.0.1", candidates):
+        return ports
     raise StackError(f"No free pair of ports for Temporal from {TEMPORAL_PORT} and {TEMPORAL_UI_PORT} on")
+
+
+def _claimed(host: str, candidates: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """Those candidates that can be had, each claimed only when it is asked for."""
+    for ports in candidates:
+        try:
+            claim(host, *ports)
+        except OSError:
+            continue
+        yield ports

@@ -7,10 +7,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from stack.ports import claim, free_port, why_not_listen
-from tests.servers import ROOT
-from tests.stack_runner import stack_environment
+import pytest
 
+from stack.ports import claim, free_port
+from tests.servers import ROOT
+from tests.stack_runner import refused, stack_environment
+
+CLAIMED = """
+import sys
+from stack.ports import claim
+claim("127.0.0.1", *map(int, sys.argv[1:]))
+print(flush=True)
+input()
+"""
 # A stack that has made its plan and started nothing yet: it shows the ports it chose, and waits to be told to end.
 PLANNED = """
 from pathlib import Path
@@ -26,10 +35,10 @@ input()
 
 
 @contextmanager
-def planned(state: Path) -> Iterator[set[int]]:
-    """The ports of a stack that is about to start."""
+def said_by(program: str, state: Path, *arguments: str) -> Iterator[str]:
+    """The line that a program says, which then waits for the end of the block."""
     with subprocess.Popen(
-        [sys.executable, "-c", PLANNED],
+        [sys.executable, "-c", program, *arguments],
         cwd=ROOT,
         env=stack_environment(state, free_port()),
         stdin=subprocess.PIPE,
@@ -38,27 +47,38 @@ def planned(state: Path) -> Iterator[set[int]]:
     ) as child:
         assert child.stdout is not None
         assert child.stdin is not None
-        yield set(map(int, child.stdout.readline().split()))
+        yield child.stdout.readline()
         child.stdin.write("\n")
 
 
 def test_exchanges_that_start_together_have_ports_of_their_own(tmp_path: Path) -> None:
     with ExitStack() as running:
-        plans = [running.enter_context(planned(tmp_path / str(number))) for number in range(3)]
+        lines = [running.enter_context(said_by(PLANNED, tmp_path / str(number))) for number in range(3)]
+    plans = [set(line.split()) for line in lines]
     assert [len(ports) for ports in plans] == [7, 7, 7]
     assert len(set.union(*plans)) == 21
 
 
 def test_a_claim_is_for_one_process_and_ends_with_it(tmp_path: Path) -> None:
-    with planned(tmp_path) as ports:
-        assert not any(claim("127.0.0.1", port) for port in ports)
-        # Nobody listens there yet: it is the claim that keeps us out.
-        assert {why_not_listen("127.0.0.1", port) for port in ports} == {None}
-    assert claim("127.0.0.1", *ports)
+    port = free_port()
+    with said_by(CLAIMED, tmp_path, str(port)) as line:
+        assert line == "\n"
+        with pytest.raises(OSError, match="in use"):
+            claim("127.0.0.1", port)
+        # Nobody listens there yet: it is the claim that kept us out.
+        socket.create_server(("127.0.0.1", port)).close()
+    claim("127.0.0.1", port)
+
+
+def test_an_exchange_is_refused_the_port_of_one_that_is_about_to_listen(tmp_path: Path) -> None:
+    port = free_port()
+    with said_by(CLAIMED, tmp_path, str(port)):
+        line = refused(tmp_path / "state", EXCHANGE_API_PORT=str(port))
+    assert f"127.0.0.1:{port}: Address already in use" in line
 
 
 def test_of_two_ports_both_are_claimed_or_none() -> None:
     free = free_port()
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        assert not claim("127.0.0.1", free, other.getsockname()[1])
-    assert claim("127.0.0.1", free)
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(OSError, match="in use"):
+        claim("127.0.0.1", free, other.getsockname()[1])
+    claim("127.0.0.1", free)

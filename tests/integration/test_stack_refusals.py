@@ -4,6 +4,8 @@ import os
 import socket
 from pathlib import Path
 
+import pytest
+
 from tests.stack_runner import refused
 
 
@@ -44,8 +46,14 @@ def test_an_empty_secret(tmp_path: Path) -> None:
     assert "admin-password is empty" in refused(tmp_path / "state")
 
 
-def test_a_setting_that_is_no_number(tmp_path: Path) -> None:
-    assert "EXCHANGE_API_PORT: " in refused(tmp_path / "state", EXCHANGE_API_PORT="many")
+@pytest.mark.parametrize("value", ["many", "0", "99999"])
+def test_a_setting_that_is_no_port(tmp_path: Path, value: str) -> None:
+    assert "EXCHANGE_API_PORT: " in refused(tmp_path / "state", EXCHANGE_API_PORT=value)
+
+
+def test_too_few_ports_for_figures(tmp_path: Path) -> None:
+    line = refused(tmp_path / "state", EXCHANGE_METRICS_PORT="65532")
+    assert "from 65532 on: set EXCHANGE_METRICS_HOST or EXCHANGE_METRICS_PORT" in line
 
 
 def test_an_external_database_that_does_not_answer(tmp_path: Path) -> None:
