@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PORT_MAX = 65_535
@@ -102,3 +102,9 @@ def _required(name: str, value: str | None) -> str:
 def get_settings() -> Settings:
     """The settings of this process, read once."""
     return Settings()
+
+
+def complaint(error: ValidationError) -> str:
+    """In one line, the first thing that is wrong with the environment."""
+    first = error.errors()[0]
+    return f"EXCHANGE_{str(first['loc'][0]).upper()}: {first['msg']}"

@@ -38,7 +38,7 @@ from monitors.sweeper import run_sweeper
 from reporting.consumer import run_reporting
 from settings import Settings, get_settings
 from storage.db import Pool, open_pool
-from storage.leadership import wait_for_event
+from storage.waiting import wait_for_event
 from telemetry.alerts import MONITOR_FAILED, alert
 from telemetry.endpoint import endpoint
 from telemetry.tracing import start_tracing, stop_tracing

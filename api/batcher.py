@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from domain.problems import Problem
+from storage.waiting import end_if_cancelled
 from telemetry.metrics import DESK_BATCH, DESK_SECONDS, DESK_WAITING
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Lane(Generic[Item, Result]):
     async def run(self) -> None:
         """Work for ever; cancel to stop."""
         while True:
+            end_if_cancelled()
             await self._arrived.wait()
             submissions = self._take()
             self._started = time.monotonic()

@@ -45,6 +45,7 @@ from domain.order_entry import NewOrder, OrderRequest, Reference, amendment, bou
 from domain.problems import Problem
 from storage.db import Pool
 from storage.reference_prices import read_reference_prices
+from storage.waiting import pause
 from telemetry import tracing
 from telemetry.tracing import Trails
 from workflows.orders import OrderCancellationWorkflow, OrderPlacementWorkflow
@@ -352,10 +353,8 @@ class OrderDesk:
         }
 
     async def _refresh(self, read: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> None:
-        task = asyncio.current_task()
-        # The Redis client may swallow a cancellation that comes in the middle of a command.
-        while task is None or not task.cancelling():
-            await asyncio.sleep(seconds)
+        while True:
+            await pause(seconds)
             try:
                 await read()
             except Exception as error:  # any outage: what was read last stays good until the next look

@@ -17,7 +17,8 @@ from api.socket_client import UNAUTHENTICATED_CLOSE, SocketClient
 from domain.events import USER_PUSH_TOPIC
 from domain.identity import Identity
 from domain.problems import Problem
-from storage.leadership import OUTAGES, wait_for_event
+from storage.leadership import OUTAGES
+from storage.waiting import pause, wait_for_event
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class UserFeed:
                 await self._read_while_occupied()
             except (RedisError, OSError) as error:
                 log.warning("User messages are delayed: %s", error)
-                await asyncio.sleep(RETRY_SECONDS)
+                await pause(RETRY_SECONDS)
 
     async def settle_doubts(self) -> None:
         """Close the sockets of sessions and keys that ended, until cancelled: after every doubt and once a minute."""
@@ -112,7 +113,7 @@ class UserFeed:
                     await self._settle_some(datetime.now(UTC))
             except (RedisError, *OUTAGES) as error:
                 log.warning("Sessions and keys of open sockets cannot be checked: %s", error)
-                await asyncio.sleep(RETRY_SECONDS)
+                await pause(RETRY_SECONDS)
                 self._doubt.set()
 
     async def _read_while_occupied(self) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.console import Console
 
 import client
@@ -18,7 +19,7 @@ from demo.messages import Message, RecordingError, Steps, read_recording
 from demo.screen import show, show_summary
 from demo.session import DemoError, Pace, Session, read_steps
 from demo.tally import Tally
-from settings import Settings
+from settings import Settings, complaint
 
 RECORDING = Path(__file__).resolve().parents[2] / "shared" / "data" / "btcusdt_20240808.gz"
 EXPECTED = (DemoError, RecordingError, client.ExchangeError)
@@ -30,10 +31,11 @@ GENERATED_SECONDS = 345.0
 
 def main() -> int:
     """Run and show how it ended."""
-    settings = Settings()
-    options = _options(settings)
     try:
-        return asyncio.run(_run(options, settings))
+        settings = Settings()
+        return asyncio.run(_run(_options(settings), settings))
+    except ValidationError as error:
+        return _complain(complaint(error))
     except EXPECTED as error:
         return _complain(str(error))
     except ExceptionGroup as group:

@@ -21,6 +21,7 @@ from engine.signaller import Signaller
 from engine.snapshots import BadSnapshotError, Snapshotter
 from engine.traces import MatchTraces
 from storage.db import Connection, Pool
+from storage.waiting import wait_for_event
 from telemetry.alerts import ENGINE_LEASE_LOST, ENGINE_STOPPED, alert
 from telemetry.metrics import (
     ENGINE_BATCH,
@@ -101,7 +102,7 @@ class Runner:
     async def run(self) -> None:
         """Own the instrument until stopped."""
         # Those who prefer it may be starting at the same time.
-        await self._pause(self._free_for)
+        await wait_for_event(self._stopping, self._free_for)
         while not self._stopping.is_set():
             try:
                 async with self._pool.acquire() as conn:
@@ -111,12 +112,12 @@ class Runner:
                 alert(ENGINE_LEASE_LOST, "%s: lost the lease: %s", self._instrument.instrument_id, error)
             except DATABASE_ERRORS as error:
                 log.warning("%s: will rebuild, the database said %r", self._instrument.instrument_id, error)
-                await self._pause(RETRY_SECONDS)
+                await wait_for_event(self._stopping, RETRY_SECONDS)
             except Exception as error:
                 # One instrument's defect must not stop the others; it is loud, and nothing of it was written.
                 log.exception("%s: stopped by a defect", self._instrument.instrument_id)
                 alert(ENGINE_STOPPED, "%s: stopped by a defect: %r", self._instrument.instrument_id, error)
-                await self._pause(DEFECT_RETRY_SECONDS)
+                await wait_for_event(self._stopping, DEFECT_RETRY_SECONDS)
 
     async def _own(self, conn: Connection) -> None:
         lease = await self._take_lease(conn)
@@ -154,7 +155,7 @@ class Runner:
             if not waiting:
                 log.info("%s: another engine holds the lease, standing by", self._instrument.instrument_id)
                 waiting = True
-            await self._pause(LEASE_POLL_SECONDS)
+            await wait_for_event(self._stopping, LEASE_POLL_SECONDS)
         return None
 
     async def _rebuild(self, conn: Connection, lease: Lease) -> int:
@@ -264,11 +265,3 @@ class Runner:
 
     def _renew_later(self) -> None:
         self._renew_at = asyncio.get_running_loop().time() + self._tenure.lease_seconds / 3
-
-    async def _pause(self, seconds: float) -> None:
-        """Sleep, unless told to stop."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
-        except TimeoutError:
-            return

@@ -24,6 +24,7 @@ from clients import SETTLEMENT_QUEUE
 from domain.sagas import ADVANCE_SIGNAL, SETTLEMENT, SettlementInput
 from engine.log import DATABASE_ERRORS
 from storage.db import Connection, Pool
+from storage.waiting import pause
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class Signaller:
                     await self._follow(conn, signals)
             except* DATABASE_ERRORS as errors:
                 log.warning("Cannot read how far settlement is: %r", errors.exceptions)
-            await asyncio.sleep(REPEAT_SECONDS)
+            await pause(REPEAT_SECONDS)
 
     async def _follow(self, conn: Connection, signals: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()

@@ -8,6 +8,7 @@ from activities.matching import COMMANDS_CHANNEL
 from engine.log import DATABASE_ERRORS
 from engine.runner import Runner
 from storage.db import Connection, Pool
+from storage.waiting import pause
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Wakeups:
                     await self._listen(conn)
             except DATABASE_ERRORS as error:
                 log.warning("Lost the notifications of new commands: %r", error)
-                await asyncio.sleep(RETRY_SECONDS)
+                await pause(RETRY_SECONDS)
 
     async def _listen(self, conn: Connection) -> None:
         await conn.add_listener(COMMANDS_CHANNEL, self._notified)

@@ -29,7 +29,7 @@ from domain.index_price import (
 )
 from domain.instruments import Instrument
 from settings import Settings
-from storage.leadership import wait_for_event
+from storage.waiting import pause, wait_for_event
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class CcxtIndex:
                 failures += 1
                 for instrument in self._instruments:
                     self._failed(instrument, exchange.id, error)
-                await asyncio.sleep(self._pause(failures))
+                await pause(self._pause(failures))
             else:
                 exchange.timeout = round(self._timeout_seconds * 1000)
                 return symbols
@@ -135,7 +135,7 @@ class CcxtIndex:
             except Exception as error:
                 failures += 1
                 self._failed(instrument, exchange.id, error)
-            await asyncio.sleep(self._pause(failures))
+            await pause(self._pause(failures))
 
     def _pause(self, failures: int) -> float:
         return self._poll_seconds * min(1 << failures, BACKOFF_MAX)

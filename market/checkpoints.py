@@ -17,6 +17,7 @@ from domain.instruments import Instrument
 from market.instrument_market import CHECKPOINT_VERSION, InstrumentMarket
 from storage.db import Connection, Pool, columns
 from storage.leadership import OUTAGES
+from storage.waiting import pause
 from telemetry.alerts import NO_MARKET_DATA, alert
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class Checkpointer:
         """Save everything now and then, until cancelled; an outage leaves it to the next time."""
         while True:
             await self._try_to_save()
-            await asyncio.sleep(CHECKPOINT_SECONDS)
+            await pause(CHECKPOINT_SECONDS)
 
     async def finish(self) -> None:
         """The last ones on leaving. Only for markets that are whole: not after an event that could not be applied."""

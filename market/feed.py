@@ -8,7 +8,7 @@ import msgspec
 from domain.matching import AnyEvent, decode_event
 from market.instrument_market import InstrumentMarket, SequenceGapError
 from storage.db import Pool
-from storage.leadership import wait_for_event
+from storage.waiting import wait_for_event
 
 PAGE_EVENTS_MAX = 10_000
 # A hint is delivered at most once: within this time a lost one is noticed from the log itself.

@@ -26,6 +26,7 @@ from market.instrument_market import InstrumentMarket
 from storage.db import Connection, Pool, columns
 from storage.leadership import OUTAGES
 from storage.outbox import emit
+from storage.waiting import pause
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class FundingRates:
                     await self.update(datetime.now(UTC))
             except OUTAGES:
                 log.warning("Funding rates are late", exc_info=True)
-            await asyncio.sleep(ROUND_SECONDS - time.time() % ROUND_SECONDS)
+            await pause(ROUND_SECONDS - time.time() % ROUND_SECONDS)
 
     async def update(self, now: datetime) -> None:
         """Fix what is due at `now`, then look ahead."""

@@ -21,6 +21,7 @@ from market.klines import Kline, Traded, advance, merge, oldest_touched
 from storage.db import Connection, Pool
 from storage.leadership import OUTAGES
 from storage.market_keys import kline_channel, snapshot_key, update_channel
+from storage.waiting import pause
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class KlineFeed:
         loop = asyncio.get_running_loop()
         prune_at = loop.time()
         while True:
-            pause = ROUND_SECONDS
+            seconds = ROUND_SECONDS
             try:
                 async with asyncio.timeout(ROUND_SECONDS_MAX):
                     is_behind = await self.update(_now_ms())
@@ -77,12 +78,12 @@ class KlineFeed:
                         await self._prune()
                         prune_at = loop.time() + PRUNE_SECONDS
                 if is_behind:
-                    pause = 0
+                    seconds = 0
             except (RedisError, *OUTAGES) as error:
                 log.warning("Klines are late: %r", error)
                 self._forget()
-                pause = RETRY_SECONDS
-            await asyncio.sleep(pause)
+                seconds = RETRY_SECONDS
+            await pause(seconds)
 
     def break_chains(self) -> None:
         """What was published last may not have arrived: publish everything again, as new chains."""

@@ -27,9 +27,10 @@ from domain.money import ZERO, plain
 from market.index_sources import IndexSource
 from market.instrument_market import Funding, InstrumentMarket
 from storage.db import Pool, columns
-from storage.leadership import OUTAGES, wait_for_event
+from storage.leadership import OUTAGES
 from storage.market_keys import held_price_key, mark_key
 from storage.outbox import emit
+from storage.waiting import wait_for_event
 from telemetry.alerts import INDEX_FROZEN, alert
 
 log = logging.getLogger(__name__)

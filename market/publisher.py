@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from market.instrument_market import InstrumentMarket, Publication
+from storage.waiting import pause
 from telemetry.metrics import MARKET_PUBLICATIONS
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ async def publish_changes(redis: Redis, markets: Collection[InstrumentMarket], c
             for market in markets:
                 market.break_chains()
             changed.set()
-        await asyncio.sleep(FLUSH_SECONDS)
+        await pause(FLUSH_SECONDS)
 
 
 async def publish(redis: Redis, markets: Collection[InstrumentMarket]) -> None:

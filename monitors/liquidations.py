@@ -26,6 +26,7 @@ from domain.liquidation_saga import LIQUIDATION, LiquidationInput
 from storage.db import Connection, Pool
 from storage.leadership import LIQUIDATION_LOCK, run_as_leader
 from storage.reference_prices import ReferencePrice, marks_are_live, read_reference_prices
+from storage.waiting import pause
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class LiquidationMonitor:
             except (RedisError, TimeoutError, RPCError) as error:
                 # What is due stays due, and what is written down is swept up.
                 log.warning("Liquidations are looked for later: %r", error)
-            await asyncio.sleep(interval_seconds)
+            await pause(interval_seconds)
 
     async def look(self, conn: Connection, now: datetime) -> list[Opened]:
         """Act on mark prices that are new; the liquidations that were opened.

@@ -18,8 +18,9 @@ from redis.exceptions import RedisError
 from domain.clock import iso
 from domain.events import SCHEMA_VERSION, USER_PUSH_TOPIC
 from storage.db import Connection, Pool
-from storage.leadership import RELAY_LOCK, run_as_leader, wait_for_event
+from storage.leadership import RELAY_LOCK, run_as_leader
 from storage.outbox import CHANNEL
+from storage.waiting import pause, wait_for_event
 from telemetry.metrics import RELAY_SECONDS, RELAYED_ROWS
 
 log = logging.getLogger(__name__)
@@ -117,4 +118,4 @@ async def _add(script: AsyncScript, topic: str, arguments: Sequence[str]) -> Non
             return
         except (RedisError, OSError) as error:
             log.warning("Redis does not take outbox messages: %r", error)
-            await asyncio.sleep(REDIS_RETRY_SECONDS)
+            await pause(REDIS_RETRY_SECONDS)

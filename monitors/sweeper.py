@@ -10,6 +10,7 @@ from temporalio.service import RPCError
 from activities.sagas import start_saga, sweep_up
 from storage.db import Connection, Pool
 from storage.leadership import SWEEPER_LOCK, run_as_leader
+from storage.waiting import pause
 from telemetry.metrics import SWEPT_SAGAS
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ async def run_sweeper(pool: Pool, client: Client, stop: asyncio.Event) -> None:
                 await sweep(pool, client)
             except RPCError as error:
                 log.warning("Temporal is away, sweeping later: %s", error.message)
-            await asyncio.sleep(SWEEP_SECONDS)
+            await pause(SWEEP_SECONDS)
 
     await run_as_leader(pool, SWEEPER_LOCK, stop, sweep_for_ever)
 

@@ -18,6 +18,7 @@ from reporting.streams import acknowledge, gap, order, place_group, read_entries
 from storage.db import Connection, Pool, columns
 from storage.leadership import REPORTING_LOCK, run_as_leader
 from storage.outbox import oldest_message
+from storage.waiting import pause
 from telemetry.alerts import STREAM_GAP, alert
 
 log = logging.getLogger(__name__)
@@ -65,14 +66,14 @@ async def _follow_safely(conn: Connection, redis: Redis) -> None:
     try:
         await _follow(conn, redis)
     except OvertakenError:
-        await asyncio.sleep(RETRY_SECONDS)
+        await pause(RETRY_SECONDS)
     except UnreadableEventError as error:
         log.error("An event cannot be counted, the reports will be made from the tables: %s", error)
-        await asyncio.sleep(UNREADABLE_PAUSE_SECONDS)
+        await pause(UNREADABLE_PAUSE_SECONDS)
         await rebuild(conn, redis)
     except (RedisError, OSError) as error:
         log.warning("Event streams cannot be read: %r", error)
-        await asyncio.sleep(RETRY_SECONDS)
+        await pause(RETRY_SECONDS)
 
 
 async def _follow(conn: Connection, redis: Redis) -> None:
@@ -91,7 +92,7 @@ async def _follow(conn: Connection, redis: Redis) -> None:
         if now >= forget_at:
             await conn.execute(_FORGET, await oldest_message(conn))
             forget_at = now + FORGET_SECONDS
-        await asyncio.sleep(PAUSE_SECONDS)
+        await pause(PAUSE_SECONDS)
 
 
 async def _has_gap(conn: Connection, redis: Redis) -> bool:

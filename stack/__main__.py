@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from settings import Settings
+from settings import Settings, complaint
 from stack.bring_up import bring_up
 from stack.ports import claim
 from stack.processes import make_plan, service_environment
@@ -40,8 +40,7 @@ def main() -> int:
     except StackError as error:
         return _complain(str(error))
     except ValidationError as error:
-        first = error.errors()[0]
-        return _complain(f"EXCHANGE_{str(first['loc'][0]).upper()}: {first['msg']}")
+        return _complain(complaint(error))
     return 0
 
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import asyncpg
 
 from storage.db import Connection, Pool
+from storage.waiting import wait_for_event
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +90,3 @@ async def _work_while_connected(conn: Connection, stop: asyncio.Event, work: Wor
             conn.remove_termination_listener(connection_lost)
     if isinstance(outcomes[0], Exception):
         raise outcomes[0]
-
-
-async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Whether `event` was set within `seconds`. Unlike asyncio.wait_for in Python 3.11, never loses a cancellation."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await event.wait()
-    except TimeoutError:
-        return False

@@ -1,12 +1,13 @@
 """One Redis subscriber connection with many channels, which comes back after every outage."""
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterable
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
+
+from storage.waiting import end_if_cancelled, pause
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Subscriber:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        while not _cancelled():
+        while True:
             pubsub = self._redis.pubsub()
             try:
                 await pubsub.subscribe(*self._channels)
@@ -49,10 +50,11 @@ class Subscriber:
                 log.warning("Redis subscriptions are interrupted: %s", error)
             finally:
                 await pubsub.aclose()  # type: ignore[no-untyped-call]  # redis ships no annotation for it
-            await asyncio.sleep(RECONNECT_SECONDS)
+            await pause(RECONNECT_SECONDS)
 
     async def _read(self, pubsub: PubSub) -> None:
-        while not _cancelled():
+        while True:
+            end_if_cancelled()
             message = await pubsub.get_message(timeout=POLL_SECONDS)
             if message is None:
                 continue
@@ -60,9 +62,3 @@ class Subscriber:
                 self._on_message(message["channel"].decode(), message["data"])
             elif message["type"] == "subscribe":
                 self._on_subscribed(message["channel"].decode())
-
-
-def _cancelled() -> bool:
-    # redis-py sends with asyncio.wait_for, which on Python 3.11 may swallow a cancellation; the task remembers it.
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from storage.db import Connection, Pool
-from storage.leadership import OUTAGES, STANDBY_SECONDS, lead_while_connected, wait_for_event
+from storage.leadership import OUTAGES, STANDBY_SECONDS, lead_while_connected
+from storage.waiting import wait_for_event
 
 log = logging.getLogger(__name__)
 

@@ -109,8 +109,13 @@ def refused(state: Path, **settings: str) -> str:
 
 def stack_environment(state: Path, port: int) -> dict[str, str]:
     """Our environment without settings of the exchange but these two."""
+    return client_environment(state) | {"EXCHANGE_API_PORT": str(port)}
+
+
+def client_environment(state: Path) -> dict[str, str]:
+    """The same for those who use an exchange, and are told its address."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("EXCHANGE_")}
-    return others | {"EXCHANGE_STATE_DIR": str(state), "EXCHANGE_API_PORT": str(port)}
+    return others | {"EXCHANGE_STATE_DIR": str(state)}
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: object) -> None:

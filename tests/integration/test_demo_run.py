@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.servers import ROOT
-from tests.stack_runner import RunningStack, stack_environment, stack_in
+from tests.stack_runner import RunningStack, client_environment, stack_in
 
 SECONDS = 8
 
@@ -32,7 +32,7 @@ async def start_demo(stack: RunningStack, state: Path, *arguments: str) -> async
         sys.executable,
         *("-m", "demo", "--url", stack.api_url, "--seed", "1", *arguments),
         cwd=ROOT,
-        env=stack_environment(state, 0) | {"COLUMNS": "120"},
+        env=client_environment(state) | {"COLUMNS": "120"},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

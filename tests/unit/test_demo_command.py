@@ -16,10 +16,12 @@ from tests.servers import ROOT
 STEPS = Steps(Decimal("0.1"), Decimal("0.001"))
 
 
-def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+def demo(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EXCHANGE_")}
     command = [sys.executable, "-m", "demo", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=30)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment | settings, capture_output=True, text=True, check=False, timeout=30
+    )
 
 
 def test_without_an_exchange_it_says_how_to_start_one() -> None:
@@ -34,6 +36,13 @@ def test_impossible_options_are_refused(arguments: list[str]) -> None:
     outcome = demo(*arguments)
     assert outcome.returncode == 2
     assert arguments[0] in outcome.stderr.splitlines()[-1]
+
+
+def test_an_impossible_setting_is_named_in_one_line() -> None:
+    outcome = demo(EXCHANGE_API_PORT="0")
+    assert outcome.returncode == 2
+    assert outcome.stderr.count("\n") == 1
+    assert "EXCHANGE_API_PORT: " in outcome.stderr
 
 
 def test_the_comparison_is_in_ticks_basis_points_and_as_a_ratio() -> None:
