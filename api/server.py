@@ -15,6 +15,9 @@ GRACE_SECONDS = 10
 # A peer that does not answer a ping is gone 40 s after its last sign of life; see docs/websocket.md.
 PING_SECONDS = 20.0
 PONG_SECONDS = 20.0
+# Longer than proxies and clients keep an idle connection (60 s at most by default): a request that is sent in the
+# moment in which we close it is lost, and a client that does not know whether it was done cannot just send it again.
+IDLE_SECONDS = 75
 SOCKET_MESSAGE_BYTES_MAX = 16 * 1024
 GARBAGE_OBJECTS = 10_000
 CONNECTIONS_A_TURN = 100
@@ -43,6 +46,7 @@ def server_config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
         access_log=False,
         log_config=None,
         backlog=2048,
+        timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from bench import edge, engine_core, engine_process, fanout, market_checkpoint, order_pipeline, risk
+from bench import edge, engine_core, engine_process, fanout, market_checkpoint, order_pipeline, revocation, risk
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "order_pipeline": order_pipeline.main,
@@ -12,6 +12,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "market_checkpoint": market_checkpoint.main,
     "fanout": fanout.main,
     "risk": risk.main,
+    "revocation": revocation.main,
     "edge": edge.main,
 }
 
