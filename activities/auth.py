@@ -5,13 +5,12 @@ from datetime import datetime, timedelta
 from ipaddress import IPv4Address, IPv6Address
 from typing import Literal
 
-import asyncpg
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from activities.users import take_pending_credential
 from domain.identity import CREATE_CREDENTIALS, PASSWORD_CREDENTIAL, REGISTRATION_ATTEMPTS_MAX, Registration
-from storage.db import Connection, Pool
+from storage.db import DATABASE_ERRORS, Connection, Pool
 
 DEVICE_LENGTH_MAX = 256
 
@@ -177,7 +176,7 @@ class AuthActivities:
             raise ApplicationError(message, type="ATTEMPTS_EXHAUSTED", non_retryable=True)
         try:
             await create_credential(self._pool, registration.user_id, PASSWORD_CREDENTIAL, pending.secret_hash)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except DATABASE_ERRORS as error:
             # Only the kind: Postgres may quote the row, and this message goes into the workflow's history.
             message = f"The credential store failed: {type(error).__name__}"
             raise ApplicationError(message, type="REMOTE_SERVICE_ERROR") from None

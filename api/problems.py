@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from temporalio.service import RPCError, RPCStatusCode
 
 from domain.problems import HTTP_STATUS, Problem
-from storage.leadership import OUTAGES
+from storage.db import OUTAGES
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from api.user_feed import user_message
 from domain.identity import Identity
 from domain.periods import PERIODS_MS
 from domain.problems import Problem
-from storage.leadership import OUTAGES
+from storage.db import OUTAGES
 from storage.market_keys import CHANNELS, kline_channel
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from api.socket_client import UNAUTHENTICATED_CLOSE, SocketClient
 from domain.events import USER_PUSH_TOPIC
 from domain.identity import Identity
 from domain.problems import Problem
-from storage.leadership import OUTAGES
+from storage.db import OUTAGES
 from storage.waiting import pause, wait_for_event
 
 log = logging.getLogger(__name__)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-import asyncpg
-
 from domain.instruments import Instrument
 from domain.matching import AnyCommand, AnyEvent, Deleveraged, Trade, decode_command, encode
 from engine import lease as leases
@@ -17,10 +15,6 @@ _READ_EVENTS = """
     SELECT seq, payload FROM matching.events WHERE instrument_id = $1 AND seq BETWEEN $2 AND $3 ORDER BY seq
 """
 _READ = "SELECT seq, payload FROM matching.commands WHERE instrument_id = $1 AND seq > $2 ORDER BY seq LIMIT $3"
-
-
-# What a statement may raise when the server is away, restarting, or refuses it. TimeoutError is an OSError.
-DATABASE_ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
 class ReplayMismatchError(Exception):

@@ -13,14 +13,14 @@ from domain.matching import AnyCommand, AnyEvent
 from engine import lease as leases
 from engine import snapshots
 from engine.lease import Lease, LeaseLostError
-from engine.log import DATABASE_ERRORS, Batch, ReplayMismatchError, read_commands, verify, write_batch
+from engine.log import Batch, ReplayMismatchError, read_commands, verify, write_batch
 from engine.matcher import Matcher
 from engine.publisher import Publisher
 from engine.retention import require_whole_log
 from engine.signaller import Signaller
 from engine.snapshots import BadSnapshotError, Snapshotter
 from engine.traces import MatchTraces
-from storage.db import Connection, Pool
+from storage.db import DATABASE_ERRORS, Connection, Pool
 from storage.waiting import wait_for_event
 from telemetry.alerts import ENGINE_LEASE_LOST, ENGINE_STOPPED, alert
 from telemetry.metrics import (

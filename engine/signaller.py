@@ -22,8 +22,7 @@ from temporalio.service import RPCError
 from activities.matching import SETTLEMENT_CONSUMER
 from clients import SETTLEMENT_QUEUE
 from domain.sagas import ADVANCE_SIGNAL, SETTLEMENT, SettlementInput
-from engine.log import DATABASE_ERRORS
-from storage.db import Connection, Pool
+from storage.db import DATABASE_ERRORS, Connection, Pool
 from storage.waiting import pause
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,9 @@ import logging
 from dataclasses import dataclass
 
 from engine.lease import Lease
-from engine.log import DATABASE_ERRORS
 from engine.matcher import SNAPSHOT_VERSION, Matcher
 from engine.retention import prune
-from storage.db import Connection, Pool
+from storage.db import DATABASE_ERRORS, Connection, Pool
 
 log = logging.getLogger(__name__)
 

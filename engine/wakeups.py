@@ -5,9 +5,8 @@ import logging
 from collections.abc import Mapping
 
 from activities.matching import COMMANDS_CHANNEL
-from engine.log import DATABASE_ERRORS
 from engine.runner import Runner
-from storage.db import Connection, Pool
+from storage.db import DATABASE_ERRORS, Connection, Pool
 from storage.waiting import pause
 
 log = logging.getLogger(__name__)

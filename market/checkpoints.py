@@ -15,8 +15,7 @@ import msgspec
 from domain.clock import to_ms
 from domain.instruments import Instrument
 from market.instrument_market import CHECKPOINT_VERSION, InstrumentMarket
-from storage.db import Connection, Pool, columns
-from storage.leadership import OUTAGES
+from storage.db import OUTAGES, Connection, Pool, columns
 from storage.waiting import pause
 from telemetry.alerts import NO_MARKET_DATA, alert
 

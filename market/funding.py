@@ -23,8 +23,7 @@ from domain.funding_rate import funding_rate, rate_cap
 from domain.mark_price import RATE_STEP, next_funding_time
 from domain.money import ZERO, plain
 from market.instrument_market import InstrumentMarket
-from storage.db import Connection, Pool, columns
-from storage.leadership import OUTAGES
+from storage.db import OUTAGES, Connection, Pool, columns
 from storage.outbox import emit
 from storage.waiting import pause
 

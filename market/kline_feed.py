@@ -18,8 +18,7 @@ from domain.money import plain
 from domain.periods import PERIODS_MS
 from market.kline_store import KEPT_MS, Series, delete_old, read_newest, read_positions, read_since, read_trades, write
 from market.klines import Kline, Traded, advance, merge, oldest_touched
-from storage.db import Connection, Pool
-from storage.leadership import OUTAGES
+from storage.db import OUTAGES, Connection, Pool
 from storage.market_keys import kline_channel, snapshot_key, update_channel
 from storage.waiting import pause
 

@@ -26,8 +26,7 @@ from domain.matching import MarkPrice as MarkPriceCommand
 from domain.money import ZERO, plain
 from market.index_sources import IndexSource
 from market.instrument_market import Funding, InstrumentMarket
-from storage.db import Pool, columns
-from storage.leadership import OUTAGES
+from storage.db import OUTAGES, Pool, columns
 from storage.market_keys import held_price_key, mark_key
 from storage.outbox import emit
 from storage.waiting import wait_for_event

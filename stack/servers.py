@@ -24,6 +24,8 @@ from redis.exceptions import RedisError
 from temporalio.client import Client
 from temporalio.service import RPCError
 
+from storage.db import DATABASE_ERRORS
+
 SEARCH_ATTRIBUTES = {"OrderId": "Int", "OrderIds": "KeywordList", "UserId": "Keyword", "InstrumentId": "Keyword"}
 
 # The queue readers of the embedded Temporal poll 20 times a second by default: 50 ms for every workflow task.
@@ -60,7 +62,7 @@ VALKEY_SOCKET = "valkey.sock"
 NOBODY = 65534
 
 # What the drivers raise while a server is away or still starting. TimeoutError is an OSError.
-NOT_READY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, RedisError, RPCError, RuntimeError)
+NOT_READY = (*DATABASE_ERRORS, RedisError, RPCError, RuntimeError)
 
 
 def _package_folder(name: str) -> Path:

@@ -16,6 +16,18 @@ else:
     Pool = asyncpg.Pool
 
 COMMAND_TIMEOUT_SECONDS = 30
+# What a statement may raise when the server is away, restarting or ending. TimeoutError is an OSError.
+OUTAGES = (
+    OSError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.InterfaceError,
+    # Of a connection that broke in the middle of an exchange of messages, and that the pool handed out all the same.
+    asyncpg.InternalClientError,
+)
+# Or when it refuses it.
+DATABASE_ERRORS = (*OUTAGES, asyncpg.PostgresError)
 
 
 async def open_pool(url: str, *, size_min: int = 1, size_max: int = 10, name: str = "saga-exchange") -> Pool:

@@ -5,9 +5,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
-import asyncpg
-
-from storage.db import Connection, Pool
+from storage.db import OUTAGES, Connection, Pool
 from storage.waiting import wait_for_event
 
 log = logging.getLogger(__name__)
@@ -22,16 +20,6 @@ REPORTING_LOCK = 7_203_207
 # The first of as many as there are instruments: their numbers are added.
 MARKET_LOCKS = 7_203_202 << 16
 STANDBY_SECONDS = 1.0
-
-OUTAGES = (
-    OSError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.InterfaceError,
-    # Of a connection that broke in the middle of an exchange of messages, and that the pool handed out all the same.
-    asyncpg.InternalClientError,
-)
 
 Work = Callable[[Connection], Awaitable[None]]
 

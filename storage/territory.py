@@ -9,8 +9,8 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from storage.db import Connection, Pool
-from storage.leadership import OUTAGES, STANDBY_SECONDS, lead_while_connected
+from storage.db import OUTAGES, Connection, Pool
+from storage.leadership import STANDBY_SECONDS, lead_while_connected
 from storage.waiting import wait_for_event
 
 log = logging.getLogger(__name__)

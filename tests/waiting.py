@@ -3,6 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+# A revocation that is not pushed is found by looking after a minute. How soon it arrives: `python -m bench revocation`.
+PUSHED_SECONDS = 5.0
+
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float, what: str) -> None:
     """Returns when the condition holds. Fails after `seconds`."""

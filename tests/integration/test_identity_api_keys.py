@@ -20,6 +20,7 @@ from tests.integration.identity_app import (
     running_exchange,
     settings_without_workflows,
 )
+from tests.waiting import PUSHED_SECONDS
 
 Sign = Callable[[bytes], str]
 ED25519 = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -190,7 +191,7 @@ async def test_a_revoked_key_is_refused_at_once_by_every_process(exchange: Excha
         assert (await exchange.client.delete(f"/api/auth/api-keys/{key_id}", headers=alice)).status_code == 204
         for each in (exchange, second):
             while (await me(each, signed(key_id, sign, "GET", "/api/users/me", nonce=str(time.time_ns()))))[0] == 200:
-                assert time.monotonic() - started < 1
+                assert time.monotonic() - started < PUSHED_SECONDS
     assert (await exchange.client.delete(f"/api/auth/api-keys/{key_id}", headers=alice)).status_code == 404
 
 

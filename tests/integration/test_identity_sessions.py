@@ -115,9 +115,9 @@ async def test_an_unknown_user_takes_as_long_as_a_wrong_password(exchange: Excha
         await exchange.client.post("/api/auth/login", json={"email": email, "password": "wrong password"})
         return time.perf_counter() - started
 
-    known = statistics.median([await seconds("alice@example.com") for _ in range(7)])
-    unknown = statistics.median([await seconds("nobody@example.com") for _ in range(7)])
-    assert 0.5 < unknown / known < 2
+    # In turns, since the machine is quicker at one time than at another.
+    pairs = [(await seconds("nobody@example.com"), await seconds("alice@example.com")) for _ in range(7)]
+    assert 0.5 < statistics.median(unknown / known for unknown, known in pairs) < 2
 
 
 async def test_every_attempt_is_audited(exchange: Exchange, pool: Pool) -> None:

@@ -170,11 +170,11 @@ async def test_an_exchange_that_hangs_delays_no_round_of_mark_prices(
     async with running_market(pool, redis, ccxt_settings.model_copy(update=every)):
         await mark_of(redis, BTC, isFrozen=False)
         spot["kraken"].hangs = True
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(4.0)
         await mark_of(redis, BTC, isFrozen=False)
     rows = await pool.fetch("SELECT calculated_at FROM market.mark_prices WHERE instrument_id = $1 ORDER BY 1", BTC)
     moments = [row["calculated_at"].timestamp() for row in rows]
-    assert max(later - earlier for earlier, later in itertools.pairwise(moments)) < 1.5
+    assert max(later - earlier for earlier, later in itertools.pairwise(moments)) < 3
 
 
 async def test_a_restart_within_a_freeze_keeps_the_mark_and_since_when_it_stands(

@@ -24,8 +24,7 @@ from market.kline_feed import RECENT_KLINES, KlineFeed
 from market.kline_store import KEPT_MS, delete_old, read_positions, read_trades
 from market.klines import CLOSE_GRACE_MS, Kline
 from settings import Settings
-from storage.db import Pool
-from storage.leadership import OUTAGES
+from storage.db import OUTAGES, Pool
 from tests.integration.identity_app import Exchange, complete, running_exchange
 from tests.integration.market_app import BTC, ETH, SOL, EngineLog, eventually, now_ms, placed, running_market, trade
 from tests.integration.socket_app import running_api

@@ -17,8 +17,7 @@ from domain.instruments import SHIPPED
 from domain.matching import AnyEvent
 from market import feed
 from settings import Settings
-from storage.db import Pool
-from storage.leadership import OUTAGES
+from storage.db import OUTAGES, Pool
 from storage.reference_prices import ReferencePrice, read_reference_prices
 from tests.engine_commands import random_commands
 from tests.integration.market_app import BTC, ETH, SOL, EngineLog, eventually, placed, running_market, trade

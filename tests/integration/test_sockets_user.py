@@ -17,6 +17,7 @@ from settings import Settings
 from storage.db import Pool
 from storage.outbox import UserPush, emit
 from tests.integration.socket_app import Api, connect_slow_reader, running_api
+from tests.waiting import PUSHED_SECONDS
 
 Document = dict[str, Any]
 ALICE, BOB = 1001, 1002
@@ -129,7 +130,7 @@ async def test_a_revoked_session_closes_its_sockets_at_once_and_no_others(api: A
         await authenticate(revoked, token)
         await authenticate(other, other_token)
         await redis.publish(REVOKED_CHANNEL, session_id)
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(PUSHED_SECONDS):
             assert await close_code(revoked) == 4401
         await add(redis, "1-0", ALICE, "still here")
         assert (await receive(other))["data"] == "still here"

@@ -64,7 +64,7 @@ def test_sigterm_leaves_nothing_and_the_next_start_continues(tmp_path: Path) -> 
         first.wait_until_ready()
         everything = first.descendants()
         assert first.send(signal.SIGTERM) == 0
-    assert psutil.wait_procs(everything, timeout=5)[1] == []
+    assert psutil.wait_procs(everything, timeout=20)[1] == []
     password = (state / "admin-password").read_text().strip()
     with stack_in(state, tmp_path / "second") as second:
         second.wait_until_ready()
@@ -79,7 +79,7 @@ def test_sigterm_leaves_nothing_and_the_next_start_continues(tmp_path: Path) -> 
         assert third.is_ready()
         everything = third.descendants()
         assert third.send(signal.SIGINT) == 0
-    assert psutil.wait_procs(everything, timeout=5)[1] == []
+    assert psutil.wait_procs(everything, timeout=20)[1] == []
 
 
 def test_a_stop_during_the_start_leaves_nothing(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_stop_during_the_start_leaves_nothing(tmp_path: Path) -> None:
         wait_until(lambda: running.pid("postgres") is not None, HEAL_SECONDS, "postgres started")
         everything = running.descendants()
         assert running.send(signal.SIGTERM) == 0
-    assert psutil.wait_procs(everything, timeout=5)[1] == []
+    assert psutil.wait_procs(everything, timeout=20)[1] == []
 
 
 def test_external_servers_are_used_instead_of_embedded_ones(tmp_path: Path, settings: Settings) -> None:

@@ -92,17 +92,17 @@ async def test_a_refusal_does_not_overtake_the_answer_before_it() -> None:
 
 async def test_a_connection_on_which_nothing_follows_a_refusal_is_closed() -> None:
     async with serving(in_flight_max=0) as (server, port):
-        server.config.timeout_keep_alive = 0.3  # type: ignore[assignment]  # seconds, which may be fractions
+        server.config.timeout_keep_alive = 1.2  # type: ignore[assignment]  # seconds, which may be fractions
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         begun = time.monotonic()
         for _ in range(4):
             writer.write(ORDER)
             assert b"503" in await reader.read(65536)
-            await asyncio.sleep(0.15)
-        async with asyncio.timeout(3):
+            await asyncio.sleep(0.5)
+        async with asyncio.timeout(10):
             assert await reader.read() == b""
-        # Not while requests came: 0.45 s for the last of them, and 0.3 after it.
-        assert 0.7 < time.monotonic() - begun < 1.5
+        # Not while requests came: 1.5 s for the last of them, and 1.2 after it.
+        assert time.monotonic() - begun > 2.6
         writer.close()
 
 

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
@@ -49,9 +48,8 @@ async def test_a_check_that_cannot_even_be_cancelled_does_not_hold_up_the_answer
         except asyncio.CancelledError:
             await release.wait()
 
-    begun = time.monotonic()
-    assert await failures({"one": well, "two": stubborn}) == ["two"]
-    assert time.monotonic() - begun < 1
+    async with asyncio.timeout(10):
+        assert await failures({"one": well, "two": stubborn}) == ["two"]
     release.set()
 
 

@@ -50,7 +50,7 @@ async def test_a_monitor_that_fails_does_not_hold_up_the_end(monkeypatch: pytest
         stop.set()
         raise ValueError
 
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(worker.MONITOR_PAUSE_SECONDS / 2):
         await worker.keep_running("pruner", monitor, stop)
 
 
