@@ -225,10 +225,11 @@ async def _serve_user(websocket: WebSocket, state: AppState, first: _Request) ->
             client.offer(error_message(problem))
 
     identity = await _identify(websocket, state, first)
+    # Sent when it serves, and before all that is pushed from joining on.
+    client.offer(user_message("auth", msgspec.json.encode({"userId": str(identity.user_id)})))
     try:
         async with asyncio.timeout(JOIN_SECONDS):
             await feed.join(client, identity)
-        client.offer(user_message("auth", msgspec.json.encode({"userId": str(identity.user_id)})))
         await client.serve(on_message)
     finally:
         feed.leave(client, identity)

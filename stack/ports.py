@@ -7,7 +7,11 @@ same number, which no server of ours uses, and of which the system lets go when 
 
 import atexit
 import contextlib
+import secrets
 import socket
+
+# Below those that the system gives to connections (from 32,768 on): one of them may be taken before a server listens.
+FREE_PORT_MIN, FREE_PORTS = 20_000, 12_000
 
 _claims = contextlib.ExitStack()
 atexit.register(_claims.close)
@@ -15,10 +19,11 @@ atexit.register(_claims.close)
 
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    while True:
+        port = FREE_PORT_MIN + secrets.randbelow(FREE_PORTS)
+        with contextlib.suppress(OSError):
+            _bound("127.0.0.1", port, socket.SOCK_STREAM).close()
+            return port
 
 
 def claim(host: str, *ports: int) -> None:

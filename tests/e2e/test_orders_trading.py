@@ -407,7 +407,12 @@ async def test_a_client_order_id_is_good_for_one_order_of_its_user(exchange: Exc
 @asynccontextmanager
 async def user_feed(exchange: Exchange, trader: Trader) -> AsyncIterator[ClientConnection]:
     """A socket that is pushed what happens to this user from now on."""
+
+    async def nothing_is_still_to_be_pushed() -> bool:
+        return not await exchange.pool.fetchval("SELECT EXISTS (SELECT FROM outbox.messages)")
+
     await exchange.until_settled()
+    await until(nothing_is_still_to_be_pushed, 10, "the relay")
     token = trader.client.headers["Authorization"].removeprefix("Bearer ")
     async with connect(exchange.url.replace("http", "ws") + "/ws/user", proxy=None) as socket:
         await socket.send(json.dumps({"op": "auth", "token": token}))

@@ -126,4 +126,5 @@ async def test_a_session_left_in_the_middle_of_a_transaction_does_not_keep_the_i
         await stop(engine)
     with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
         await stuck.execute("COMMIT")
+    stuck.terminate()
     await assert_log_is(pool, commands)

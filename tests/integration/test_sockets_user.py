@@ -12,6 +12,9 @@ from websockets.exceptions import ConnectionClosed
 
 from activities.sessions import REVOKED_CHANNEL, session_key
 from api import socket_client, sockets
+from api.socket_client import SocketClient, Source
+from api.user_feed import UserFeed
+from domain.identity import Identity
 from monitors.relay import run_relay
 from settings import Settings
 from storage.db import Pool
@@ -100,6 +103,29 @@ async def test_what_was_pushed_before_is_not_repeated(api: Api, redis: Redis) ->
         await authenticate(socket, token)
         await add(redis, "2-0", ALICE, "new")
         assert (await receive(socket))["data"] == "new"
+
+
+async def test_what_is_pushed_before_a_new_socket_is_answered_comes_after_the_answer(
+    api: Api, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join, offer, is_offered = UserFeed.join, SocketClient.offer, asyncio.Event()
+
+    async def join_as_something_happens(feed: UserFeed, client: SocketClient, identity: Identity) -> None:
+        await join(feed, client, identity)
+        await add(redis, "1-0", ALICE, "meanwhile")
+        await is_offered.wait()
+
+    def noted(client: SocketClient, payload: bytes, source: Source | None = None) -> None:
+        offer(client, payload, source)
+        if b"meanwhile" in payload:
+            is_offered.set()
+
+    monkeypatch.setattr(UserFeed, "join", join_as_something_happens)
+    monkeypatch.setattr(SocketClient, "offer", noted)
+    token, _ = await api.sign_in(ALICE)
+    async with connect(f"{api.ws}/ws/user") as socket:
+        await authenticate(socket, token)
+        assert (await receive(socket))["data"] == "meanwhile"
 
 
 async def test_an_entry_that_the_relay_repeats_is_sent_once(api: Api, redis: Redis) -> None:
