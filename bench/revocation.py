@@ -7,6 +7,7 @@ orders. The claim is that the slowest of all takes less than a second.
 import argparse
 import asyncio
 import contextlib
+import itertools
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import aiohttp
 import psutil
 from websockets.asyncio.client import ClientConnection, connect
 
-from bench.exchange import PASSWORD, READY_SECONDS, ROOT, Addresses, Api, open_api, percentile, running_exchange
+from bench.exchange import PASSWORD, READY_SECONDS, ROOT, Addresses, Api, Trader, percentile, running_exchange
 from bench.order_pipeline import order
 from stack.ports import free_port
 
@@ -104,21 +105,23 @@ async def revoke(session: aiohttp.ClientSession, apis: Sequence[Addresses]) -> f
         return max(await asyncio.gather(*noticed)) - begun
 
 
-async def place_orders(api: Api, headers: dict[str, str]) -> None:
-    """Orders for ever, each after the answer to the last."""
-    for side in ("BUY", "SELL") * 1_000_000:
-        await api.call("POST", "/api/orders", headers, order(side))
+async def place_orders(api: Api, trader: Trader, side: str) -> None:
+    """Orders until cancelled, each after the answer to the last. On one side: nobody meets an order of their own."""
+    while True:
+        await api.call("POST", "/api/orders", trader.headers, order(side))
 
 
 async def measure(addresses: Addresses, second: Addresses, count: int) -> bool:
     """Print the figures; whether the claim holds."""
     holds = True
-    async with open_api(addresses, 200) as api, aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession() as session:
+        api = Api(session, addresses)
         await until_ready(session, second)
         traders = await api.traders(LOADING, "100000000")
         await api.call("POST", "/api/users", body={"email": EMAIL, "password": PASSWORD})
         for what, loading in (("idle", 0), (f"beside {LOADING} who place orders", LOADING)):
-            load = [asyncio.create_task(place_orders(api, trader.headers)) for trader in traders[:loading]]
+            placing = zip(traders[:loading], itertools.cycle(("BUY", "SELL")), strict=False)
+            load = [asyncio.create_task(place_orders(api, trader, side)) for trader, side in placing]
             seconds = [await revoke(session, [addresses, second]) for _ in range(count)]
             for task in load:
                 assert not task.done(), task
