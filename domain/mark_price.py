@@ -16,6 +16,9 @@ IMPACT_MARGIN = Decimal(500)
 # How far book and funding may carry the mark away from the index.
 MARK_DEVIATION_MAX = Decimal("0.005")
 RATE_STEP = Decimal("1e-12")
+# A mark older than this says nothing about now: the market process, or what it follows, stands still. The one rule of
+# age, for order entry, the engine, risk and liquidation.
+MARK_AGE_MAX = timedelta(seconds=10)
 
 
 @dataclass(frozen=True, slots=True)

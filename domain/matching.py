@@ -32,8 +32,11 @@ class New(Command, tag="NEW", frozen=True, kw_only=True, omit_defaults=True):
 
     A stop or take-profit order waits outside the book until the price of its `working_type` reaches `stop_price`
     (a stop to buy and a take-profit to sell: from below; the others: from above), at once if it is there already.
-    It then enters as the limit or market order it is.
+    It then enters as the limit or market order it is; without a limit it may trade as far from the mark of that moment
+    as `protection` says (millionths; 0: at `price` or better).
     `post_only` goes with GTC limit orders. `reduce_only` orders only ever bring the user's position nearer to zero.
+    `basis` is the price at which the order's initial margin is held (0: `price`), `loss` what is held beyond it per
+    lot, in ticks: see `engine/guards.py`.
     """
 
     order_id: int
@@ -49,6 +52,9 @@ class New(Command, tag="NEW", frozen=True, kw_only=True, omit_defaults=True):
     reduce_only: bool = False
     stop_price: int = 0
     working_type: WorkingType = "MARK"
+    basis: int = 0
+    loss: int = 0
+    protection: int = 0
 
 
 @final
@@ -72,7 +78,7 @@ class Amend(Command, tag="AMEND", frozen=True, kw_only=True, omit_defaults=True)
 
     What was filled is part of `quantity`, so that a fill on the way here does not make the order larger than asked.
     The order keeps its place in the queue if its price stays and its quantity does not grow; otherwise it enters anew,
-    and may trade. One AMENDED or AMEND_REJECTED with `amendment_id` answers it.
+    and may trade. One AMENDED or AMEND_REJECTED with `amendment_id` answers it. `basis` and `loss` become the order's.
     """
 
     order_id: int
@@ -80,6 +86,8 @@ class Amend(Command, tag="AMEND", frozen=True, kw_only=True, omit_defaults=True)
     price: int | None = None
     quantity: int | None = None
     amendment_id: int = 0
+    basis: int = 0
+    loss: int = 0
 
 
 class CancelReplace(Command, tag="CANCEL_REPLACE", frozen=True, kw_only=True):
@@ -103,10 +111,42 @@ class SetState(Command, tag="SET_STATE", frozen=True, kw_only=True):
     state: TradingState
 
 
-class MarkPrice(Command, tag="MARK_PRICE", frozen=True, kw_only=True):
-    """The mark price is now `price`: orders that wait for it are triggered."""
+class MarkPrice(Command, tag="MARK_PRICE", frozen=True, kw_only=True, omit_defaults=True):
+    """The mark price: orders that wait for it are triggered, and fills are judged by it.
+
+    `price` is the mark rounded down to a tick, `ceiling` rounded up (0: the mark is a whole tick). A mark is live for
+    MARK_AGE_MAX (`domain/mark_price.py`) unless `frozen`: then the last one stands, and nothing opens.
+    """
 
     price: int
+    ceiling: int = 0
+    frozen: bool = False
+
+
+class SetTerms(Command, tag="SET_TERMS", frozen=True, kw_only=True, omit_defaults=True):
+    """On which terms a user's fills are guarded from here on: leverage, and the maintenance margin rate (millionths)
+    of the largest position that their open orders can lead to. `cross`: all of the account backs the position.
+
+    `bankruptcy` is for a position that was opened before the user had terms: its bankruptcy price in millionths of a
+    tick (0: there is none).
+    """
+
+    user_id: int
+    leverage: int
+    maintenance: int
+    cross: bool = False
+    bankruptcy: int = 0
+
+
+class MoveMargin(Command, tag="MOVE_MARGIN", frozen=True, kw_only=True):
+    """The margin of a user's position changes by `amount`, in millionths of a tick times a lot, rounded down.
+
+    More margin counts only while nothing of the user was filled after event `after_seq`, up to which it was decided.
+    """
+
+    user_id: int
+    amount: int
+    after_seq: int
 
 
 class Deleverage(Command, tag="DELEVERAGE", frozen=True, kw_only=True):
@@ -120,7 +160,9 @@ class Deleverage(Command, tag="DELEVERAGE", frozen=True, kw_only=True):
     counterparties: list[int]
 
 
-AnyCommand = New | Cancel | CancelAll | Amend | CancelReplace | SetState | MarkPrice | Deleverage
+AnyCommand = (
+    New | Cancel | CancelAll | Amend | CancelReplace | SetState | MarkPrice | Deleverage | SetTerms | MoveMargin
+)
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="kind", gc=False):
@@ -144,7 +186,12 @@ class Placed(Event, tag="PLACED", frozen=True, omit_defaults=True):
 
 
 class Trade(Event, tag="TRADE", frozen=True, omit_defaults=True):
-    """One match at the maker's price. `taker_price` is the taker's limit or protection price."""
+    """One match at the maker's price. `taker_price` is the taker's limit or protection price.
+
+    `…_basis` (0: `price` of the maker, `taker_price`) and `…_loss` are those of the orders. `…_open_loss` is by how
+    many ticks a side that opens is worse than the mark, as far as its order holds it; `…_leverage` backs what it opens
+    (0: as the risk service has it). `mark` is the mark rounded down (0: not known).
+    """
 
     trade_id: int
     price: int
@@ -162,6 +209,15 @@ class Trade(Event, tag="TRADE", frozen=True, omit_defaults=True):
     taker_liquidation: bool
     maker_reduce_only: bool = False
     taker_reduce_only: bool = False
+    maker_basis: int = 0
+    taker_basis: int = 0
+    maker_loss: int = 0
+    taker_loss: int = 0
+    maker_open_loss: int = 0
+    taker_open_loss: int = 0
+    maker_leverage: int = 0
+    taker_leverage: int = 0
+    mark: int = 0
 
 
 class Filled(Event, tag="FILLED", frozen=True):
@@ -172,7 +228,8 @@ class Filled(Event, tag="FILLED", frozen=True):
 
 
 class Ended(Event, frozen=True, omit_defaults=True):
-    """An order ended with `quantity` lots untraded; `price` is its limit or protection price."""
+    """An order ended with `quantity` lots untraded; `price` is its limit or protection price; `basis` and `loss` are
+    those of the order."""
 
     order_id: int
     user_id: int
@@ -181,6 +238,8 @@ class Ended(Event, frozen=True, omit_defaults=True):
     quantity: int
     reason: str
     reduce_only: bool = False
+    basis: int = 0
+    loss: int = 0
 
 
 class Cancelled(Ended, tag="CANCELLED", frozen=True):
@@ -239,6 +298,10 @@ class Amended(Event, tag="AMENDED", frozen=True, kw_only=True, omit_defaults=Tru
     was_resting: bool = True
     resting: bool = True
     amendment_id: int = 0
+    basis: int = 0
+    loss: int = 0
+    old_basis: int = 0
+    old_loss: int = 0
 
 
 class AmendRejected(Event, tag="AMEND_REJECTED", frozen=True, kw_only=True, omit_defaults=True):

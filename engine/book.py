@@ -128,13 +128,23 @@ class BookSide:
 
 
 class Account:
-    """A user's net `position` in lots, above zero for long, and resting orders by id in order of entry."""
+    """A user's net `position` in lots, above zero for long, and resting orders by id in order of entry.
 
-    __slots__ = ("orders", "position")
+    The rest is for `engine/guards.py`. Terms: `leverage` (0: none, fills are not guarded), `maintenance` and `cross`.
+    `backing`: what the position was opened for, less (long) or more (short) its margin, in millionths of a tick times
+    a lot: a price of `backing` / position makes it worth nothing. `fill_seq` is the event of the last fill.
+    """
+
+    __slots__ = ("backing", "cross", "fill_seq", "leverage", "maintenance", "orders", "position")
 
     def __init__(self) -> None:
         self.position = 0
         self.orders: dict[int, Order] = {}
+        self.leverage = 0
+        self.maintenance = 0
+        self.cross = False
+        self.backing = 0
+        self.fill_seq = 0
 
 
 class Book:

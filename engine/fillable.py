@@ -2,6 +2,7 @@
 
 from domain.matching import New
 from engine.book import Book, BookSide
+from engine.guards import Guards
 from engine.reductions import Reductions
 
 
@@ -28,12 +29,12 @@ class _Trial:
                 self.lots[newest] = open_lots - cut
 
 
-def fillable(taker: New, wanted: int, book: Book, opposite: BookSide, reductions: Reductions) -> bool:
-    """Whether `wanted` lots would trade at once, self-trade prevention and reduce-only orders considered."""
+def fillable(taker: New, wanted: int, book: Book, opposite: BookSide, reductions: Reductions, guards: Guards) -> bool:
+    """Whether `wanted` lots would trade at once, self-trade prevention, reduce-only orders and guards considered."""
     limit_key = opposite.sign * taker.price
     account = book.accounts.get(taker.user_id)
-    if (account and account.orders) or reductions.users:
-        return _fillable_by_orders(taker, wanted, opposite, limit_key, reductions)
+    if (account and account.orders) or reductions.users or guards.mark:
+        return _fillable_by_orders(taker, wanted, book, opposite, limit_key, reductions, guards)
     for level in opposite:
         if level.key > limit_key:
             return False
@@ -43,16 +44,31 @@ def fillable(taker: New, wanted: int, book: Book, opposite: BookSide, reductions
     return False
 
 
-def _fillable_by_orders(taker: New, wanted: int, opposite: BookSide, limit_key: int, reductions: Reductions) -> bool:
+def _fillable_by_orders(
+    taker: New,
+    wanted: int,
+    book: Book,
+    opposite: BookSide,
+    limit_key: int,
+    reductions: Reductions,
+    guards: Guards,
+) -> bool:
     trials = dict[int, _Trial]()
+    own = book.accounts[taker.user_id]
+    asked = wanted
     for level in opposite:
         if level.key > limit_key:
+            return False
+        if own.leverage and not taker.liquidation and not guards.covers_all(own, taker, level.price, asked):
             return False
         for maker in level:
             user_id, order_id = maker.new.user_id, maker.new.order_id
             if user_id == taker.user_id:
                 if taker.stp_mode != "EXPIRE_MAKER":
                     return False
+                continue
+            account = book.accounts[user_id]
+            if account.leverage and not guards.covers_all(account, maker.new, level.price, maker.remaining):
                 continue
             lots = maker.remaining
             reducers = reductions.users.get(user_id)

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import structs
 
 from domain.instruments import Instrument
+from domain.mark_price import MARK_AGE_MAX
 from domain.matching import (
     Amend,
     Amended,
@@ -27,10 +28,12 @@ from domain.matching import (
     Expired,
     Filled,
     MarkPrice,
+    MoveMargin,
     New,
     Placed,
     Rejected,
     SetState,
+    SetTerms,
     Side,
     StateChanged,
     StopPlaced,
@@ -38,8 +41,9 @@ from domain.matching import (
     TradingState,
     Triggered,
 )
-from engine.book import Book, BookSide, Order
+from engine.book import Account, Book, BookSide, Level, Order
 from engine.fillable import fillable
+from engine.guards import ONE, Guards, book_fill, move_margin, reducible
 from engine.reductions import Reductions
 from engine.stops import Stops, waits_for_rise
 
@@ -47,9 +51,24 @@ from engine.stops import Stops, waits_for_rise
 # the first 8.8 * 10^12 events of an instrument.
 INSTRUMENTS_MAX = 1024
 FEE_UNITS = 10**8
-SNAPSHOT_VERSION = 2
+SNAPSHOT_VERSION = 3
+# Version 2 had no guards; its users have no terms yet.
+SNAPSHOT_VERSIONS = (2, SNAPSHOT_VERSION)
+MARK_AGE_MAX_MS = int(MARK_AGE_MAX.total_seconds() * 1000)
 PLAIN = frozenset({"LIMIT", "MARKET"})
 RESTING = frozenset({"LIMIT", "STOP_LIMIT", "TAKE_PROFIT_LIMIT"})
+
+
+class Guarded(msgspec.Struct, frozen=True, array_like=True):
+    """What `engine.book.Account` keeps of a user with terms."""
+
+    user_id: int
+    leverage: int
+    maintenance: int
+    cross: bool
+    # As text, since it may be beyond 64 bits.
+    backing: str
+    fill_seq: int
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
@@ -63,12 +82,15 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     positions: list[tuple[int, int]]
     resting: list[Order]
     waiting: list[Order]
+    mark_ceiling: int = 0
+    mark_live_until: int = 0
+    guarded: list[Guarded] = []
 
 
 class Matcher:
     """The book of one instrument and the rules that change it; `event_seq` is the seq of the last event given out.
 
-    `mark_price` and `last_price` are 0 as long as there is none. Amended and shrunk reduce-only orders, stops and the
+    `last_price` and `mark_price` are 0 as long as there is none. Amended and shrunk reduce-only orders, stops and the
     like are told in `domain/matching.py`, with the command or event that is about them.
     """
 
@@ -78,8 +100,8 @@ class Matcher:
         "_instrument_number",
         "book",
         "event_seq",
+        "guards",
         "last_price",
-        "mark_price",
         "reductions",
         "state",
         "stops",
@@ -91,7 +113,7 @@ class Matcher:
         self.stops = Stops()
         self.reductions = Reductions(self.book.accounts)
         self.state: TradingState = "TRADING"
-        self.mark_price = 0
+        self.guards = Guards(-int(-instrument.taker_fee_rate * ONE // 1))
         self.last_price = 0
         self.event_seq = 0
         # Triggered orders that have not entered yet; empty between commands.
@@ -111,11 +133,18 @@ class Matcher:
                 SNAPSHOT_VERSION,
                 self.event_seq,
                 self.state,
-                self.mark_price,
+                self.guards.mark,
                 self.last_price,
                 sorted((user_id, own.position) for user_id, own in self.book.accounts.items() if own.position),
                 list(self.book.orders.values()),
                 list(self.stops.orders.values()),
+                self.guards.ceiling,
+                self.guards.live_until,
+                [
+                    Guarded(user_id, own.leverage, own.maintenance, own.cross, str(own.backing), own.fill_seq)
+                    for user_id, own in sorted(self.book.accounts.items(), key=lambda item: item[0])
+                    if own.leverage
+                ],
             )
         )
 
@@ -123,15 +152,21 @@ class Matcher:
     def load(cls, instrument: Instrument, state: bytes) -> "Matcher":
         """The matcher that was dumped. Raises ValueError if `state` is malformed or of another version."""
         snapshot = msgspec.msgpack.decode(state, type=Snapshot)
-        if snapshot.version != SNAPSHOT_VERSION:
+        if snapshot.version not in SNAPSHOT_VERSIONS:
             raise ValueError(f"Expected a snapshot of version {SNAPSHOT_VERSION}, was {snapshot.version}")
         matcher = cls(instrument)
         matcher.event_seq = snapshot.event_seq
         matcher.state = snapshot.state
-        matcher.mark_price = snapshot.mark_price
+        matcher.guards.mark = snapshot.mark_price
+        matcher.guards.ceiling = snapshot.mark_ceiling or snapshot.mark_price
+        matcher.guards.live_until = snapshot.mark_live_until
         matcher.last_price = snapshot.last_price
         for user_id, position in snapshot.positions:
             matcher.book.accounts[user_id].position = position
+        for kept in snapshot.guarded:
+            account = matcher.book.accounts[kept.user_id]
+            account.leverage, account.maintenance, account.cross = kept.leverage, kept.maintenance, kept.cross
+            account.backing, account.fill_seq = int(kept.backing), kept.fill_seq
         for order in snapshot.resting:
             matcher._rest(order)
         for order in snapshot.waiting:
@@ -153,10 +188,15 @@ class Matcher:
         self.event_seq += len(events)
         return events
 
-    def _apply_rare(
-        self, command: CancelAll | Amend | CancelReplace | SetState | MarkPrice | Deleverage, events: list[AnyEvent]
-    ) -> None:
-        if isinstance(command, CancelAll):
+    @property
+    def mark_price(self) -> int:
+        """The mark, rounded down to a tick."""
+        return self.guards.mark
+
+    def _apply_rare(self, command: AnyCommand, events: list[AnyEvent]) -> None:
+        if isinstance(command, MarkPrice):
+            self._mark(command)
+        elif isinstance(command, CancelAll):
             self._cancel_all(command, events)
         elif isinstance(command, Amend):
             self._amend(command, events)
@@ -169,9 +209,23 @@ class Matcher:
                 self.state = command.state
                 events.append(StateChanged(at=command.at, state=command.state))
                 self._mark_reached()
-        elif command.price > 0:
-            self.mark_price = command.price
+        elif isinstance(command, SetTerms):
+            self._set_terms(command)
+        elif isinstance(command, MoveMargin):
+            move_margin(self.book.accounts[command.user_id], command.amount, command.after_seq)
+
+    def _mark(self, command: MarkPrice) -> None:
+        guards = self.guards
+        if command.price > 0:
+            guards.mark, guards.ceiling = command.price, command.ceiling or command.price
+            guards.live_until = 0 if command.frozen else command.at + MARK_AGE_MAX_MS
             self._mark_reached()
+
+    def _set_terms(self, terms: SetTerms) -> None:
+        account = self.book.accounts[terms.user_id]
+        if not account.leverage:
+            account.backing = terms.bankruptcy * abs(account.position)
+        account.leverage, account.maintenance, account.cross = terms.leverage, terms.maintenance, terms.cross
 
     # Entry
 
@@ -193,8 +247,11 @@ class Matcher:
 
     def _wait(self, order: Order, at: int, events: list[AnyEvent]) -> None:
         new = order.new
-        price = self.mark_price if new.working_type == "MARK" else self.last_price
-        if price and (price >= new.stop_price if waits_for_rise(new) else price <= new.stop_price):
+        rises = waits_for_rise(new)
+        price = self.last_price
+        if new.working_type == "MARK":
+            price = self.guards.mark if rises else self.guards.ceiling
+        if price and (price >= new.stop_price if rises else price <= new.stop_price):
             self._due.append(order)
             return
         self.stops.add(order)
@@ -217,32 +274,28 @@ class Matcher:
     ) -> None:
         """Let `quantity` lots of an order trade and rest. What its terms forbid to enter ends as `refused`."""
         book, price = self.book, new.price
-        if new.side == "BUY":
-            opposite = book.asks
-            best = opposite.best
-            crosses = best is not None and best.price <= price
-        else:
-            opposite = book.bids
-            best = opposite.best
-            crosses = best is not None and best.price >= price
-        if crosses and new.post_only:
-            events.append(_ended(refused, new, quantity, at, "POST_ONLY_WOULD_CROSS"))
+        opposite = book.asks if new.side == "BUY" else book.bids
+        crosses = opposite.best is not None and opposite.best.key <= opposite.sign * price
+        refusal = self._entry_refusal(new, quantity, at, crosses=crosses)
+        if refusal:
+            if refusal == "REDUCE_ONLY" and refused is Rejected:
+                refusal = "REDUCE_ONLY_REJECTED"
+            events.append(_ended(refused, new, quantity, at, refusal))
             return
         if new.reduce_only:
             room = self.reductions.reducible(new.user_id, new.side)
-            if not room:
-                reason = "REDUCE_ONLY_REJECTED" if refused is Rejected else "REDUCE_ONLY"
-                events.append(_ended(refused, new, quantity, at, reason))
-                return
             new, quantity = _shrunk(new, quantity, room, at, events)
         time_in_force = new.time_in_force
-        if time_in_force == "FOK" and not fillable(new, quantity, book, opposite, self.reductions):
+        if time_in_force == "FOK" and not fillable(new, quantity, book, opposite, self.reductions, self.guards):
             events.append(_ended(Expired, new, quantity, at, "FOK_NOT_FILLABLE"))
             return
 
         if crosses:
             quantity = self._match(new, quantity, at, opposite, events)
             if not quantity:
+                return
+            if self._is_stopped(new, opposite):
+                events.append(_ended(Expired, new, quantity, at, "MARGIN_AT_MARK"))
                 return
         if new.type not in RESTING:
             reason = "NO_LIQUIDITY" if opposite.best is None else "PROTECTION_PRICE"
@@ -255,6 +308,23 @@ class Matcher:
             book.add(Order(new, price, quantity))
             events.append(Placed(at, new.order_id, new.user_id, new.side, price, quantity))
 
+    def _entry_refusal(self, new: New, quantity: int, at: int, *, crosses: bool) -> str:
+        """Why an order may not enter; empty if it may."""
+        if crosses and new.post_only:
+            return "POST_ONLY_WOULD_CROSS"
+        account = self.book.accounts.get(new.user_id)
+        closing = 0 if account is None else reducible(account, new.side)
+        if new.reduce_only:
+            return "" if closing else "REDUCE_ONLY"
+        if account is not None and account.leverage and quantity > closing and at > self.guards.live_until:
+            return "MARK_PRICE_UNAVAILABLE"
+        return ""
+
+    def _is_stopped(self, new: New, opposite: BookSide) -> bool:
+        """Whether somebody is left whom only its guard kept the order from trading with."""
+        account, best = self.book.accounts[new.user_id], opposite.best
+        return bool(account.leverage) and best is not None and best.key <= opposite.sign * new.price
+
     def _rest(self, order: Order) -> None:
         self.book.add(order)
         if order.new.reduce_only:
@@ -264,36 +334,38 @@ class Matcher:
 
     def _match(self, new: New, remaining: int, at: int, opposite: BookSide, events: list[AnyEvent]) -> int:
         """Trade with the opposite side up to the limit; the lots that remain, 0 if the order has ended."""
-        side, user_id, order_id, limit = new.side, new.user_id, new.order_id, new.price
-        liquidation, taker_reduces, buys = new.liquidation, new.reduce_only, side == "BUY"
-        orders, accounts, reducing = self.book.orders, self.book.accounts, self.reductions.users
+        side, user_id, limit, buys = new.side, new.user_id, new.price, new.side == "BUY"
+        accounts, reducing = self.book.accounts, self.reductions.users
         maker_units, taker_units, per = self._fees
         trade_id = self.event_seq * INSTRUMENTS_MAX + self._instrument_number
         taker = accounts[user_id]
+        # The worst price for now, and for how many lots that is so.
+        bound, phase = self._phase(taker, new, remaining)
         while (level := opposite.best) is not None:
+            bound, phase = (bound, phase) if phase else self._phase(taker, new, remaining)
             price, queue = level.price, level.queue
-            if (buys and price > limit) or (not buys and price < limit):
+            if (buys and price > bound) or (not buys and price < bound):
                 return remaining
-            while level.lots:
-                maker = queue[0]
-                if not maker.remaining:
-                    maker = level.first()
-                open_lots = maker.remaining
+            while level.lots and phase:
+                maker = queue[0] if queue[0].remaining else level.first()
                 maker_new = maker.new
-                maker_user_id = maker_new.user_id
-                if maker_user_id == user_id:
+                account = accounts[maker_new.user_id]
+                if account is taker:
                     if self._prevented(maker, new, remaining, at, events):
                         return 0
                     continue
-                maker_order_id = maker_new.order_id
-                quantity = open_lots if open_lots < remaining else remaining
+                quantity = maker.remaining if maker.remaining < phase else phase
+                covers: tuple[int, ...] = ()
+                if account.leverage or taker.leverage:
+                    quantity, covers = self._guarded(maker, account, taker, new, price, quantity)
+                    if not quantity:
+                        self._take_out(maker, at, "MARGIN_AT_MARK", events)
+                        continue
                 remaining -= quantity
-                open_lots -= quantity
+                phase -= quantity
+                open_lots = maker.remaining - quantity
                 level.lots -= quantity
                 notional = price * quantity
-                maker_fee, taker_fee = notional * maker_units, notional * taker_units
-                if per != 1:
-                    maker_fee, taker_fee = -(-maker_fee // per), -(-taker_fee // per)
                 events.append(
                     Trade(
                         at,
@@ -301,39 +373,94 @@ class Matcher:
                         price,
                         quantity,
                         side,
-                        maker_order_id,
-                        maker_user_id,
+                        maker_new.order_id,
+                        maker_new.user_id,
                         open_lots,
-                        maker_fee,
-                        order_id,
+                        -(-notional * maker_units // per),
+                        new.order_id,
                         user_id,
                         remaining,
-                        taker_fee,
+                        -(-notional * taker_units // per),
                         limit,
-                        liquidation,
+                        new.liquidation,
                         maker_new.reduce_only,
-                        taker_reduces,
+                        new.reduce_only,
+                        *covers,
                     )
                 )
                 self.last_price = price
                 bought = quantity if buys else -quantity
                 taker.position += bought
-                account = accounts[maker_user_id]
                 account.position -= bought
+                if covers:
+                    self._back(taker, bought, new, account, maker_new, events)
                 if open_lots:
                     maker.remaining = open_lots
                 else:
-                    queue.popleft()
-                    del orders[maker_order_id], account.orders[maker_order_id]
-                    events.append(Filled(at, maker_order_id, maker_user_id))
-                    if not level.lots:
-                        opposite.emptied(level)
+                    self._maker_filled(level, maker, account, opposite, at, events)
                 if reducing:
                     self._position_changed(maker, open_lots, quantity, user_id, at, events)
                 if not remaining:
-                    events.append(Filled(at, order_id, user_id))
+                    events.append(Filled(at, new.order_id, user_id))
                     return 0
         return remaining
+
+    def _maker_filled(
+        self, level: Level, maker: Order, account: Account, opposite: BookSide, at: int, events: list[AnyEvent]
+    ) -> None:
+        """Take the first order of a level out, of which nothing remains."""
+        order_id = maker.new.order_id
+        level.queue.popleft()
+        del self.book.orders[order_id], account.orders[order_id]
+        events.append(Filled(at, order_id, maker.new.user_id))
+        if not level.lots:
+            opposite.emptied(level)
+
+    # Guards
+
+    def _phase(self, taker: Account, new: New, remaining: int) -> tuple[int, int]:
+        """The worst price that an order may trade at now, and for how many lots: until it has closed the position."""
+        if not taker.leverage or new.liquidation:
+            return new.price, remaining
+        closing = min(remaining, reducible(taker, new.side))
+        worst = self.guards.worst_price(taker, new, closes=closing > 0)
+        bound = min(worst, new.price) if new.side == "BUY" else max(worst, new.price)
+        return bound, closing or remaining
+
+    def _guarded(
+        self, maker: Order, account: Account, taker: Account, new: New, price: int, quantity: int
+    ) -> tuple[int, tuple[int, ...]]:
+        """How many of `quantity` lots the maker's guard allows, and what the trade tells of the guards of both sides:
+        the last fields of `Trade`."""
+        terms, guards = maker.new, self.guards
+        if account.leverage:
+            quantity = guards.lots(account, terms, price, quantity)
+        maker_opens, taker_opens = not reducible(account, terms.side), not reducible(taker, new.side)
+        return quantity, (
+            terms.basis,
+            new.basis,
+            terms.loss,
+            new.loss,
+            guards.open_loss(terms.side, price, terms.loss) if maker_opens else 0,
+            guards.open_loss(new.side, price, new.loss) if taker_opens else 0,
+            account.leverage,
+            taker.leverage,
+            guards.mark,
+        )
+
+    def _back(
+        self, taker: Account, bought: int, new: New, maker: Account, maker_new: New, events: list[AnyEvent]
+    ) -> None:
+        """Fold the trade that was written last into what backs the positions of both sides."""
+        trade = events[-1]
+        assert isinstance(trade, Trade)
+        seq, price = self.event_seq + len(events), trade.price
+        for account, lots, terms, open_loss in (
+            (taker, bought, new, trade.taker_open_loss),
+            (maker, -bought, maker_new, trade.maker_open_loss),
+        ):
+            if account.leverage:
+                book_fill(account, lots, price, terms.basis or terms.price, open_loss, seq)
 
     def _prevented(self, maker: Order, new: New, remaining: int, at: int, events: list[AnyEvent]) -> bool:
         """Self-trade prevention: end the maker's order, the taker's or both; whether it ended the taker's."""
@@ -372,9 +499,9 @@ class Matcher:
                 events.append(_ended(Expired, order.new, cut, at, "REDUCE_ONLY"))
                 self._remove(order)
             else:
-                old = order.remaining
-                self._lower(order, old - cut)
-                events.append(_amended(order, at, order.price, old, "REDUCE_ONLY"))
+                before = Order(order.new, order.price, order.remaining)
+                self._lower(order, before.remaining - cut)
+                events.append(_amended(order, at, before, "REDUCE_ONLY"))
             excess -= cut
 
     def _rest_reducing(self, new: New, quantity: int, at: int, events: list[AnyEvent]) -> None:
@@ -405,8 +532,10 @@ class Matcher:
                 continue
             left -= lots
             bought = lots if side == "BUY" else -lots
-            accounts[user_id].position += bought
-            accounts[counterparty].position -= bought
+            for account, lots_bought in ((accounts[user_id], bought), (accounts[counterparty], -bought)):
+                account.position += lots_bought
+                if account.leverage:
+                    book_fill(account, lots_bought, command.price, 0, 0, self.event_seq + len(events) + 1)
             events.append(
                 Deleveraged(
                     at=command.at,
@@ -468,7 +597,11 @@ class Matcher:
     def _take_out(self, order: Order, at: int, reason: str, events: list[AnyEvent]) -> None:
         new = order.new
         order_id, reduces = new.order_id, new.reduce_only
-        events.append(Cancelled(at, order_id, new.user_id, new.side, order.price, order.remaining, reason, reduces))
+        events.append(
+            Cancelled(
+                at, order_id, new.user_id, new.side, order.price, order.remaining, reason, reduces, new.basis, new.loss
+            )
+        )
         if order_id in self.book.orders:
             if reduces:
                 self.reductions.remove(order, order.remaining)
@@ -488,14 +621,14 @@ class Matcher:
         if refusal:
             events.append(_amend_rejected(command, refusal))
             return
-        terms = structs.replace(new, price=price, quantity=total)
+        terms = structs.replace(new, price=price, quantity=total, basis=command.basis, loss=command.loss)
         remaining = total - (new.quantity - order.remaining)
         if command.order_id in self.book.orders:
             self._amend_resting(order, terms, remaining, command, events)
         else:
-            old_price, old_quantity = order.price, order.remaining
+            before = Order(new, order.price, order.remaining)
             order.new, order.price, order.remaining = terms, price, remaining
-            events.append(_amended_by(command, order, old_price, old_quantity, was_resting=False, resting=False))
+            events.append(_amended_by(command, order, before, was_resting=False, resting=False))
 
     def _amend_refusal(self, order: Order, price: int, total: int) -> str:
         """Why the order may not have this price and be over `total` lots; empty if it may."""
@@ -512,27 +645,28 @@ class Matcher:
         return ""
 
     def _amend_resting(self, order: Order, terms: New, remaining: int, command: Amend, events: list[AnyEvent]) -> None:
-        old_price, old_quantity = order.price, order.remaining
+        before = Order(order.new, order.price, order.remaining)
         amended = Order(terms, terms.price, remaining)
         if terms.reduce_only:
             # Room beside the user's other orders; never less than this one has already.
             reductions = self.reductions
-            room = reductions.reducible(terms.user_id, terms.side) - reductions.lots(terms.user_id) + old_quantity
+            room = reductions.reducible(terms.user_id, terms.side) - reductions.lots(terms.user_id) + before.remaining
             if remaining > room:
                 _resize(amended, room)
-        if amended.price == old_price and amended.remaining <= old_quantity:
+        if amended.price == before.price and amended.remaining <= before.remaining:
             self._lower(order, amended.remaining)
-            events.append(_amended_by(command, order, old_price, old_quantity))
+            order.new = structs.replace(order.new, basis=terms.basis, loss=terms.loss)
+            events.append(_amended_by(command, order, before))
             return
         self._remove(order)
-        events.append(_amended_by(command, amended, old_price, old_quantity, resting=False))
+        events.append(_amended_by(command, amended, before, resting=False))
         self._enter(amended.new, amended.remaining, command.at, Expired, events)
 
     # Stops
 
     def _mark_reached(self) -> None:
-        if self.state == "TRADING" and self.mark_price:
-            self._due += self.stops.reached("MARK", self.mark_price)
+        if self.state == "TRADING" and self.guards.mark:
+            self._due += self.stops.reached("MARK", self.guards.mark, self.guards.ceiling)
 
     def _trigger(self, at: int, events: list[AnyEvent]) -> None:
         """Let triggered orders enter, one after the other. Those that their trades trigger in turn queue up behind."""
@@ -541,7 +675,7 @@ class Matcher:
             if self.stops.await_last():
                 for event in events[seen:]:
                     if isinstance(event, Trade):
-                        due += self.stops.reached("LAST", event.price)
+                        due += self.stops.reached("LAST", event.price, event.price)
             seen = len(events)
             if not due:
                 return
@@ -558,7 +692,17 @@ class Matcher:
                     reduce_only=new.reduce_only,
                 )
             )
-            self._enter(new, order.remaining, at, Expired, events)
+            self._enter(self._protected(new), order.remaining, at, Expired, events)
+
+    def _protected(self, new: New) -> New:
+        """A triggered order without a limit, at the protection price that the mark of this moment gives it."""
+        if not new.protection or not self.guards.mark:
+            return new
+        if new.side == "BUY":
+            price = self.guards.mark * (ONE + new.protection) // ONE
+        else:
+            price = max(1, -(-self.guards.ceiling * (ONE - new.protection) // ONE))
+        return structs.replace(new, price=price, basis=new.basis or new.price)
 
 
 def _invalid(new: New) -> bool:
@@ -572,14 +716,15 @@ def _invalid(new: New) -> bool:
 def _ended(
     kind: type[Cancelled | Expired | Rejected], new: New, quantity: int, at: int, reason: str
 ) -> Cancelled | Expired | Rejected:
-    return kind(at, new.order_id, new.user_id, new.side, new.price, quantity, reason, new.reduce_only)
+    return kind(
+        at, new.order_id, new.user_id, new.side, new.price, quantity, reason, new.reduce_only, new.basis, new.loss
+    )
 
 
 def _amended(
     order: Order,
     at: int,
-    old_price: int,
-    old_quantity: int,
+    before: Order,
     reason: str,
     *,
     was_resting: bool = True,
@@ -594,24 +739,27 @@ def _amended(
         side=new.side,
         price=order.price,
         quantity=order.remaining,
-        old_price=old_price,
-        old_quantity=old_quantity,
+        old_price=before.price,
+        old_quantity=before.remaining,
         reason=reason,
         reduce_only=new.reduce_only,
         was_resting=was_resting,
         resting=resting,
         amendment_id=amendment_id,
+        basis=new.basis,
+        loss=new.loss,
+        old_basis=before.new.basis,
+        old_loss=before.new.loss,
     )
 
 
 def _amended_by(
-    command: Amend, order: Order, old_price: int, old_quantity: int, *, was_resting: bool = True, resting: bool = True
+    command: Amend, order: Order, before: Order, *, was_resting: bool = True, resting: bool = True
 ) -> Amended:
     return _amended(
         order,
         command.at,
-        old_price,
-        old_quantity,
+        before,
         "USER_REQUEST",
         was_resting=was_resting,
         resting=resting,
@@ -642,5 +790,6 @@ def _shrunk(new: New, quantity: int, room: int, at: int, events: list[AnyEvent])
         return new, quantity
     order = Order(new, new.price, quantity)
     _resize(order, room)
-    events.append(_amended(order, at, new.price, quantity, "REDUCE_ONLY", was_resting=False, resting=False))
+    before = Order(new, new.price, quantity)
+    events.append(_amended(order, at, before, "REDUCE_ONLY", was_resting=False, resting=False))
     return order.new, room

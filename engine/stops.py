@@ -49,12 +49,12 @@ class Stops:
         """Whether any order waits for the last price."""
         return bool(self.rising["LAST"] or self.falling["LAST"])
 
-    def reached(self, working_type: WorkingType, price: int) -> list[Order]:
-        """Take out the orders that `price` triggers: those that waited for a rise, lowest stop price first, then
-        those that waited for a fall, highest first; at one stop price in order of entry.
+    def reached(self, working_type: WorkingType, price: int, ceiling: int) -> list[Order]:
+        """Take out the orders that a price triggers, which is given rounded down and up: those that waited for a rise,
+        lowest stop price first, then those that waited for a fall, highest first; at one stop price in order of entry.
         """
         orders: list[Order] = []
-        for prices, key in ((self.rising[working_type], price), (self.falling[working_type], -price)):
+        for prices, key in ((self.rising[working_type], price), (self.falling[working_type], -ceiling)):
             while prices and prices.peekitem(0)[0] <= key:
                 orders += prices.popitem(0)[1].values()
         for order in orders:

@@ -1,0 +1,116 @@
+"""Whether a fill is covered: how far from the mark, or from what backs the position, it may be.
+
+Every fill of a user with terms (`SetTerms`) either opens or closes; a fill that would do both is made in two.
+
+What *opens* gets the initial margin of its price, and what it loses at once against the mark as far as its order holds
+that (`New.loss`). The rest of that loss may eat the initial margin down to the maintenance margin, and no further: then
+equity at the mark is not below maintenance. With m = mark, i = initial and u = maintenance margin rate:
+
+    BUY:  price <= m + loss + m * (i - u)                 margin = price * i + open loss
+    SELL: price >= m - loss - m * (i - u) / (1 + i)       margin = min(price + open loss, basis) * i + open loss
+
+What *closes* an isolated position may cost what backs it, the taker fee included, and nothing else: the price is no
+worse than the bankruptcy price. A cross position is backed by the whole account, of which the engine knows no more than
+that its equity is above the maintenance margin; so what closes may be worse than the mark by that, and by `New.loss`.
+
+Prices are ticks, quantities lots, rates millionths. What is kept of a user rounds against them.
+"""
+
+from domain.matching import New, Side
+from engine.book import Account
+
+ONE = 1_000_000
+# No price: worse than every price that an order can have.
+NO_SALE = 1 << 63
+
+
+class Guards:
+    """The mark as the engine has heard it, and the rules of this module. `mark` is rounded down, `ceiling` up; both
+    are 0 as long as there is none. Until `live_until` (Unix milliseconds) it is live."""
+
+    __slots__ = ("ceiling", "live_until", "mark", "taker_fee")
+
+    def __init__(self, taker_fee: int) -> None:
+        self.mark = 0
+        self.ceiling = 0
+        self.live_until = 0
+        self.taker_fee = taker_fee
+
+    def worst_price(self, account: Account, new: New, *, closes: bool) -> int:
+        """The worst price at which an order of a user with terms may open or close; the order's own is not asked."""
+        buys = new.side == "BUY"
+        if closes and not account.cross:
+            return self._bankruptcy_price(account)
+        if not self.mark:
+            return 0 if buys else NO_SALE
+        initial = ONE // account.leverage
+        slack = account.maintenance if closes else max(0, initial - account.maintenance)
+        if not buys:
+            return self.ceiling - new.loss - self.ceiling * slack // (ONE if closes else ONE + initial)
+        worst = self.mark + new.loss + self.mark * slack // ONE
+        return worst if closes or not new.basis else min(worst, new.basis)
+
+    def open_loss(self, side: Side, price: int, loss: int) -> int:
+        """By how many ticks a fill that opens is worse than the mark, at most what is held for that."""
+        gap = price - self.mark if side == "BUY" else self.ceiling - price
+        return max(0, min(loss, gap))
+
+    def lots(self, account: Account, new: New, price: int, quantity: int) -> int:
+        """How many of `quantity` lots may trade at `price` at once: none, or up to where fills begin to open."""
+        closing = min(quantity, reducible(account, new.side))
+        worst = self.worst_price(account, new, closes=closing > 0)
+        if price > worst if new.side == "BUY" else price < worst:
+            return 0
+        return closing or quantity
+
+    def covers_all(self, account: Account, new: New, price: int, quantity: int) -> bool:
+        """Whether `quantity` lots may trade at `price`, whatever else the user's orders do before: more is asked for
+        than may be needed."""
+        buys = new.side == "BUY"
+        closing = reducible(account, new.side)
+        worst = []
+        if closing:
+            # A tick to spare, since what is kept of a position that shrinks is rounded.
+            price_then = price + 1 if buys else price - 1
+            worst.append((price_then, self.worst_price(account, new, closes=True)))
+        if quantity > closing or not new.reduce_only:
+            worst.append((price, self.worst_price(account, new, closes=False)))
+        return all(at <= limit if buys else at >= limit for at, limit in worst)
+
+    def _bankruptcy_price(self, account: Account) -> int:
+        held = abs(account.position)
+        if account.position > 0:
+            return -(-account.backing // (held * (ONE - self.taker_fee)))
+        return account.backing // (held * (ONE + self.taker_fee))
+
+
+def reducible(account: Account, side: Side) -> int:
+    """How many lots an order on `side` can take off the position."""
+    return max(0, -account.position if side == "BUY" else account.position)
+
+
+def book_fill(account: Account, bought: int, price: int, basis: int, open_loss: int, seq: int) -> None:
+    """Fold a fill of `bought` lots (below 0: sold), which has either opened or closed, into what backs the position,
+    which has it already."""
+    position = account.position - bought
+    account.fill_seq = seq
+    if position * bought < 0:
+        held, closed = abs(position), abs(bought)
+        shared = account.backing * closed
+        account.backing -= shared // held if position > 0 else -(-shared // held)
+    elif bought > 0:
+        initial = ONE // account.leverage
+        account.backing += bought * (price * (ONE - initial) - open_loss * ONE)
+    else:
+        initial = ONE // account.leverage
+        account.backing -= bought * (price * ONE + min(price + open_loss, basis) * initial + open_loss * ONE)
+
+
+def move_margin(account: Account, amount: int, after_seq: int) -> None:
+    """Put `amount` (millionths of a tick times a lot) behind a position, or take it away.
+
+    More is believed only if nothing was filled after event `after_seq`: part of it may have gone with what was closed.
+    """
+    if not account.leverage or not account.position or (amount > 0 and account.fill_seq > after_seq):
+        return
+    account.backing -= amount if account.position > 0 else -amount
