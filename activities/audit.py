@@ -177,13 +177,17 @@ SETTLED_CHECKS = {
                    WHERE s.kind = 'PLACE' AND x.user_id = coalesce(e.user_id, o.user_id)))
         FROM (SELECT user_id, instrument_id, sum(orders) AS open_orders,
                      coalesce(sum(notional) FILTER (WHERE side = 'BUY'), 0) AS bids,
-                     coalesce(sum(notional) FILTER (WHERE side = 'SELL'), 0) AS asks
+                     coalesce(sum(notional) FILTER (WHERE side = 'SELL'), 0) AS asks,
+                     coalesce(sum(loss) FILTER (WHERE side = 'BUY'), 0) AS bid_loss,
+                     coalesce(sum(loss) FILTER (WHERE side = 'SELL'), 0) AS ask_loss
               FROM orders.v_claims WHERE status IN ('ACCEPTED', 'PLACED', 'PARTIALLY_FILLED', 'CANCEL_REQUESTED')
               GROUP BY user_id, instrument_id) o
         FULL JOIN risk.v_exposures e USING (user_id, instrument_id)
         JOIN orders.v_cursors c USING (instrument_id) JOIN risk.v_cursors r USING (instrument_id)
-        WHERE (coalesce(o.bids, 0), coalesce(o.asks, 0), coalesce(o.open_orders, 0))
-              <> (coalesce(e.bid_notional, 0), coalesce(e.ask_notional, 0), coalesce(e.open_orders, 0))""",
+        WHERE (coalesce(o.bids, 0), coalesce(o.asks, 0), coalesce(o.open_orders, 0), coalesce(o.bid_loss, 0),
+               coalesce(o.ask_loss, 0))
+              <> (coalesce(e.bid_notional, 0), coalesce(e.ask_notional, 0), coalesce(e.open_orders, 0),
+                  coalesce(e.bid_loss, 0), coalesce(e.ask_loss, 0))""",
     "positions_equal_exposures": """
         SELECT 'user:' || user_id || ' ' || instrument_id, c.applied_seq = r.applied_seq
         FROM positions.v_positions p FULL JOIN risk.v_exposures e USING (user_id, instrument_id)

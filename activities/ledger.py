@@ -15,6 +15,8 @@ import asyncpg
 import msgspec
 from temporalio import activity
 
+from activities.matching import append_commands
+from domain.clock import to_ms
 from domain.events import (
     BusinessEvent,
     FundsFrozen,
@@ -34,6 +36,7 @@ from domain.funding import (
     charge,
 )
 from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved
+from domain.matching import MoveMargin, margin_units
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
 from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest
@@ -297,6 +300,7 @@ async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
     plan = await _risk_step(conn, f"adjust:{change.change_id}", MarginPlan)
     assert plan is not None, f"Expected the plan of {change}, was none"
     key = (change.user_id, change.instrument_id)
+    await _await_engine(conn, change.instrument_id, plan.command_seq)
     book = await _open_book(conn, [(change.user_id, plan.asset)])
     holds = await _lock_holds(conn, [(*key, plan.asset)])
     wallet = _wallet(book.accounts[change.user_id, plan.asset], holds[key])
@@ -310,9 +314,40 @@ async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
     margin = wallet.position_margin + (ZERO if outdated else plan.position_delta)
     moved = settle(wallet, ZERO, margin, plan.order_delta).wallet
     book.open_journal("MARGIN_CHANGE", change.change_id)
+    added = moved.position_margin - wallet.position_margin
     _move(book, key, holds[key], moved)
     await write_book(conn, book, holds)
+    if added > ZERO:
+        await _tell_more(conn, key, added)
     return MarginMoved(is_uncovered=moved.order_short > 0)
+
+
+async def _await_engine(conn: Connection, instrument_id: str, command_seq: int) -> None:
+    """Raises NotYetError until the engine has carried out that command, and all that came of it and of those before
+    is booked: until then a fill may still count on the margin that is to be taken away."""
+    row = await conn.fetchrow(
+        "SELECT m.command_seq, c.applied_seq, EXISTS (SELECT FROM matching.v_events e WHERE e.instrument_id = $1"
+        "   AND e.seq > c.applied_seq AND e.command_seq <= $2) AS unbooked"
+        " FROM matching.v_cursors m JOIN ledger.cursors c USING (instrument_id) WHERE instrument_id = $1",
+        instrument_id,
+        command_seq,
+    )
+    assert row is not None, f"Expected cursors of {instrument_id}"
+    if row["command_seq"] < command_seq or row["unbooked"]:
+        raise NotYetError(f"Command {command_seq} of {instrument_id} is not settled: the engine is at {row[0]}")
+
+
+async def _tell_more(conn: Connection, key: tuple[int, str], amount: Decimal) -> None:
+    """Tell the engine of margin that has been put behind a position, in the transaction that does it."""
+    row = await conn.fetchrow(
+        "SELECT i.tick_size * i.lot_size AS unit, c.applied_seq, now() AS now FROM matching.v_instruments i"
+        " JOIN ledger.cursors c USING (instrument_id) WHERE instrument_id = $1",
+        key[1],
+    )
+    assert row is not None, f"Expected an instrument {key[1]}"
+    units = margin_units(amount, row["unit"])
+    command = MoveMargin(at=to_ms(row["now"]), user_id=key[0], amount=units, after_seq=row["applied_seq"])
+    await append_commands(conn, {key[1]: [command]})
 
 
 async def _why_outdated(conn: Connection, key: tuple[int, str], plan: MarginPlan, hold: Hold) -> str | None:
@@ -343,7 +378,7 @@ async def _settle(conn: Connection, events: EventRange) -> None:
     )
     fills = await conn.fetch(
         "SELECT f.user_id, f.trade_id, f.side, f.price, f.quantity, f.realized_pnl, f.fee, f.signed_quantity_after,"
-        " f.leverage, f.cause, p.margin_mode FROM positions.v_fills f"
+        " f.leverage, f.open_loss, f.cause, p.margin_mode FROM positions.v_fills f"
         " JOIN positions.v_positions p USING (user_id, instrument_id)"
         " WHERE f.instrument_id = $1 AND f.seq > $2 AND f.seq <= $3 ORDER BY f.seq, f.role",
         instrument_id,
@@ -517,6 +552,7 @@ def _booked_fill(row: asyncpg.Record) -> BookedFill:
         after=after,
         price=row["price"],
         leverage=row["leverage"],
+        open_loss=row["open_loss"],
         realized_pnl=row["realized_pnl"],
         fee=row["fee"],
         is_liquidation=row["cause"] == "LIQUIDATION",

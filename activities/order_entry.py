@@ -6,10 +6,10 @@ from datetime import datetime
 
 import asyncpg
 
-from activities.orders import IN_ENGINE_STATUSES, ORDER_COLUMNS
+from activities.orders import IN_ENGINE_STATUSES, MARGIN_COLUMNS, ORDER_COLUMNS
 from activities.sagas import Saga, record_saga
 from domain.events import OrderSubmitted
-from domain.money import plain, round_up
+from domain.money import plain
 from domain.order_entry import Amendment, NewOrder, OpenOrder, OrderRequest
 from domain.sagas import OrderBatch
 from storage import outbox
@@ -43,23 +43,24 @@ async def take_in(conn: Connection, orders: Sequence[NewOrder], now: datetime) -
             order.bound_price,
             order.request.quantity,
             order.request.stp_mode,
-            round_up(order.open_loss),
+            order.open_loss,
             order.request.post_only,
             order.request.reduce_only,
             order.request.stop_price,
             order.request.working_type if order.request.is_stop else None,
+            order.margin_price,
         )
         for order_id, order in zip(ids, orders, strict=True)
     ]
     inserted = await conn.fetch(
         "INSERT INTO orders.orders (order_id, user_id, instrument_id, client_order_id, side, type, time_in_force,"
         " price, bound_price, quantity, stp_mode, open_loss, post_only, reduce_only, stop_price, working_type,"
-        " created_at, updated_at)"
-        " SELECT n.*, $17, $17 FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[],"
+        " margin_price, created_at, updated_at)"
+        " SELECT n.*, $18, $18 FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[],"
         " $7::text[], $8::numeric[], $9::numeric[], $10::numeric[], $11::text[], $12::numeric[], $13::bool[],"
-        " $14::bool[], $15::numeric[], $16::text[]) AS n"
+        " $14::bool[], $15::numeric[], $16::text[], $17::numeric[]) AS n"
         " ON CONFLICT (user_id, client_order_id) WHERE client_order_id IS NOT NULL DO NOTHING RETURNING order_id",
-        *columns(rows, 16),
+        *columns(rows, 17),
         now,
     )
     kept = {row["order_id"] for row in inserted}
@@ -107,7 +108,7 @@ async def lock_for_amendment(conn: Connection, user_id: int, order_id: int) -> t
     None when the user has no such order.
     """
     row = await conn.fetchrow(
-        f"SELECT {ORDER_COLUMNS}, bound_price FROM orders.orders WHERE order_id = $1 AND user_id = $2 FOR UPDATE",
+        f"SELECT {ORDER_COLUMNS}, {MARGIN_COLUMNS} FROM orders.orders WHERE order_id = $1 AND user_id = $2 FOR UPDATE",
         order_id,
         user_id,
     )
@@ -132,7 +133,15 @@ async def lock_for_amendment(conn: Connection, user_id: int, order_id: int) -> t
         row["working_type"] or "MARK",
     )
     is_open = row["status"] in IN_ENGINE_STATUSES
-    order = OpenOrder(order_id, user_id, request, row["bound_price"], row["filled_quantity"])
+    order = OpenOrder(
+        order_id,
+        user_id,
+        request,
+        row["bound_price"],
+        row["filled_quantity"],
+        row["margin_price"] or row["bound_price"],
+        row["open_loss"],
+    )
     return order, "PENDING" if is_open and under_way else row["status"]
 
 
@@ -145,8 +154,9 @@ async def take_in_amendment(conn: Connection, amendment: Amendment, now: datetim
     request = order.request
     amendment_id: int = await conn.fetchval(
         "INSERT INTO orders.amendments (amendment_id, order_id, user_id, instrument_id, side, reduce_only, price,"
-        " quantity, open_quantity, claimed_quantity, claimed_notional, open_loss, created_at, updated_at)"
-        " VALUES (nextval('orders.order_id_seq'), $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12)"
+        " quantity, open_quantity, claimed_quantity, claimed_notional, claimed_loss, margin_price, open_loss,"
+        " created_at, updated_at)"
+        " VALUES (nextval('orders.order_id_seq'), $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $14)"
         " RETURNING amendment_id",
         order.order_id,
         order.user_id,
@@ -158,7 +168,9 @@ async def take_in_amendment(conn: Connection, amendment: Amendment, now: datetim
         amendment.open_quantity,
         amendment.claimed_quantity,
         amendment.claimed_notional,
-        round_up(amendment.open_loss),
+        amendment.claimed_loss,
+        amendment.margin_price,
+        amendment.open_loss,
         now,
     )
     batch = OrderBatch(f"orders-{amendment_id}-1", [amendment_id])

@@ -37,6 +37,7 @@ from domain.matching import (
     Trade,
 )
 from domain.money import ZERO, plain
+from domain.order_entry import protection
 from domain.sagas import (
     ACCEPT_ORDERS,
     APPLY_ORDER_EVENTS,
@@ -59,12 +60,16 @@ log = logging.getLogger(__name__)
 
 OPEN_STATUSES = ("PENDING", "ACCEPTED", "PLACED", "PARTIALLY_FILLED", "CANCEL_REQUESTED")
 IN_ENGINE_STATUSES = ("ACCEPTED", "PLACED", "PARTIALLY_FILLED")
+# The engine has protection in millionths.
+PROTECTION_UNITS = 1_000_000
 VERDICTS_CHANNEL = "orders:verdicts"
 ORDER_COLUMNS = (
     "order_id, client_order_id, user_id, instrument_id, side, type, time_in_force, price, quantity, filled_quantity,"
     " filled_notional, status, failure_reason, stp_mode, post_only, reduce_only, stop_price, working_type,"
     " is_liquidation, created_at, updated_at"
 )
+# What an order's margin is held at: see `storage.tables.orders`.
+MARGIN_COLUMNS = "bound_price, margin_price, open_loss"
 AMENDMENT_COLUMNS = "amendment_id, order_id, user_id, price, quantity, status, failure_reason, created_at, updated_at"
 
 
@@ -130,9 +135,12 @@ class OrderChange:
     filled_notional: Decimal = ZERO
     final_status: str | None = None
     reason: str | None = None
-    # After an amendment: what the order is over, less what it had filled before these events; and its price.
+    # After an amendment: what the order is over, less what it had filled before these events; its price, and at which
+    # price and open loss its margin is held.
     quantity: Decimal | None = None
     price: Decimal | None = None
+    margin_price: Decimal | None = None
+    open_loss: Decimal | None = None
 
 
 def fold_events(log: Iterable[SequencedEvent], instrument: Instrument) -> dict[int, OrderChange]:
@@ -153,6 +161,8 @@ def fold_events(log: Iterable[SequencedEvent], instrument: Instrument) -> dict[i
                 change = changes[event.order_id]
                 change.quantity = change.filled_quantity + instrument.lots_to_quantity(event.quantity)
                 change.price = instrument.ticks_to_price(event.price)
+                change.margin_price = instrument.ticks_to_price(event.basis or event.price)
+                change.open_loss = instrument.ticks_to_price(event.loss)
                 if event.amendment_id:
                     changes[event.amendment_id].final_status = "AMENDED"
             case AmendRejected() if event.amendment_id:
@@ -264,7 +274,7 @@ async def submit_liquidation_order(
         "INSERT INTO orders.orders (order_id, user_id, instrument_id, side, type, time_in_force, bound_price, quantity,"
         " stp_mode, reduce_only, is_liquidation, status)"
         " VALUES ($1, $2, $3, $4, 'MARKET', 'IOC', $5, $6, 'EXPIRE_MAKER', TRUE, TRUE, 'ACCEPTED')"
-        f" RETURNING {ORDER_COLUMNS}, bound_price",
+        f" RETURNING {ORDER_COLUMNS}, {MARGIN_COLUMNS}",
         order_id,
         user_id,
         instrument.instrument_id,
@@ -282,7 +292,7 @@ async def _accept(conn: Connection, order_ids: Sequence[int], instruments: Mappi
     rows = await conn.fetch(
         "UPDATE orders.orders SET status = 'ACCEPTED', updated_at = now()"
         " WHERE order_id = ANY($1) AND status = 'PENDING'"
-        " RETURNING order_id, user_id, instrument_id, side, type, time_in_force, price, bound_price, quantity,"
+        f" RETURNING order_id, user_id, instrument_id, side, type, time_in_force, price, {MARGIN_COLUMNS}, quantity,"
         " stp_mode, post_only, reduce_only, stop_price, working_type, is_liquidation, updated_at",
         order_ids,
     )
@@ -324,7 +334,8 @@ async def _accept_amendments(conn: Connection, amendment_ids: Sequence[int]) -> 
         return []
     rows = await conn.fetch(
         "UPDATE orders.amendments SET status = 'ACCEPTED', updated_at = now()"
-        f" WHERE amendment_id = ANY($1) AND status = 'PENDING' RETURNING {AMENDMENT_COLUMNS}, instrument_id",
+        f" WHERE amendment_id = ANY($1) AND status = 'PENDING' RETURNING {AMENDMENT_COLUMNS}, instrument_id,"
+        " margin_price, open_loss",
         amendment_ids,
     )
     return sorted(rows, key=lambda row: row["amendment_id"])
@@ -339,10 +350,19 @@ def _amend(row: asyncpg.Record, instrument: Instrument) -> Amend:
         price=None if price is None else instrument.price_to_ticks(price),
         quantity=None if quantity is None else instrument.quantity_to_lots(quantity),
         amendment_id=row["amendment_id"],
+        basis=_ticks(row["margin_price"], instrument),
+        loss=_ticks(row["open_loss"], instrument),
     )
 
 
+def _ticks(price: Decimal | None, instrument: Instrument) -> int:
+    """`price` in ticks, 0 for none."""
+    return instrument.price_to_ticks(price) if price else 0
+
+
 def _new(row: asyncpg.Record, instrument: Instrument) -> New:
+    price, basis = instrument.price_to_ticks(row["bound_price"]), _ticks(row["margin_price"], instrument)
+    waits_for_market = row["type"] in ("STOP_MARKET", "TAKE_PROFIT_MARKET")
     return New(
         at=to_ms(row["updated_at"]),
         order_id=row["order_id"],
@@ -350,14 +370,17 @@ def _new(row: asyncpg.Record, instrument: Instrument) -> New:
         side=row["side"],
         type=row["type"],
         time_in_force=row["time_in_force"],
-        price=instrument.price_to_ticks(row["bound_price"]),
+        price=price,
         quantity=instrument.quantity_to_lots(row["quantity"]),
         stp_mode=row["stp_mode"],
         liquidation=row["is_liquidation"],
         post_only=row["post_only"],
         reduce_only=row["reduce_only"],
-        stop_price=0 if row["stop_price"] is None else instrument.price_to_ticks(row["stop_price"]),
+        stop_price=_ticks(row["stop_price"], instrument),
         working_type=row["working_type"] or "MARK",
+        basis=0 if basis == price else basis,
+        loss=_ticks(row["open_loss"], instrument),
+        protection=int(protection(instrument) * PROTECTION_UNITS) if waits_for_market else 0,
     )
 
 
@@ -424,19 +447,31 @@ async def _apply(conn: Connection, changes: dict[int, OrderChange]) -> None:
         "UPDATE orders.orders SET filled_quantity = filled_quantity + n.traded,"
         " filled_notional = filled_notional + n.paid, quantity = coalesce(filled_quantity + n.quantity_left, quantity),"
         " price = CASE WHEN price IS NULL THEN NULL ELSE coalesce(n.new_price, price) END,"
-        " bound_price = coalesce(n.new_price, bound_price),"
+        " bound_price = coalesce(n.new_price, bound_price), margin_price = coalesce(n.margin_price, margin_price),"
+        " open_loss = coalesce(n.open_loss, open_loss),"
         " status = CASE WHEN n.final IS NOT NULL THEN n.final WHEN status = 'CANCEL_REQUESTED' THEN status"
         "   WHEN filled_quantity + n.traded > 0 THEN 'PARTIALLY_FILLED' ELSE 'PLACED' END,"
         " failure_reason = coalesce(n.reason, failure_reason), updated_at = now()"
-        " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::text[], $5::text[], $6::numeric[], $7::numeric[])"
-        " AS n (id, traded, paid, final, reason, quantity_left, new_price)"
+        " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::text[], $5::text[], $6::numeric[], $7::numeric[],"
+        " $8::numeric[], $9::numeric[])"
+        " AS n (id, traded, paid, final, reason, quantity_left, new_price, margin_price, open_loss)"
         f" WHERE order_id = n.id RETURNING {ORDER_COLUMNS}",
         *columns(
             [
-                (i, c.filled_quantity, c.filled_notional, c.final_status, c.reason, c.quantity, c.price)
+                (
+                    i,
+                    c.filled_quantity,
+                    c.filled_notional,
+                    c.final_status,
+                    c.reason,
+                    c.quantity,
+                    c.price,
+                    c.margin_price,
+                    c.open_loss,
+                )
                 for i, c in changes.items()
             ],
-            7,
+            9,
         ),
     )
     ends = {id_: (changes[id_].final_status, changes[id_].reason) for id_ in _others(changes, rows)}

@@ -64,6 +64,7 @@ EVENT_COLUMNS = [
     "signed_quantity_after",
     "entry_notional_after",
     "leverage",
+    "open_loss",
     "cause",
     "created_at",
 ]
@@ -71,7 +72,8 @@ EVENT_COLUMNS = [
 
 @dataclass(frozen=True, slots=True)
 class TradeSide:
-    """One user's half of a trade; `cause` says whether it was of their own will."""
+    """One user's half of a trade; `cause` says whether it was of their own will. What it opens is backed at `leverage`
+    (0: as risk has it) and, for what it loses at once, by `open_loss` ticks per base more."""
 
     role: str
     user_id: int
@@ -79,6 +81,8 @@ class TradeSide:
     side: Side
     fee: Decimal
     cause: Cause
+    leverage: int = 0
+    open_loss: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,8 @@ def sides_of(trade: Trade | Deleveraged) -> tuple[TradeSide, TradeSide]:
             OPPOSITE[trade.taker_side],
             trade.maker_fee * FEE_STEP,
             "TRADE",
+            trade.maker_leverage,
+            trade.maker_open_loss,
         ),
         TradeSide(
             "TAKER",
@@ -120,6 +126,8 @@ def sides_of(trade: Trade | Deleveraged) -> tuple[TradeSide, TradeSide]:
             trade.taker_side,
             trade.taker_fee * FEE_STEP,
             "LIQUIDATION" if trade.taker_liquidation else "TRADE",
+            trade.taker_leverage,
+            trade.taker_open_loss,
         ),
     )
 
@@ -228,7 +236,8 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
                     fill.realized_pnl,
                     fill.position.signed_quantity,
                     fill.position.entry_notional,
-                    terms[half.user_id].leverage,
+                    half.leverage or terms[half.user_id].leverage,
+                    instrument.ticks_to_price(half.open_loss),
                     half.cause,
                     executed_at,
                 )

@@ -5,10 +5,11 @@ ledger exactly once: through `freeze_funds` for a check, through `settle` for en
 `unfreeze_funds` for a release.
 """
 
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from decimal import Decimal
+from datetime import datetime
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 import asyncpg
 from msgspec.structs import replace
@@ -16,6 +17,9 @@ from temporalio import activity
 
 from activities.engine_log import EngineLog, SequencedEvent
 from activities.instruments import RuleBook, Rules, read_instruments, read_tiers
+from activities.market import latest_marks
+from activities.matching import append_commands
+from domain.clock import to_ms
 from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPassed
 from domain.exposure import Exposure, Side
 from domain.instruments import Instrument
@@ -25,14 +29,18 @@ from domain.margin_changes import PLAN_MARGIN_CHANGE, MarginChange, MarginVerdic
 from domain.matching import (
     Amended,
     AmendRejected,
+    AnyCommand,
     Cancelled,
     Deleveraged,
     Ended,
     Expired,
     Filled,
+    MoveMargin,
     Rejected,
+    SetTerms,
     StateChanged,
     Trade,
+    margin_units,
 )
 from domain.money import ZERO, plain
 from domain.order_entry import NewOrder
@@ -53,7 +61,8 @@ from storage.once import advance_cursor, first_result, store_result
 
 Key = tuple[int, str]
 WAITING_MAX = 200
-MARK_AGE_MAX = timedelta(minutes=1)
+# The engine has rates in millionths.
+RATE_UNITS = 1_000_000
 OPPOSITE: dict[Side, Side] = {"BUY": "SELL", "SELL": "BUY"}
 
 
@@ -72,6 +81,7 @@ def refusal_reason(
     reduces: Side | None,
     quantity: Decimal,
     added_margin: Decimal,
+    added_loss: Decimal,
     budget: Decimal,
     limits: Limits,
     tiers: Sequence[Tier],
@@ -79,7 +89,7 @@ def refusal_reason(
     """Why an order that would lead to `after` may not go on, or None.
 
     `reduces` is the side of a reduce-only order, `added_margin` what the order needs of `budget`, the money its user
-    has left (both quote).
+    has left, and `added_loss` how much of that is open loss (all quote).
     """
     if reduces is not None and not after.can_reduce(reduces):
         return "REDUCE_ONLY_REJECTED"
@@ -91,7 +101,7 @@ def refusal_reason(
     ):
         return "RISK_LIMIT_EXCEEDED"
     if added_margin > max(budget, ZERO):
-        return "INSUFFICIENT_MARGIN"
+        return "OPEN_LOSS_NOT_COVERED" if added_margin - added_loss <= max(budget, ZERO) else "INSUFFICIENT_MARGIN"
     return None
 
 
@@ -158,15 +168,22 @@ async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | N
     instrument = (await read_instruments(conn))[request.instrument_id]
     row = await conn.fetchrow("SELECT * FROM risk.exposures WHERE user_id = $1 AND instrument_id = $2", *key)
     state = Exposure(instrument.default_leverage) if row is None else _exposure(row)
-    after = state.with_order(request.side, request.quantity, order.bound_price, reduce_only=request.reduce_only)
+    price = order.margin_price or order.bound_price
+    after = state.with_order(
+        request.side, request.quantity, price, loss=order.open_loss, reduce_only=request.reduce_only
+    )
     added = after.order_margin(instrument.taker_fee_rate) - state.order_margin(instrument.taker_fee_rate)
+    loss = after.open_loss(request.side) - state.open_loss(request.side)
     limits = (await _read_limits(conn, [key]))[key]
     tiers = (await read_tiers(conn))[request.instrument_id]
     budget = (await read_budgets(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
     reduces = request.side if request.reduce_only else None
     if await positions_in_liquidation(conn, [key]):
         return added, "POSITION_IN_LIQUIDATION"
-    return added, refusal_reason(after, reduces, request.quantity, added, budget - order.open_loss, limits, tiers)
+    mark = (await latest_marks(conn, [request.instrument_id])).get(request.instrument_id)
+    if reduces is None and after.opens(request.side) and not (mark and mark.is_live):
+        return added, "MARK_PRICE_UNAVAILABLE"
+    return added, refusal_reason(after, reduces, request.quantity, added, loss, budget, limits, tiers)
 
 
 async def lock_exposures(conn: Connection, keys: Sequence[Key]) -> None:
@@ -254,7 +271,29 @@ async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginP
                 *key,
                 change.change_id,
             )
+    if plan.refusal is None:
+        plan = replace(plan, command_seq=await _tell_less(conn, key, plan, rules))
     return replace(plan, margin_version=version)
+
+
+async def _tell_less(conn: Connection, key: Key, plan: MarginPlan, rules: Rules) -> int:
+    """Tell the engine of less margin, or of a higher leverage, before money moves; the seq of the last command, 0
+    without one. More margin, and a lower leverage, it hears of afterwards: it never knows of more than there is."""
+    row = (await _lock(conn, [key]))[key]
+    if row["told_leverage"] is None:
+        return 0
+    commands: list[AnyCommand] = []
+    now: datetime = await conn.fetchval("SELECT now()")
+    if row["leverage"] > row["told_leverage"]:
+        await _tell_terms(conn, {key: _exposure(row)}, {key: row}, rules)
+    if plan.position_delta < ZERO:
+        instrument = rules.instruments[key[1]]
+        amount = margin_units(plan.position_delta, instrument.tick_size * instrument.lot_size)
+        commands.append(MoveMargin(at=to_ms(now), user_id=key[0], amount=amount, after_seq=0))
+    elif row["leverage"] <= row["told_leverage"]:
+        return 0
+    seqs = await append_commands(conn, {key[1]: commands})
+    return seqs[key[1]]
 
 
 def _plan_margin(
@@ -303,14 +342,9 @@ async def _plan_leverage(
 
 
 async def _fresh_mark(conn: Connection, instrument_id: str) -> Decimal | None:
-    """The mark price, None when there was none for a while: nobody may be sure of a margin then."""
-    found: Decimal | None = await conn.fetchval(
-        "SELECT mark_price FROM market.v_mark_prices WHERE instrument_id = $1 AND calculated_at > now() - $2::interval"
-        " ORDER BY calculated_at DESC LIMIT 1",
-        instrument_id,
-        MARK_AGE_MAX,
-    )
-    return found
+    """The mark price, None while it is not live: nobody may be sure of a margin then."""
+    mark = (await latest_marks(conn, [instrument_id])).get(instrument_id)
+    return mark.price if mark is not None and mark.is_live else None
 
 
 async def _position_margin(conn: Connection, user_id: int, instrument_id: str) -> tuple[Decimal, int]:
@@ -346,6 +380,8 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
     limits = await _read_limits(conn, keys)
     tiers = rules.tiers
     budgets = await read_budgets(conn, {key[0] for key in keys})
+    marks = await latest_marks(conn, sorted({key[1] for key in keys}))
+    live = {name for name, mark in marks.items() if mark.is_live}
 
     states = {key: _exposure(row) for key, row in exposures.items()}
     margins = {key: row["order_margin"] for key, row in exposures.items()}
@@ -362,13 +398,15 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
             continue
         instrument = instruments[key[1]]
         purse = (key[0], instrument.quote_asset)
-        after = states[key].with_claim(order["side"], order["quantity"], order["notional"], order["orders"])
+        side = order["side"]
+        after = states[key].with_claim(side, order["quantity"], order["notional"], order["orders"], order["loss"])
         margin = after.order_margin(instrument.taker_fee_rate)
-        added = margin - margins[key]
+        added, loss = margin - margins[key], after.open_loss(side) - states[key].open_loss(side)
         budget = budgets.get(purse, ZERO)
-        free = budget - order["open_loss"]
-        reduces = order["side"] if order["reduce_only"] else None
-        reason = refusal_reason(after, reduces, order["open_quantity"], added, free, limits[key], tiers[key[1]])
+        reduces = side if order["reduce_only"] else None
+        reason = refusal_reason(after, reduces, order["open_quantity"], added, loss, budget, limits[key], tiers[key[1]])
+        if reduces is None and after.opens(side) and key[1] not in live:
+            reason = "MARK_PRICE_UNAVAILABLE"
         if reason:
             refused.append(Refusal(order["order_id"], reason))
             continue
@@ -376,11 +414,68 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
         passed.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, added))
 
     touched = {(margin.user_id, margin.instrument_id) for margin in passed}
+    await _tell_terms(conn, {key: states[key] for key in touched}, exposures, rules)
     await _save(conn, {key: (states[key], margins[key]) for key in touched}, pending_step=request.step_id)
     events: list[BusinessEvent] = [MarginPreCheckPassed(m.order_id, plain(m.amount)) for m in passed]
     events += [MarginPreCheckFailed(r.order_id, r.reason) for r in refused]
     await outbox.emit(conn, events)
     return CheckResult(passed, refused, busy)
+
+
+async def _tell_terms(
+    conn: Connection, states: Mapping[Key, Exposure], rows: Mapping[Key, asyncpg.Record], rules: Rules
+) -> None:
+    """Tell the engine on which terms it has to guard the fills of these users, where it knows others.
+
+    They are in its log before the orders that are checked now, as these come later; and whoever changes terms holds
+    the exposure's lock, so that the log has them in the order in which they were decided.
+    """
+    commands: defaultdict[str, list[AnyCommand]] = defaultdict(list)
+    told = []
+    for key, state in sorted(states.items()):
+        row = rows[key]
+        rate = tier_of(state.worst_notional, rules.tiers[key[1]]).maintenance_margin_rate
+        maintenance = -int(-rate * RATE_UNITS // 1)
+        if (row["told_leverage"], row["told_maintenance"], row["told_mode"]) == (
+            state.leverage,
+            maintenance,
+            row["margin_mode"],
+        ):
+            continue
+        bankruptcy = 0
+        if row["told_leverage"] is None and state.signed_quantity:
+            bankruptcy = await _bankruptcy(conn, key, state, rules.instruments[key[1]])
+        commands[key[1]].append(
+            SetTerms(
+                at=to_ms(await conn.fetchval("SELECT now()")),
+                user_id=key[0],
+                leverage=state.leverage,
+                maintenance=maintenance,
+                cross=state.cross,
+                bankruptcy=bankruptcy,
+            )
+        )
+        told.append((*key, state.leverage, maintenance, row["margin_mode"]))
+    if not told:
+        return
+    await conn.execute(
+        "UPDATE risk.exposures e SET told_leverage = n.leverage, told_maintenance = n.maintenance, told_mode = n.mode"
+        " FROM unnest($1::bigint[], $2::text[], $3::int[], $4::int[], $5::text[])"
+        " AS n (user_id, instrument_id, leverage, maintenance, mode)"
+        " WHERE e.user_id = n.user_id AND e.instrument_id = n.instrument_id",
+        *columns(told, 5),
+    )
+    await append_commands(conn, commands)
+
+
+async def _bankruptcy(conn: Connection, key: Key, state: Exposure, instrument: Instrument) -> int:
+    """The bankruptcy price (millionths of a tick, rounded against the user) of a position that was opened before the
+    engine knew terms of its user."""
+    margin, _ = await _position_margin(conn, *key)
+    is_long = state.signed_quantity > 0
+    backing = state.entry_notional - margin if is_long else state.entry_notional + margin
+    price = backing / abs(state.signed_quantity) / instrument.tick_size * RATE_UNITS
+    return max(0, int(price.to_integral_value(ROUND_CEILING if is_long else ROUND_FLOOR)))
 
 
 async def _release(conn: Connection, request: StepRequest, rules: Rules) -> MarginMoves:
@@ -470,31 +565,41 @@ async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent]
 def _with_fills(states: dict[Key, Exposure], trade: Trade, instrument: Instrument) -> dict[Key, Exposure]:
     """The exposures of maker and taker when less of their orders is open; reduce-only orders count for nothing."""
     quantity, changed = instrument.lots_to_quantity(trade.quantity), {}
-    for user_id, side, bound, reduces in (
-        (trade.maker_user_id, OPPOSITE[trade.taker_side], trade.price, trade.maker_reduce_only),
-        (trade.taker_user_id, trade.taker_side, trade.taker_price, trade.taker_reduce_only),
-    ):
-        if not reduces:
-            key = (user_id, instrument.instrument_id)
-            changed[key] = states[key].with_fill(side, quantity, instrument.ticks_to_price(bound))
+    price, loss = instrument.ticks_to_price, instrument.ticks_to_price
+    if not trade.maker_reduce_only:
+        key = (trade.maker_user_id, instrument.instrument_id)
+        basis = price(trade.maker_basis or trade.price)
+        changed[key] = states[key].with_fill(OPPOSITE[trade.taker_side], quantity, basis, loss(trade.maker_loss))
+    if not trade.taker_reduce_only:
+        key = (trade.taker_user_id, instrument.instrument_id)
+        basis = price(trade.taker_basis or trade.taker_price)
+        changed[key] = states[key].with_fill(trade.taker_side, quantity, basis, loss(trade.taker_loss))
     return changed
 
 
 def _without_claim(state: Exposure, claim: asyncpg.Record) -> Exposure:
-    return state.with_claim(claim["side"], -claim["quantity"], -claim["notional"], -claim["orders"])
+    return state.with_claim(claim["side"], -claim["quantity"], -claim["notional"], -claim["orders"], -claim["loss"])
 
 
 def _amended(state: Exposure, event: Amended, instrument: Instrument) -> Exposure:
-    old, new = instrument.ticks_to_price(event.old_price), instrument.ticks_to_price(event.price)
-    without = state.without_order(event.side, instrument.lots_to_quantity(event.old_quantity), old)
-    return without.with_order(event.side, instrument.lots_to_quantity(event.quantity), new)
+    price, quantity = instrument.ticks_to_price, instrument.lots_to_quantity
+    without = state.without_order(
+        event.side,
+        quantity(event.old_quantity),
+        price(event.old_basis or event.old_price),
+        loss=price(event.old_loss),
+    )
+    return without.with_order(
+        event.side, quantity(event.quantity), price(event.basis or event.price), loss=price(event.loss)
+    )
 
 
 def _without(state: Exposure, event: Ended, instrument: Instrument) -> Exposure:
     return state.without_order(
         event.side,
         instrument.lots_to_quantity(event.quantity),
-        instrument.ticks_to_price(event.price),
+        instrument.ticks_to_price(event.basis or event.price),
+        loss=instrument.ticks_to_price(event.loss),
         reduce_only=event.reduce_only,
     )
 
@@ -528,8 +633,8 @@ async def _read_claims(conn: Connection, ids: Sequence[int]) -> list[asyncpg.Rec
     if not ids:
         return []
     rows: list[asyncpg.Record] = await conn.fetch(
-        "SELECT order_id, user_id, instrument_id, side, open_quantity, quantity, notional, orders, open_loss,"
-        " reduce_only FROM orders.v_claims WHERE order_id = ANY($1) ORDER BY order_id",
+        "SELECT order_id, user_id, instrument_id, side, open_quantity, quantity, notional, orders, loss, reduce_only"
+        " FROM orders.v_claims WHERE order_id = ANY($1) ORDER BY order_id",
         ids,
     )
     return rows
@@ -607,6 +712,9 @@ def _exposure(row: asyncpg.Record) -> Exposure:
         row["ask_quantity"],
         row["ask_notional"],
         row["open_orders"],
+        row["bid_loss"],
+        row["ask_loss"],
+        row["margin_mode"] == "CROSS",
     )
 
 
@@ -624,6 +732,8 @@ async def _save(
             e.ask_notional,
             e.open_orders,
             margin,
+            e.bid_loss,
+            e.ask_loss,
         )
         for key, (e, margin) in changed.items()
     ]
@@ -631,11 +741,13 @@ async def _save(
         "UPDATE risk.exposures e SET signed_quantity = n.signed_quantity, entry_notional = n.entry_notional,"
         " bid_quantity = n.bid_quantity, bid_notional = n.bid_notional, ask_quantity = n.ask_quantity,"
         " ask_notional = n.ask_notional, open_orders = n.open_orders, order_margin = n.order_margin,"
-        " pending_step = coalesce($11, e.pending_step), updated_at = now()"
+        " bid_loss = n.bid_loss, ask_loss = n.ask_loss,"
+        " pending_step = coalesce($13, e.pending_step), updated_at = now()"
         " FROM unnest($1::bigint[], $2::text[], $3::numeric[], $4::numeric[], $5::numeric[], $6::numeric[],"
-        " $7::numeric[], $8::numeric[], $9::int[], $10::numeric[]) AS n (user_id, instrument_id, signed_quantity,"
-        " entry_notional, bid_quantity, bid_notional, ask_quantity, ask_notional, open_orders, order_margin)"
+        " $7::numeric[], $8::numeric[], $9::int[], $10::numeric[], $11::numeric[], $12::numeric[])"
+        " AS n (user_id, instrument_id, signed_quantity, entry_notional, bid_quantity, bid_notional, ask_quantity,"
+        " ask_notional, open_orders, order_margin, bid_loss, ask_loss)"
         " WHERE e.user_id = n.user_id AND e.instrument_id = n.instrument_id",
-        *columns(rows, 10),
+        *columns(rows, 12),
         pending_step,
     )

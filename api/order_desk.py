@@ -41,7 +41,7 @@ from clients import ORDERS_QUEUE
 from domain.clock import iso
 from domain.instruments import Instrument
 from domain.money import ZERO, plain
-from domain.order_entry import NewOrder, OrderRequest, Reference, amendment, bound_price, expected_open_loss
+from domain.order_entry import NewOrder, OrderRequest, Reference, amendment, new_order
 from domain.problems import Problem
 from storage.db import Pool
 from storage.reference_prices import read_reference_prices
@@ -169,8 +169,7 @@ class OrderDesk:
         """The order, if it may be taken in. Raises the problems of `domain.order_entry.bound_price`."""
         instrument = self.instrument(request.instrument_id)
         reference = await self.reference(request.instrument_id, fresh=request.type == "MARKET")
-        bound = bound_price(request, instrument, reference)
-        return NewOrder(user_id, request, bound, expected_open_loss(request, reference))
+        return new_order(user_id, request, instrument, reference)
 
     async def place(self, orders: Sequence[NewOrder], *, awaited: bool) -> Sequence[dict[str, Any] | Exception]:
         """Take orders of one user in; answers are the orders (PENDING, or after the engine if `awaited`) or why not."""
@@ -347,10 +346,7 @@ class OrderDesk:
 
     async def _read_references(self) -> None:
         found = await read_reference_prices(self._redis, list(self._instruments))
-        self._references = {
-            instrument_id: Reference(price.mark, price.best_bid, price.best_ask)
-            for instrument_id, price in found.items()
-        }
+        self._references = {instrument_id: Reference(price.mark) for instrument_id, price in found.items()}
 
     async def _refresh(self, read: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> None:
         while True:

@@ -13,7 +13,12 @@ Side = Literal["BUY", "SELL"]
 
 
 class Exposure(Struct, frozen=True):
-    """Position at entry price and the open rests of orders at their bound prices; all but the position >= 0."""
+    """Position at entry price, and the open rests of orders at the prices at which their margin is held; all but the
+    position >= 0.
+
+    `bid_loss` and `ask_loss` (quote) are held beyond initial margin for what orders would lose at once against the
+    mark. All of the account stands behind a `cross` position.
+    """
 
     leverage: int
     signed_quantity: Decimal = ZERO
@@ -23,6 +28,9 @@ class Exposure(Struct, frozen=True):
     ask_quantity: Decimal = ZERO
     ask_notional: Decimal = ZERO
     open_orders: int = 0
+    bid_loss: Decimal = ZERO
+    ask_loss: Decimal = ZERO
+    cross: bool = False
 
     @property
     def signed_notional(self) -> Decimal:
@@ -36,67 +44,93 @@ class Exposure(Struct, frozen=True):
         return max(abs(position), abs(position + self._opening_bids), abs(position - self._opening_asks))
 
     def with_order(
-        self, side: Side, quantity: Decimal, bound_price: Decimal, *, reduce_only: bool = False
+        self, side: Side, quantity: Decimal, price: Decimal, *, loss: Decimal = ZERO, reduce_only: bool = False
     ) -> "Exposure":
-        """One more order open. One that can only reduce counts for nothing else: the engine keeps it within the
-        position."""
-        moved = self if reduce_only else self._moved(side, quantity, bound_price)
+        """One more order open, with margin at `price` and `loss` (quote per base) beyond it. One that can only reduce
+        counts for nothing else: the engine keeps it within the position."""
+        moved = self if reduce_only else self._moved(side, quantity, price, loss)
         return replace(moved, open_orders=self.open_orders + 1)
 
-    def with_claim(self, side: Side, quantity: Decimal, notional: Decimal, orders: int) -> "Exposure":
-        """`orders` more claim `quantity` for `notional` all told; below zero they give it back.
+    def with_claim(
+        self, side: Side, quantity: Decimal, notional: Decimal, orders: int, loss: Decimal = ZERO
+    ) -> "Exposure":
+        """`orders` more claim `quantity` for `notional`, and `loss` (quote), all told; below zero they give it back.
 
         An amendment claims margin without being an order of its own.
         """
-        claimed = self._claimed(side, quantity, notional)
+        claimed = self._claimed(side, quantity, notional, loss)
         return replace(claimed, open_orders=self.open_orders + orders)
+
+    def opens(self, side: Side) -> bool:
+        """Whether the orders of `side`, all together, can do more than reduce the position."""
+        if side == "BUY":
+            return self.bid_quantity > max(ZERO, -self.signed_quantity)
+        return self.ask_quantity > max(ZERO, self.signed_quantity)
 
     def can_reduce(self, side: Side) -> bool:
         """Whether there is a position that an order of `side` would reduce."""
         return self.signed_quantity < 0 if side == "BUY" else self.signed_quantity > 0
 
     def without_order(
-        self, side: Side, quantity: Decimal, bound_price: Decimal, *, reduce_only: bool = False
+        self, side: Side, quantity: Decimal, price: Decimal, *, loss: Decimal = ZERO, reduce_only: bool = False
     ) -> "Exposure":
         """An order ended with `quantity` unfilled."""
-        moved = self if reduce_only else self._moved(side, -quantity, bound_price)
+        moved = self if reduce_only else self._moved(side, -quantity, price, loss)
         return replace(moved, open_orders=self.open_orders - 1)
 
     def with_order_closed(self) -> "Exposure":
         """An order ended because nothing of it is left (its fills are accounted for already)."""
         return replace(self, open_orders=self.open_orders - 1)
 
-    def with_fill(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
+    def with_fill(self, side: Side, quantity: Decimal, price: Decimal, loss: Decimal = ZERO) -> "Exposure":
         """`quantity` of an order is filled and thus no longer open; the position follows by `with_position`."""
-        return self._moved(side, -quantity, bound_price)
+        return self._moved(side, -quantity, price, loss)
 
     def with_position(self, signed_quantity: Decimal, entry_notional: Decimal) -> "Exposure":
         """The position as the positions service has it."""
         return replace(self, signed_quantity=signed_quantity, entry_notional=entry_notional)
 
     def order_margin(self, taker_fee_rate: Decimal) -> Decimal:
-        """Margin the open orders need, rounded up to 8 decimals (rule: `domain.margin.order_margin`).
+        """Margin the open orders need, open loss included, rounded up to 8 decimals (`domain.margin.order_margin`).
 
         Orders of a side that can only reduce the position need nothing, at any price, and no fee: what they release
-        pays it, so a user without available money can always close.
+        pays it, so a user without available money can always close. Of a cross position there is no margin that the
+        engine could hold against them, so they need what they may lose beyond the mark.
         """
         bids, asks = self._opening_bids, self._opening_asks
-        return order_margin(self.signed_notional, bids, asks, self.leverage, (bids + asks) * taker_fee_rate)
+        losses = self.open_loss("BUY") + self.open_loss("SELL")
+        return order_margin(self.signed_notional, bids, asks, self.leverage, (bids + asks) * taker_fee_rate + losses)
+
+    def open_loss(self, side: Side) -> Decimal:
+        """What is held for the open loss of the orders of one side (quote)."""
+        if not self.cross and not self.opens(side):
+            return ZERO
+        return self.bid_loss if side == "BUY" else self.ask_loss
 
     @property
     def _opening_bids(self) -> Decimal:
         """Notional of the bids; 0 when all of them together can only reduce a short position."""
-        return self.bid_notional if self.bid_quantity > max(ZERO, -self.signed_quantity) else ZERO
+        return self.bid_notional if self.opens("BUY") else ZERO
 
     @property
     def _opening_asks(self) -> Decimal:
         """Notional of the asks; 0 when all of them together can only reduce a long position."""
-        return self.ask_notional if self.ask_quantity > max(ZERO, self.signed_quantity) else ZERO
+        return self.ask_notional if self.opens("SELL") else ZERO
 
-    def _moved(self, side: Side, quantity: Decimal, bound_price: Decimal) -> "Exposure":
-        return self._claimed(side, quantity, quantity * bound_price)
+    def _moved(self, side: Side, quantity: Decimal, price: Decimal, loss: Decimal) -> "Exposure":
+        return self._claimed(side, quantity, quantity * price, quantity * loss)
 
-    def _claimed(self, side: Side, quantity: Decimal, notional: Decimal) -> "Exposure":
+    def _claimed(self, side: Side, quantity: Decimal, notional: Decimal, loss: Decimal) -> "Exposure":
         if side == "BUY":
-            return replace(self, bid_quantity=self.bid_quantity + quantity, bid_notional=self.bid_notional + notional)
-        return replace(self, ask_quantity=self.ask_quantity + quantity, ask_notional=self.ask_notional + notional)
+            return replace(
+                self,
+                bid_quantity=self.bid_quantity + quantity,
+                bid_notional=self.bid_notional + notional,
+                bid_loss=self.bid_loss + loss,
+            )
+        return replace(
+            self,
+            ask_quantity=self.ask_quantity + quantity,
+            ask_notional=self.ask_notional + notional,
+            ask_loss=self.ask_loss + loss,
+        )

@@ -11,7 +11,7 @@ from domain.problems import Problem
 class Instrument:
     """A linear perpetual. Prices are multiples of `tick_size` (quote per base), quantities of `lot_size` (base).
 
-    Orders have to lie within `price_band`, a fraction, of the mark price.
+    No order may buy above, or sell below, the mark price by more than `price_band`, a fraction.
     """
 
     instrument_id: str
@@ -64,7 +64,7 @@ def choose(instruments: dict[str, Instrument], wanted: str) -> list[Instrument]:
     return [instruments[name] for name in dict.fromkeys(names)]
 
 
-def _perpetual(number: int, base: str, tick: str, lot: str, max_leverage: int) -> Instrument:
+def _perpetual(number: int, base: str, tick: str, lot: str, max_leverage: int, band: str) -> Instrument:
     return Instrument(
         instrument_id=f"{base}-USDT-PERP",
         number=number,
@@ -77,11 +77,12 @@ def _perpetual(number: int, base: str, tick: str, lot: str, max_leverage: int) -
         taker_fee_rate=Decimal("0.0005"),
         max_leverage=max_leverage,
         default_leverage=10,
+        price_band=Decimal(band),
     )
 
 
 SHIPPED = (
-    _perpetual(1, "BTC", "0.1", "0.001", 100),
-    _perpetual(2, "ETH", "0.01", "0.001", 100),
-    _perpetual(3, "SOL", "0.001", "0.1", 50),
+    _perpetual(1, "BTC", "0.1", "0.001", 100, "0.05"),
+    _perpetual(2, "ETH", "0.01", "0.001", 100, "0.075"),
+    _perpetual(3, "SOL", "0.001", "0.1", 50, "0.1"),
 )

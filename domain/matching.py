@@ -5,6 +5,7 @@ Prices are integer ticks, quantities integer lots, fees integers of 1e-8 quote, 
 Fields that came later have defaults and are left out of the bytes when they hold them: old logs stay as they are.
 """
 
+from decimal import ROUND_FLOOR, Decimal
 from typing import Literal, final
 
 import msgspec
@@ -147,6 +148,11 @@ class MoveMargin(Command, tag="MOVE_MARGIN", frozen=True, kw_only=True):
     user_id: int
     amount: int
     after_seq: int
+
+
+def margin_units(amount: Decimal, unit: Decimal) -> int:
+    """`amount` (quote) as `MoveMargin` has it, rounded down; `unit` is what a tick times a lot is worth (quote)."""
+    return int((amount / unit * 1_000_000).to_integral_value(ROUND_FLOOR))
 
 
 class Deleverage(Command, tag="DELEVERAGE", frozen=True, kw_only=True):

@@ -44,13 +44,17 @@ class MarginMoves(msgspec.Struct, frozen=True):
 
 class MarginPlan(msgspec.Struct, frozen=True):
     """Of `risk.plan_margin_change`, under `adjust:{change}`: by how much the margins of a position and of its user's
-    open orders change (quote, in `asset`), or why they do not. The position is the one of `margin_version`."""
+    open orders change (quote, in `asset`), or why they do not. The position is the one of `margin_version`.
+
+    What lowers a margin is told to the engine first: the ledger waits until what `command_seq` and the commands before
+    it led to is settled (0: nothing was told)."""
 
     position_delta: Decimal = ZERO
     order_delta: Decimal = ZERO
     asset: str = ""
     margin_version: int = 0
     refusal: str | None = None
+    command_seq: int = 0
 
 
 def settle_step(events: EventRange) -> str:

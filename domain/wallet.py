@@ -46,6 +46,7 @@ class Settled:
 class BookedFill:
     """What the wallet has to know of a fill: the position before and after it (signed, base), its price, the leverage
     that new parts of the position are backed at, profit realised and trading fee (quote), and whether it was forced.
+    `open_loss` is what backs new parts beyond that (quote per base): what they lost at once against the mark.
     """
 
     before: Decimal
@@ -56,6 +57,13 @@ class BookedFill:
     fee: Decimal
     is_liquidation: bool = False
     is_cross: bool = False
+    open_loss: Decimal = ZERO
+
+    def opening_margin(self, quantity: Decimal) -> Decimal:
+        """What backs `quantity` that it opened: notional / leverage, and the open loss. A sale below the mark has its
+        initial margin at the mark."""
+        price = self.price + self.open_loss if self.after < self.before else self.price
+        return initial_margin(quantity * price, self.leverage) + round_up(quantity * self.open_loss)
 
     @property
     def cash(self) -> Decimal:
@@ -106,13 +114,13 @@ def settle(wallet: Wallet, cash: Decimal, position_margin: Decimal, order_margin
 def margin_after(margin: Decimal, fill: BookedFill) -> Decimal:
     """What backs a position after a fill, when `margin` did before it.
 
-    Opening adds notional / leverage (rounded up); reducing releases the closed share (rounded down, the rest stays).
+    Opening adds `BookedFill.opening_margin`; reducing releases the closed share (rounded down, the rest stays).
     """
     before, after = abs(fill.before), abs(fill.after)
     if fill.before * fill.after < 0:
-        return initial_margin(after * fill.price, fill.leverage)
+        return fill.opening_margin(after)
     if after >= before:
-        return margin + initial_margin((after - before) * fill.price, fill.leverage)
+        return margin + fill.opening_margin(after - before)
     return ZERO if not after else margin - round_down(margin * (before - after) / before)
 
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import cast
 
 import msgspec
@@ -35,6 +35,8 @@ from telemetry.alerts import INDEX_FROZEN, alert
 log = logging.getLogger(__name__)
 
 ROUND_SECONDS_MAX = 5.0
+# A mark that stands still is told to the engine again after so long: otherwise it would grow old there.
+RETOLD_AFTER = mark_price.MARK_AGE_MAX / 4
 
 _encode = msgspec.json.Encoder().encode
 # One look into the index per instrument: the history may be long.
@@ -95,7 +97,7 @@ class MarkPrices:
         self._funding_interval = funding_interval
         self._changed = changed
         self._nudged = asyncio.Event()
-        self._told: dict[str, int] = {}
+        self._told: dict[str, MarkPriceCommand] = {}
         self._last: dict[str, MarkPriceUpdated] = {}
         self._frozen_since: dict[str, datetime] = {}
 
@@ -137,9 +139,8 @@ class MarkPrices:
             events = {name: _event(name, mark, now, label) for name, mark in marks.items()}
             halted = self._newly_frozen(frozen)
             await emit(conn, [*events.values(), *halted.values()])
-            told = self._to_tell(marks)
-            at_ms = to_ms(now)
-            await append_commands(conn, {name: [MarkPriceCommand(at=at_ms, price=told[name])] for name in told})
+            told = self._to_tell(marks, halted, now)
+            await append_commands(conn, {name: [command] for name, command in told.items()})
         self._told.update(told)
         self._last.update(events | halted)
         self._alert(frozen, readings)
@@ -189,17 +190,25 @@ class MarkPrices:
                 # As loud as the freeze was: who was alarmed by it waits for this.
                 log.error("ALERT over: %s has a fresh index again, it was frozen since %s", name, iso(since))
 
-    def _to_tell(self, marks: Mapping[str, MarkPrice]) -> dict[str, int]:
-        """Marks, in ticks, that the engine has to hear: those that stop orders wait for, when they have moved."""
-        told = {}
-        for name, mark in marks.items():
-            market = self._markets[name]
-            ticks = int((mark.mark_price / market.instrument.tick_size).to_integral_value())
-            if not market.waiting_for_mark:
-                self._told.pop(name, None)
-            elif self._told.get(name) != ticks:
-                told[name] = ticks
-        return told
+    def _to_tell(
+        self, marks: Mapping[str, MarkPrice], halted: Mapping[str, MarkPriceUpdated], now: datetime
+    ) -> dict[str, MarkPriceCommand]:
+        """What the engine has to hear: marks that have moved or were told some time ago, and which are frozen now."""
+        commands = {name: self._command(name, mark.mark_price, now) for name, mark in marks.items()}
+        told = {name: command for name, command in commands.items() if self._is_news(name, command)}
+        frozen = {name: self._command(name, Decimal(event.mark_price), now) for name, event in halted.items()}
+        return told | {name: msgspec.structs.replace(command, frozen=True) for name, command in frozen.items()}
+
+    def _command(self, name: str, mark: Decimal, now: datetime) -> MarkPriceCommand:
+        in_ticks = mark / self._markets[name].instrument.tick_size
+        floor, ceiling = (int(in_ticks.to_integral_value(rounding)) for rounding in (ROUND_FLOOR, ROUND_CEILING))
+        return MarkPriceCommand(at=to_ms(now), price=floor, ceiling=0 if ceiling == floor else ceiling)
+
+    def _is_news(self, name: str, command: MarkPriceCommand) -> bool:
+        last = self._told.get(name)
+        if last is None or last.frozen or command.at - last.at >= RETOLD_AFTER // timedelta(milliseconds=1):
+            return True
+        return (last.price, last.ceiling) != (command.price, command.ceiling)
 
     async def _held_prices(self) -> dict[str, Decimal]:
         names = list(self._markets)

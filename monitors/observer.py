@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from domain.clock import from_ms
+from domain.mark_price import MARK_AGE_MAX
 from storage.db import Connection, Pool
 from storage.leadership import OBSERVER_LOCK, run_as_leader
 from storage.market_keys import mark_key
@@ -26,8 +27,6 @@ from telemetry.metrics import OBSERVATION, figure
 LOOK_SECONDS = 5.0
 # Settlement that has work and does not move for so long is stuck.
 SETTLEMENT_SECONDS_MAX = 30.0
-# A mark price is made every second or so; older ones are as good as frozen.
-MARK_SECONDS_MAX = 15.0
 
 _LAGS = (
     "SELECT instrument_id, commands_behind, events_behind, acked_seq, owned FROM matching.v_lags ORDER BY instrument_id"
@@ -214,7 +213,7 @@ async def read_marks(redis: Redis, instrument_ids: Sequence[str]) -> dict[str, M
 
 def is_stale(mark: Mark, now: datetime) -> bool:
     """Whether the mark price should have been made anew by now."""
-    return (now - mark.calculated_at).total_seconds() > MARK_SECONDS_MAX
+    return now - mark.calculated_at > MARK_AGE_MAX
 
 
 def _mark_figures(marks: Mapping[str, Mark], watch: Watch, now: datetime) -> list[Metric]:

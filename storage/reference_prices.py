@@ -1,28 +1,23 @@
-"""Latest public prices from Redis, for services that need a reference: protection prices, price bands."""
+"""Latest mark prices from Redis, for services that need a reference: protection prices, price bands, liquidation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
 from typing import TypeGuard, cast
 
 import msgspec
 from redis.asyncio import Redis
 
-from storage.market_keys import mark_key, snapshot_key
-
-# A mark older than this says nothing about now: the market process, or what it follows, stands still.
-MARK_AGE_MAX = timedelta(seconds=10)
+from domain.mark_price import MARK_AGE_MAX
+from storage.market_keys import mark_key
 
 
 @dataclass(frozen=True, slots=True)
 class ReferencePrice:
-    """`mark` as of `calculated_at`, frozen without a fresh index; the best quotes, None while that side of the book
-    is empty."""
+    """`mark` as of `calculated_at`, frozen without a fresh index."""
 
     mark: Decimal
-    best_bid: Decimal | None
-    best_ask: Decimal | None
     calculated_at: datetime
     is_frozen: bool = False
 
@@ -33,17 +28,7 @@ class _Mark(msgspec.Struct, rename="camel"):
     is_frozen: bool = False
 
 
-class _Quotes(msgspec.Struct, rename="camel"):
-    best_bid: Decimal | None
-    best_ask: Decimal | None
-
-
-class _TickerMessage(msgspec.Struct):
-    data: _Quotes
-
-
 _decode_mark = msgspec.json.Decoder(_Mark).decode
-_decode_ticker = msgspec.json.Decoder(_TickerMessage).decode
 
 
 def marks_are_live(price: ReferencePrice | None, now: datetime) -> TypeGuard[ReferencePrice]:
@@ -55,18 +40,10 @@ async def read_reference_prices(redis: Redis, instrument_ids: Sequence[str]) -> 
     """One MGET; instruments the market process has not priced yet are absent. Raises redis errors."""
     if not instrument_ids:
         return {}
-    marks = [mark_key(instrument_id) for instrument_id in instrument_ids]
-    tickers = [snapshot_key("tickers", instrument_id) for instrument_id in instrument_ids]
-    values = cast(list[bytes | None], await redis.mget(marks + tickers))
-    count = len(instrument_ids)
-    return {
-        instrument_id: _reference(mark, ticker)
-        for instrument_id, mark, ticker in zip(instrument_ids, values[:count], values[count:], strict=True)
-        if mark is not None and ticker is not None
+    values = cast(list[bytes | None], await redis.mget([mark_key(name) for name in instrument_ids]))
+    marks = {
+        name: _decode_mark(document)
+        for name, document in zip(instrument_ids, values, strict=True)
+        if document is not None
     }
-
-
-def _reference(mark_document: bytes, ticker_message: bytes) -> ReferencePrice:
-    mark = _decode_mark(mark_document)
-    quotes = _decode_ticker(ticker_message).data
-    return ReferencePrice(mark.mark_price, quotes.best_bid, quotes.best_ask, mark.calculated_at, mark.is_frozen)
+    return {name: ReferencePrice(mark.mark_price, mark.calculated_at, mark.is_frozen) for name, mark in marks.items()}

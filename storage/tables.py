@@ -194,9 +194,11 @@ orders = Table(
     _col("type", Text()),
     _col("time_in_force", Text()),
     _col("price", AMOUNT, null=True),
-    # The worst price this order may trade at: the limit, or a MARKET order's protection price. Margin is based on it.
+    # The worst price this order may trade at: the limit, or a MARKET order's protection price.
     _col("bound_price", AMOUNT),
-    # What a fill as expected would lose at once against the mark price when the order was taken in.
+    # The price at which its initial margin is held (NULL: the bound), and what is held beyond it per base for what a
+    # fill at the bound would lose at once against the mark.
+    _col("margin_price", AMOUNT, null=True),
     _col("open_loss", AMOUNT, default="0"),
     _col("quantity", AMOUNT),
     _col("filled_quantity", AMOUNT, default="0"),
@@ -248,6 +250,9 @@ amendments = Table(
     _col("open_quantity", AMOUNT),
     _col("claimed_quantity", AMOUNT, default="0"),
     _col("claimed_notional", AMOUNT, default="0"),
+    _col("claimed_loss", AMOUNT, default="0"),
+    # What the amended order's margin is held at, as of an order.
+    _col("margin_price", AMOUNT, null=True),
     _col("open_loss", AMOUNT, default="0"),
     _col("status", Text(), default="'PENDING'"),
     _col("failure_reason", Text(), null=True),
@@ -364,14 +369,20 @@ exposures = Table(
     _col("bid_notional", AMOUNT, default="0"),
     _col("ask_quantity", AMOUNT, default="0"),
     _col("ask_notional", AMOUNT, default="0"),
+    _col("bid_loss", AMOUNT, default="0"),
+    _col("ask_loss", AMOUNT, default="0"),
     _col("open_orders", Integer(), default="0"),
     _col("order_margin", AMOUNT, default="0"),
+    # The terms that the engine was told last (leverage, maintenance margin rate in millionths, mode): NULL, none.
+    _col("told_leverage", Integer(), null=True),
+    _col("told_maintenance", Integer(), null=True),
+    _col("told_mode", Text(), null=True),
     # The last check whose margin the ledger may not hold yet: the next batch waits for it.
     _col("pending_step", Text(), null=True),
     _updated(),
     CheckConstraint(
         "bid_quantity >= 0 AND bid_notional >= 0 AND ask_quantity >= 0 AND ask_notional >= 0 AND open_orders >= 0"
-        " AND order_margin >= 0",
+        " AND order_margin >= 0 AND bid_loss >= 0 AND ask_loss >= 0",
         name="positive",
     ),
     schema="risk",
@@ -614,8 +625,10 @@ position_events = Table(
     _col("realized_pnl", AMOUNT, default="0"),
     _col("signed_quantity_after", AMOUNT),
     _col("entry_notional_after", AMOUNT),
-    # At which new parts of the position are backed, and whether the fill was of the user's own will.
+    # At which new parts of the position are backed (and by how much more per base, for what they lose at once), and
+    # whether the fill was of the user's own will.
     _col("leverage", Integer()),
+    _col("open_loss", AMOUNT, default="0"),
     _col("cause", Text(), default="'TRADE'"),
     _created(),
     CheckConstraint("cause IN ('TRADE', 'LIQUIDATION', 'DELEVERAGE', 'FUNDING')", name="cause"),

@@ -7,21 +7,25 @@ VIEWS: dict[str, str] = {
     "users.v_open_registrations": (
         "SELECT user_id, status, created_at FROM users.user_registration_prepare WHERE status <> 'COMPLETED'"
     ),
-    # What orders claim of their users' margin, and amendments beside their orders (they are no orders more).
+    # What orders claim of their users' margin, and amendments beside their orders (they are no orders more): notional
+    # at the price at which margin is held, and the open loss (quote).
     "orders.v_claims": (
-        "SELECT order_id, user_id, instrument_id, side, status, reduce_only, open_loss, 1 AS orders,"
+        "SELECT order_id, user_id, instrument_id, side, status, reduce_only, 1 AS orders,"
         " quantity - filled_quantity AS open_quantity,"
         " CASE WHEN reduce_only THEN 0 ELSE quantity - filled_quantity END AS quantity,"
-        " CASE WHEN reduce_only THEN 0 ELSE (quantity - filled_quantity) * bound_price END AS notional"
+        " CASE WHEN reduce_only THEN 0 ELSE (quantity - filled_quantity) * coalesce(margin_price, bound_price) END"
+        "  AS notional,"
+        " CASE WHEN reduce_only THEN 0 ELSE (quantity - filled_quantity) * open_loss END AS loss"
         " FROM orders.orders"
-        " UNION ALL SELECT amendment_id, user_id, instrument_id, side, status, reduce_only, open_loss, 0,"
-        " open_quantity, claimed_quantity, claimed_notional FROM orders.amendments"
+        " UNION ALL SELECT amendment_id, user_id, instrument_id, side, status, reduce_only, 0,"
+        " open_quantity, claimed_quantity, claimed_notional, claimed_loss FROM orders.amendments"
     ),
     "orders.v_open_sagas": "SELECT workflow_id, kind, order_ids, created_at FROM orders.sagas WHERE NOT done",
     "orders.v_cursors": "SELECT instrument_id, applied_seq FROM orders.cursors",
     "risk.v_exposures": (
         "SELECT user_id, instrument_id, leverage, margin_mode, signed_quantity, entry_notional, bid_quantity,"
-        " bid_notional, ask_quantity, ask_notional, order_margin, open_orders, pending_step FROM risk.exposures"
+        " bid_notional, ask_quantity, ask_notional, bid_loss, ask_loss, order_margin, open_orders, pending_step"
+        " FROM risk.exposures"
     ),
     "risk.v_price_bands": "SELECT instrument_id, price_band FROM risk.risk_limits WHERE user_id IS NULL",
     "risk.v_open_liquidations": (
@@ -61,7 +65,8 @@ VIEWS: dict[str, str] = {
     ),
     "positions.v_fills": (
         "SELECT event_id, user_id, instrument_id, seq, role, trade_id, order_id, side, price, quantity, fee,"
-        " realized_pnl, signed_quantity_after, entry_notional_after, leverage, cause, created_at AS executed_at"
+        " realized_pnl, signed_quantity_after, entry_notional_after, leverage, open_loss, cause,"
+        " created_at AS executed_at"
         " FROM positions.position_events WHERE trade_id IS NOT NULL"
     ),
     "positions.v_funding_positions": (
