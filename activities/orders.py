@@ -447,14 +447,14 @@ async def _apply(conn: Connection, changes: dict[int, OrderChange]) -> None:
         "UPDATE orders.orders SET filled_quantity = filled_quantity + n.traded,"
         " filled_notional = filled_notional + n.paid, quantity = coalesce(filled_quantity + n.quantity_left, quantity),"
         " price = CASE WHEN price IS NULL THEN NULL ELSE coalesce(n.new_price, price) END,"
-        " bound_price = coalesce(n.new_price, bound_price), margin_price = coalesce(n.margin_price, margin_price),"
-        " open_loss = coalesce(n.open_loss, open_loss),"
+        " bound_price = coalesce(n.new_price, bound_price), margin_price = coalesce(n.new_margin_price, margin_price),"
+        " open_loss = coalesce(n.new_open_loss, open_loss),"
         " status = CASE WHEN n.final IS NOT NULL THEN n.final WHEN status = 'CANCEL_REQUESTED' THEN status"
         "   WHEN filled_quantity + n.traded > 0 THEN 'PARTIALLY_FILLED' ELSE 'PLACED' END,"
         " failure_reason = coalesce(n.reason, failure_reason), updated_at = now()"
         " FROM unnest($1::bigint[], $2::numeric[], $3::numeric[], $4::text[], $5::text[], $6::numeric[], $7::numeric[],"
         " $8::numeric[], $9::numeric[])"
-        " AS n (id, traded, paid, final, reason, quantity_left, new_price, margin_price, open_loss)"
+        " AS n (id, traded, paid, final, reason, quantity_left, new_price, new_margin_price, new_open_loss)"
         f" WHERE order_id = n.id RETURNING {ORDER_COLUMNS}",
         *columns(
             [

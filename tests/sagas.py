@@ -50,6 +50,7 @@ from engine import lease as leases
 from engine.log import Batch, read_commands, write_batch
 from engine.matcher import Matcher
 from storage.db import Pool
+from tests.marks import say_mark
 from tests.waiting import until
 from workflows.audit import LedgerAuditWorkflow
 from workflows.funding import FundingSettlementWorkflow
@@ -87,7 +88,10 @@ class Desk:
             await transfer_external(conn, "DEPOSIT", uuid.uuid4().hex, user_id, "USDT", Decimal(amount))
 
     async def take_in(self, *orders: NewOrder) -> Saga:
-        """Write orders down; their saga, not started."""
+        """Write orders down; their saga, not started. The market is at their prices."""
+        for order in orders:
+            instrument = next(i for i in SHIPPED if i.instrument_id == order.request.instrument_id)
+            await say_mark(self.pool, instrument, order.bound_price)
         async with self.pool.acquire() as conn, conn.transaction():
             saga = (await take_in(conn, orders, datetime.now(UTC))).saga
         assert saga is not None

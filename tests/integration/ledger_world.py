@@ -35,6 +35,7 @@ from engine.log import Batch, read_commands, write_batch
 from engine.matcher import Matcher
 from storage.db import Pool
 from storage.tables import metadata
+from tests.marks import say_mark
 
 BTC, ETH, SOL = SHIPPED
 BTC_PRICE, ETH_PRICE = Decimal(60_000), Decimal(3_000)
@@ -45,6 +46,7 @@ VOLATILE = [
     "created_at",
     "updated_at",
     "executed_at",
+    "calculated_at",
     "lease_until",
     "entry_id",
     "event_id",
@@ -80,6 +82,8 @@ class World:
     matchers: dict[str, Matcher] = field(default_factory=lambda: {i.instrument_id: Matcher(i) for i in SHIPPED})
     command_seqs: dict[str, int] = field(default_factory=lambda: dict.fromkeys((i.instrument_id for i in SHIPPED), 0))
     settled: dict[str, int] = field(default_factory=lambda: dict.fromkeys((i.instrument_id for i in SHIPPED), 0))
+    # Instruments whose mark stands where a test has put it.
+    marked: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         pool, log = cast(Pool, self.faulty or self.pool), EngineLog()
@@ -98,6 +102,11 @@ class World:
             assert done
 
     async def take_in(self, *orders: NewOrder) -> OrderBatch:
+        """Write orders down, as the api does; the market is at their prices, unless a test has said where it is."""
+        for order in orders:
+            instrument = instrument_of(order)
+            if instrument.instrument_id not in self.marked:
+                await say_mark(self.pool, instrument, order.bound_price)
         async with self.pool.acquire() as conn, conn.transaction():
             intake = await take_in(conn, orders, datetime.now(UTC))
         assert intake.saga is not None
@@ -201,13 +210,9 @@ class World:
         return last if last.isupper() else None
 
     async def mark(self, price: object, instrument: Instrument = BTC) -> None:
-        """The market process says what the mark price is."""
-        await self.pool.execute(
-            "INSERT INTO market.mark_prices (instrument_id, calculated_at, index_price, mark_price, fair_price,"
-            " premium_index, funding_basis, source) VALUES ($1, clock_timestamp(), $2, $2, $2, 0, 0, 'simulated')",
-            instrument.instrument_id,
-            Decimal(str(price)),
-        )
+        """The market process says what the mark price is, from here on."""
+        self.marked.add(instrument.instrument_id)
+        await say_mark(self.pool, instrument, Decimal(str(price)))
 
     async def cancel(self, *order_ids: int) -> None:
         await self.orders.request_cancels(await self.take_in_cancels(*order_ids))
@@ -307,6 +312,10 @@ class World:
         return Decimal(
             await self.pool.fetchval("SELECT balance FROM ledger.system_balances WHERE account = $1", account)
         )
+
+
+def instrument_of(order: NewOrder) -> Instrument:
+    return next(i for i in SHIPPED if i.instrument_id == order.request.instrument_id)
 
 
 def _decimal(figure: object) -> Decimal | None:

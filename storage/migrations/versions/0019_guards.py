@@ -22,9 +22,9 @@ def upgrade() -> None:
     op.add_column("exposures", sa.Column("told_leverage", sa.Integer(), nullable=True), schema="risk")
     op.add_column("exposures", sa.Column("told_maintenance", sa.Integer(), nullable=True), schema="risk")
     op.add_column("exposures", sa.Column("told_mode", sa.Text(), nullable=True), schema="risk")
-    op.drop_constraint("ck_exposures_positive", "exposures", schema="risk", type_="check")
+    op.drop_constraint(op.f("ck_exposures_positive"), "exposures", schema="risk", type_="check")
     op.create_check_constraint(
-        "ck_exposures_positive",
+        op.f("ck_exposures_positive"),
         "exposures",
         "bid_quantity >= 0 AND bid_notional >= 0 AND ask_quantity >= 0 AND ask_notional >= 0 AND open_orders >= 0"
         " AND order_margin >= 0 AND bid_loss >= 0 AND ask_loss >= 0",
