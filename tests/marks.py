@@ -1,4 +1,4 @@
-"""What the market process says of the mark, without a market process: a row for the services, a command for the engine."""
+"""Says what the mark is, as the market process does: a row for the services, a command for the engine."""
 
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal

@@ -22,10 +22,10 @@ from activities.matching import MatchingActivities
 from activities.order_entry import lock_for_amendment, take_in, take_in_amendment, take_in_cancels
 from activities.orders import IN_ENGINE_STATUSES, OrderActivities
 from activities.positions import PositionActivities
-from activities.risk import RiskActivities
+from activities.risk import RiskActivities, set_margin_mode
 from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
 from domain.instruments import SHIPPED, Instrument
-from domain.margin_changes import MarginChange
+from domain.margin_changes import MarginChange, MarginMoved
 from domain.matching import AnyEvent
 from domain.order_entry import NewOrder, OrderRequest, Reference, amendment
 from domain.problems import Problem
@@ -34,6 +34,7 @@ from engine import lease as leases
 from engine.log import Batch, read_commands, write_batch
 from engine.matcher import Matcher
 from storage.db import Pool
+from storage.once import NotYetError
 from storage.tables import metadata
 from tests.marks import say_mark
 
@@ -84,6 +85,7 @@ class World:
     settled: dict[str, int] = field(default_factory=lambda: dict.fromkeys((i.instrument_id for i in SHIPPED), 0))
     # Instruments whose mark stands where a test has put it.
     marked: set[str] = field(default_factory=set)
+    settles_by_itself: bool = True
 
     def __post_init__(self) -> None:
         pool, log = cast(Pool, self.faulty or self.pool), EngineLog()
@@ -119,7 +121,7 @@ class World:
     async def take_in_amendment(
         self, user_id: int, order_id: int, price: object = None, quantity: object = None
     ) -> OrderBatch:
-        """Write an amendment down, as the api does; the market is at the order's price."""
+        """Write an amendment down, as the api does; the market is at the price asked for."""
         async with self.pool.acquire() as conn, conn.transaction():
             found = await lock_for_amendment(conn, user_id, order_id)
             if found is None or found[1] not in IN_ENGINE_STATUSES:
@@ -127,7 +129,10 @@ class World:
             order = found[0]
             instrument = next(i for i in SHIPPED if i.instrument_id == order.request.instrument_id)
             changes = _decimal(price), _decimal(quantity)
-            checked = amendment(order, *changes, instrument, Reference(order.bound_price))
+            mark = changes[0] or order.bound_price
+            checked = amendment(order, *changes, instrument, Reference(mark))
+            if instrument.instrument_id not in self.marked:
+                await say_mark(self.pool, instrument, mark)
             return (await take_in_amendment(conn, checked, datetime.now(UTC))).batch
 
     async def amend(self, user_id: int, order_id: int, price: object = None, quantity: object = None) -> int:
@@ -191,7 +196,8 @@ class World:
             yield "busy"
         yield plan.refusal or "planned"
         if plan.refusal is None:
-            moved = await self.ledger.move_margin(change)
+            while (moved := await self.try_to_move_margin(change)) is None:
+                yield "waits"
             yield moved.refused[0] if moved.refused else "moved"
             if not moved.refused:
                 await self.positions.adopt_margin(change)
@@ -199,6 +205,22 @@ class World:
             if moved.is_uncovered:
                 await self.orders.cancel_uncovered(Uncovered(change.instrument_id, [change.user_id]))
                 yield "uncovered"
+
+    async def try_to_move_margin(self, change: MarginChange) -> MarginMoved | None:
+        """The ledger's step; None while the engine and settlement have to get further, which they do unless they are
+        the test's business."""
+        try:
+            return await self.ledger.move_margin(change)
+        except NotYetError:
+            if self.settles_by_itself:
+                await self.settle(next(i for i in SHIPPED if i.instrument_id == change.instrument_id))
+            return None
+
+    async def move_margin(self, change: MarginChange) -> MarginMoved:
+        """The ledger's step, until it is done."""
+        while (moved := await self.try_to_move_margin(change)) is None:
+            pass
+        return moved
 
     async def lever(self, user_id: int, leverage: int, instrument: Instrument = BTC) -> str | None:
         """Change a leverage; the refusal, if there is one."""
@@ -213,6 +235,11 @@ class World:
         """The market process says what the mark price is, from here on."""
         self.marked.add(instrument.instrument_id)
         await say_mark(self.pool, instrument, Decimal(str(price)))
+
+    async def cross(self, user_id: int, instrument: Instrument = BTC) -> None:
+        """All of the user's money stands behind what they open from now on."""
+        async with self.pool.acquire() as conn, conn.transaction():
+            await set_margin_mode(conn, user_id, instrument, "CROSS")
 
     async def cancel(self, *order_ids: int) -> None:
         await self.orders.request_cancels(await self.take_in_cancels(*order_ids))

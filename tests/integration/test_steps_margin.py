@@ -93,6 +93,7 @@ async def test_without_a_position_or_a_mark_there_is_no_margin_to_change(world: 
     await world.deposit(10_000, 1)
     assert await world.change(world.margin_change(1, "MARGIN", "1")) == "POSITION_NOT_FOUND"
     await world.trade(1, 2, "1", 60_000)
+    await world.pool.execute("DELETE FROM market.mark_prices")
     assert await world.change(world.margin_change(1, "MARGIN", "1")) == "MARK_PRICE_UNAVAILABLE"
     assert await world.change(world.margin_change(1, "LEVERAGE", "5")) == "MARK_PRICE_UNAVAILABLE"
 
@@ -174,7 +175,7 @@ async def test_every_step_done_twice_changes_nothing(world: World) -> None:
         first = await dump(world.pool)
         assert await world.risk.plan_margin_change(change) == plan
         assert await dump(world.pool) == first
-        moved = await world.ledger.move_margin(change)
+        moved = await world.move_margin(change)
         first = await dump(world.pool)
         assert await world.ledger.move_margin(change) == moved
         assert await dump(world.pool) == first

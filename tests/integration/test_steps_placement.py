@@ -74,11 +74,11 @@ async def test_only_the_orders_that_money_and_limits_allow_pass(world: World) ->
 
 async def test_an_order_that_would_lose_at_once_needs_money_for_that_too(world: World) -> None:
     await world.deposit(10_000, 1, 2)
-    dear = replace(limit(1, "BUY", "0.5", 80_000), open_loss=Decimal(10_000))
+    dear = replace(limit(1, "BUY", "0.5", 80_000), open_loss=Decimal(20_000))
     fair = limit(2, "BUY", "0.5", 80_000)
     orders = await world.place(dear, fair)
     assert [await world.status(order) for order in orders] == [
-        ("FAILED", "INSUFFICIENT_MARGIN"),
+        ("FAILED", "OPEN_LOSS_NOT_COVERED"),
         ("ACCEPTED", None),
     ]
 
@@ -363,6 +363,6 @@ async def test_the_price_band_is_that_of_the_limits_of_the_instrument(world: Wor
     instruments = await read_instruments(pool)
     assert {name: instrument.price_band for name, instrument in instruments.items()} == {
         BTC.instrument_id: Decimal("0.1"),
-        ETH.instrument_id: Decimal("0.5"),
-        SOL.instrument_id: Decimal("0.5"),
+        ETH.instrument_id: Decimal("0.075"),
+        SOL.instrument_id: Decimal("0.1"),
     }

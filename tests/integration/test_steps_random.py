@@ -189,6 +189,8 @@ class Trading:
         while self.placements:
             for placing in list(self.placements):
                 await self.take_step(placing)
+            for instrument in INSTRUMENTS:
+                await self.world.settle(instrument)
         for instrument in INSTRUMENTS:
             await self.world.settle(instrument)
 
@@ -207,7 +209,7 @@ async def test_the_books_balance_whatever_happens_in_whatever_order(
 ) -> None:
     # One look is all: in motion is no excuse for an alarm, and waiting would not move anything here.
     monkeypatch.setattr(audit, "LOOKS_MAX", 1)
-    world = World(pool, redis)
+    world = World(pool, redis, settles_by_itself=False)
     trading = Trading(world, seed)
     for user in USERS:
         await world.deposit(trading.dice.choice(DEPOSITS), user)

@@ -68,6 +68,8 @@ async def script(world: World) -> AsyncIterator[tuple[str, Activity]]:
     """A day on the exchange, activity by activity: the test runs each one as it likes before it goes on."""
     await world.deposit(100_000, 1, 2, 3)
     await world.deposit(6_200, 4)
+    await world.cross(4)
+    await world.mark(60_000)
 
     first = await world.take_in(
         limit(2, "SELL", "1", 60_000),
@@ -122,6 +124,7 @@ async def script(world: World) -> AsyncIterator[tuple[str, Activity]]:
     yield "accept", lambda: world.orders.accept(Acceptance(late.saga_id, frozen.passed, frozen.refused))
 
     # User 4 loses more than the order at 40 000 leaves over.
+    await world.mark(54_000)
     await world.place(limit(3, "BUY", "1", 54_000))
     await world.place(market(4, "SELL", "1", 50_000))
     async for settling in settlement_steps(world, BTC):

@@ -5,6 +5,7 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
+from domain.matching import Side
 from domain.positions import Position, apply_fill
 from domain.sagas import EventRange
 from storage.db import Pool
@@ -96,6 +97,7 @@ async def test_the_liquidation_price_goes_with_the_margin_held(world: World, poo
 
 async def test_an_order_filled_better_than_its_bound_gets_the_difference_back(world: World) -> None:
     await world.deposit(10_000, 1, 2)
+    await world.mark(52_000)
     await world.place(limit(2, "SELL", "1", 50_000))
     (order,) = await world.place(market(1, "BUY", "1", 60_000))
     assert await world.balance(1) == (Decimal(3_970), Decimal(6_030))
@@ -152,18 +154,31 @@ async def settled_at_once(world: World) -> list[tuple[object, ...]]:
     return [(user_id, p.signed_quantity, p.entry_notional) for user_id, p in sorted(positions.items())]
 
 
-async def test_a_loss_beyond_all_money_is_drawn_from_the_insurance_fund(world: World) -> None:
-    await world.deposit(6_100, 1)
+@pytest.mark.parametrize("side", ["BUY", "SELL"])
+async def test_nobody_closes_at_a_price_at_which_nothing_is_left(world: World, side: Side) -> None:
+    """A long of 60,000 with 6,000 behind it is worth nothing at 54,000, and a taker's fee above that; a short at
+    66,000."""
+    opposite = "SELL" if side == "BUY" else "BUY"
+    empty, bound = ("54027.1", 50_000) if side == "BUY" else ("65967", 70_000)
+    tick = Decimal("0.1") if side == "BUY" else Decimal("-0.1")
+    await world.deposit(16_100, 1)
     await world.deposit(100_000, 2, 3)
-    await world.trade(1, 2, "1", 60_000)
-    await world.place(limit(3, "BUY", "1", 50_000))
-    await world.place(market(1, "SELL", "1", 45_000))
+    await world.mark(60_000)
+    await world.place(limit(2, opposite, "1", 60_000))
+    await world.place(limit(1, side, "1", 60_000))
     await world.settle()
-    assert await world.balance(1) == (Decimal(0), Decimal(0))
-    missing = Decimal(10_000) + 30 + 25 - 6_100
-    assert await world.system("exchange:insurance_fund") == -missing
-    (required,) = await outbox_events(world.pool, "InsuranceFundRequired")
-    assert (required["userId"], Decimal(required["amount"])) == ("1", missing)
+    await world.mark(empty)
+    await world.place(limit(3, side, "0.4", empty))
+    await world.place(limit(3, side, "0.6", Decimal(empty) - tick))
+    (order,) = await world.place(market(1, opposite, "1", bound))
+    await world.settle()
+    assert await world.status(order) == ("EXPIRED", "MARGIN_AT_MARK")
+    assert await world.pool.fetchval("SELECT filled_quantity FROM orders.orders WHERE order_id = $1", order) == Decimal(
+        "0.4"
+    )
+    assert await world.system("exchange:insurance_fund") == 0
+    # What is available is not touched.
+    assert (await world.balance(1))[0] >= Decimal(10_070)
     await assert_conserved(world)
     await assert_audit_is_clean(world)
 
@@ -171,9 +186,12 @@ async def test_a_loss_beyond_all_money_is_drawn_from_the_insurance_fund(world: W
 async def test_orders_that_a_loss_leaves_without_money_are_cancelled(world: World) -> None:
     await world.deposit(6_200, 1)
     await world.deposit(100_000, 2, 3)
+    await world.cross(1)
     await world.trade(1, 2, "1", 60_000)
+    await world.mark(60_000)
     (uncovered,) = await world.place(limit(1, "BUY", "0.04", 40_000))
     (elsewhere,) = await world.place(limit(1, "BUY", "0.01", 3_000, ETH))
+    await world.mark(54_000)
     await world.place(limit(3, "BUY", "1", 54_000))
     await world.place(market(1, "SELL", "1", 50_000))
     await world.match()
@@ -195,14 +213,18 @@ async def test_orders_that_a_loss_leaves_without_money_are_cancelled(world: Worl
 
 
 async def test_an_order_that_fills_before_its_cancellation_leaves_nobody_negative(world: World) -> None:
-    await world.deposit(6_100, 1)
+    await world.deposit(6_060, 1)
     await world.deposit(100_000, 2, 3)
+    await world.cross(1)
     await world.trade(1, 2, "1", 60_000)
-    await world.place(limit(1, "BUY", "0.01", 40_000))
-    await world.place(limit(3, "BUY", "1", 45_000))
-    await world.place(market(1, "SELL", "1", 40_000), limit(2, "SELL", "0.01", 40_000))
+    await world.mark(60_000)
+    await world.place(limit(1, "BUY", "0.001", 53_900))
+    await world.mark(54_000)
+    await world.place(limit(3, "BUY", "1", 54_000))
+    await world.place(market(1, "SELL", "1", 51_000), limit(2, "SELL", "0.001", 53_900))
     await world.settle()
-    assert (await position(world, 1))[:3] == (Decimal("0.01"), 400, 0)
+    # Of 6,060 there are 3 left, less the fee of a maker.
+    assert (await position(world, 1))[:3] == (Decimal("0.001"), Decimal("53.9"), Decimal("2.98922"))
     await assert_conserved(world)
     await assert_audit_is_clean(world)
 
@@ -212,10 +234,11 @@ async def test_a_loss_in_one_instrument_leaves_what_is_held_for_another(world: W
     await world.deposit(100_000, 2, 3)
     await world.trade(1, 2, "0.01", 3_000, ETH)
     await world.trade(1, 2, "1", 60_000)
-    await world.place(limit(3, "BUY", "1", 50_000))
-    await world.place(market(1, "SELL", "1", 45_000))
+    await world.mark(54_100)
+    await world.place(limit(3, "BUY", "1", 54_100))
+    await world.place(market(1, "SELL", "1", 51_500))
     await world.settle()
-    assert await world.balance(1) == (Decimal(0), Decimal(3))
+    assert await world.balance(1) == (Decimal("139.935"), Decimal(3))
     await assert_audit_is_clean(world)
 
 
