@@ -84,7 +84,7 @@ class World:
     command_seqs: dict[str, int] = field(default_factory=lambda: dict.fromkeys((i.instrument_id for i in SHIPPED), 0))
     settled: dict[str, int] = field(default_factory=lambda: dict.fromkeys((i.instrument_id for i in SHIPPED), 0))
     # Instruments whose mark stands where a test has put it.
-    marked: set[str] = field(default_factory=set)
+    held_marks: set[str] = field(default_factory=set)
     settles_by_itself: bool = True
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class World:
         """Write orders down, as the api does; the market is at their prices, unless a test has said where it is."""
         for order in orders:
             instrument = instrument_of(order)
-            if instrument.instrument_id not in self.marked:
+            if instrument.instrument_id not in self.held_marks:
                 await say_mark(self.pool, instrument, order.bound_price)
         async with self.pool.acquire() as conn, conn.transaction():
             intake = await take_in(conn, orders, datetime.now(UTC))
@@ -131,7 +131,7 @@ class World:
             changes = _decimal(price), _decimal(quantity)
             mark = changes[0] or order.bound_price
             checked = amendment(order, *changes, instrument, Reference(mark))
-            if instrument.instrument_id not in self.marked:
+            if instrument.instrument_id not in self.held_marks:
                 await say_mark(self.pool, instrument, mark)
             return (await take_in_amendment(conn, checked, datetime.now(UTC))).batch
 
@@ -233,7 +233,7 @@ class World:
 
     async def mark(self, price: object, instrument: Instrument = BTC) -> None:
         """The market process says what the mark price is, from here on."""
-        self.marked.add(instrument.instrument_id)
+        self.held_marks.add(instrument.instrument_id)
         await say_mark(self.pool, instrument, Decimal(str(price)))
 
     async def cross(self, user_id: int, instrument: Instrument = BTC) -> None:

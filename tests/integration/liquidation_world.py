@@ -65,6 +65,7 @@ class LiquidationWorld(World):
         """New mark prices come in; what they liquidate."""
         for instrument in SHIPPED:
             if instrument.instrument_id in marks:
+                await self.mark(marks[instrument.instrument_id], instrument)
                 await publish_mark(self.redis, marks[instrument.instrument_id], instrument)
         async with self.pool.acquire() as conn:
             return await trigger(conn, marks, await self.rules())

@@ -246,7 +246,7 @@ async def test_reference_prices_are_read_together(redis: Redis, engine: EngineLo
     prices = await read_reference_prices(redis, [BTC, ETH, "NOPE"])
     assert prices.keys() == {BTC, ETH}
     assert isinstance(prices[BTC], ReferencePrice)
-    assert (prices[BTC].best_bid, prices[BTC].best_ask) == (Decimal(60_000), None)
+    assert prices[BTC].mark > 50_000
     assert prices[ETH].mark > 2_900
     assert await read_reference_prices(redis, []) == {}
 

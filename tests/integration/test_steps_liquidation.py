@@ -14,9 +14,9 @@ from activities.liquidation import ABORT_PAUSE, cross_backing, deleverage_ranks,
 from activities.positions import position_view, tell_moved
 from activities.risk import pre_check
 from domain.liquidation_saga import Claim, Ending
+from domain.mark_price import MARK_AGE_MAX
 from monitors.liquidations import LiquidationMonitor
 from storage.db import Pool
-from storage.reference_prices import MARK_AGE_MAX
 from tests.integration.ledger_world import BTC, ETH, World, advance, finish, limit, outbox_events
 from tests.integration.liquidation_world import LiquidationWorld, publish_mark
 

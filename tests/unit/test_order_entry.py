@@ -17,14 +17,14 @@ from domain.order_entry import (
     Reference,
     amendment,
     bound_price,
-    expected_open_loss,
+    new_order,
 )
 from domain.problems import Problem
 
 BTC, ETH, SOL = SHIPPED
 MARK = Reference(Decimal(60_000))
 PRICES = st.decimals("1", 100_000, places=8)
-REFERENCES = st.builds(Reference, PRICES, st.none() | PRICES, st.none() | PRICES)
+REFERENCES = st.builds(Reference, PRICES)
 
 
 def limit(price: str = "60000", quantity: str = "1", **terms: Any) -> OrderRequest:
@@ -50,8 +50,9 @@ def market(side: Any, quantity: str = "1", instrument: Instrument = BTC) -> Orde
         (limit(price="-60000"), "VALIDATION_FAILED"),
         (replace(limit(), price=None), "VALIDATION_FAILED"),
         (replace(market("BUY"), price=Decimal(60_000)), "VALIDATION_FAILED"),
-        (limit(price="90000.1"), "PRICE_OUT_OF_BAND"),
+        (limit(price="63000.1"), "PRICE_OUT_OF_BAND"),
         (limit(price="29999.9"), "PRICE_OUT_OF_BAND"),
+        (limit(price="56999.9", side="SELL"), "PRICE_OUT_OF_BAND"),
         (limit(price="90000.1", side="SELL"), "PRICE_OUT_OF_BAND"),
         (limit(price="1e30"), "PRICE_OUT_OF_BAND"),
     ],
@@ -74,17 +75,20 @@ def test_a_notional_below_the_minimum_is_refused(request_: OrderRequest) -> None
         bound_price(request_, BTC, Reference(Decimal(4000)))
 
 
-@pytest.mark.parametrize("price", ["30000", "60000", "90000"])
-def test_a_limit_up_to_the_edge_of_the_band_is_its_own_bound(price: str) -> None:
-    assert bound_price(limit(price=price), BTC, MARK) == Decimal(price)
+@pytest.mark.parametrize(
+    ("price", "side"),
+    [("30000", "BUY"), ("60000", "BUY"), ("63000", "BUY"), ("57000", "SELL"), ("60000", "SELL"), ("90000", "SELL")],
+)
+def test_a_limit_up_to_the_edge_of_the_band_is_its_own_bound(price: str, side: str) -> None:
+    assert bound_price(limit(price=price, side=side), BTC, MARK) == Decimal(price)
 
 
 @pytest.mark.parametrize(("price", "side"), [("66000.1", "BUY"), ("53999.9", "SELL")])
-def test_an_instrument_may_have_a_narrower_band(price: str, side: str) -> None:
-    narrow = replace(BTC, price_band=Decimal("0.1"))
+def test_an_instrument_may_have_another_band(price: str, side: str) -> None:
+    wide = replace(BTC, price_band=Decimal("0.1"))
     with pytest.raises(Problem, match="PRICE_OUT_OF_BAND"):
-        bound_price(limit(price=price, side=side), narrow, MARK)
-    assert bound_price(limit(price="66000"), narrow, MARK) == 66_000
+        bound_price(limit(price=price, side=side), wide, MARK)
+    assert bound_price(limit(price="66000"), wide, MARK) == 66_000
 
 
 def test_a_notional_of_exactly_the_minimum_is_enough() -> None:
@@ -96,32 +100,38 @@ def test_a_notional_of_exactly_the_minimum_is_enough() -> None:
     [
         ("BUY", Reference(Decimal("60000.07")), "63000"),
         ("SELL", Reference(Decimal("60000.07")), "57000.1"),
-        ("BUY", Reference(Decimal(60_000), Decimal(59_000), Decimal(61_000)), "64050"),
-        ("SELL", Reference(Decimal(60_000), Decimal(59_000), Decimal(61_000)), "56050"),
-        ("BUY", Reference(Decimal(60_000), None, Decimal(89_000)), "90000"),
-        ("SELL", Reference(Decimal(60_000), Decimal(31_000), None), "30000"),
     ],
 )
-def test_protection_lies_beyond_the_best_opposite_quote_and_within_the_band(
-    side: str, reference: Reference, bound: str
-) -> None:
+def test_protection_lies_beyond_the_mark_rounded_inwards(side: str, reference: Reference, bound: str) -> None:
     assert bound_price(market(side), BTC, reference) == Decimal(bound)
 
 
+def test_the_minimum_notional_of_a_market_order_is_measured_at_the_mark() -> None:
+    dear = replace(BTC, min_notional=Decimal(60))
+    assert bound_price(market("SELL", "0.001"), dear, MARK) == 57_000
+    with pytest.raises(Problem, match="MIN_NOTIONAL"):
+        bound_price(market("BUY", "0.001"), dear, Reference(Decimal("59999.9")))
+
+
 @pytest.mark.parametrize(
-    ("request_", "reference", "loss"),
+    ("request_", "reference", "loss", "margin_price"),
     [
-        (limit(price="66000"), MARK, "6000"),
-        (limit(price="59000"), MARK, "0"),
-        (market("BUY"), Reference(Decimal(60_000), Decimal(59_000), Decimal(61_000)), "1000"),
-        (market("SELL"), Reference(Decimal(60_000), Decimal(59_000), Decimal(61_000)), "1000"),
-        (market("SELL"), MARK, "0"),
+        (limit(price="62000"), MARK, "2000", "62000"),
+        (limit(price="62000"), Reference(Decimal("60000.07")), "2000", "62000"),
+        (limit(price="59000"), MARK, "0", "59000"),
+        (limit(price="58000", side="SELL"), MARK, "2000", "60000"),
+        (limit(price="58000", side="SELL"), Reference(Decimal("60000.07")), "2000.1", "60000.1"),
+        (limit(price="61000", side="SELL"), MARK, "0", "61000"),
+        (market("BUY"), MARK, "0", "63000"),
+        (market("SELL"), MARK, "0", "60000"),
+        (limit(price="62000", reduce_only=True), MARK, "0", "62000"),
     ],
 )
-def test_open_loss_is_what_the_expected_fill_is_worse_than_mark(
-    request_: OrderRequest, reference: Reference, loss: str
+def test_open_loss_is_held_at_the_limit_and_a_sale_is_backed_at_the_mark(
+    request_: OrderRequest, reference: Reference, loss: str, margin_price: str
 ) -> None:
-    assert expected_open_loss(request_, reference) == Decimal(loss) * request_.quantity
+    order = new_order(1, request_, BTC, reference)
+    assert (order.open_loss, order.margin_price) == (Decimal(loss), Decimal(margin_price))
 
 
 @given(st.sampled_from(["BUY", "SELL"]), st.sampled_from(SHIPPED), REFERENCES)
@@ -132,10 +142,10 @@ def test_protection_is_on_tick_and_never_worse_than_allowed(
     instrument.price_to_ticks(bound)
     if side == "BUY":
         assert bound <= reference.mark * (1 + instrument.price_band)
-        assert bound <= (reference.best_ask or reference.mark) * (1 + MARKET_PROTECTION)
+        assert bound <= reference.mark * (1 + MARKET_PROTECTION)
     else:
         assert bound >= reference.mark * (1 - instrument.price_band)
-        assert bound >= (reference.best_bid or reference.mark) * (1 - MARKET_PROTECTION)
+        assert bound >= reference.mark * (1 - MARKET_PROTECTION)
 
 
 def stop(kind: Any, stop_price: str, price: str | None = None, **terms: Any) -> OrderRequest:
@@ -172,7 +182,7 @@ def test_terms_that_do_not_go_together_are_refused(request_: OrderRequest, code:
     ],
 )
 def test_a_stop_is_bound_by_its_limit_or_beyond_its_stop_price(request_: OrderRequest, bound: str) -> None:
-    assert bound_price(request_, BTC, Reference(Decimal(60_000), Decimal(59_999), Decimal(60_001))) == Decimal(bound)
+    assert bound_price(request_, BTC, MARK) == Decimal(bound)
 
 
 def test_what_only_reduces_may_be_smaller_than_the_minimum() -> None:
@@ -180,13 +190,56 @@ def test_what_only_reduces_may_be_smaller_than_the_minimum() -> None:
     assert bound_price(small, BTC, Reference(Decimal(4000))) == 4000
 
 
-def test_what_waits_or_only_reduces_loses_nothing_at_once() -> None:
-    assert expected_open_loss(stop("STOP_LIMIT", "61000", "66000"), MARK) == 0
-    assert expected_open_loss(limit(price="66000", reduce_only=True), MARK) == 0
+@pytest.mark.parametrize(
+    ("request_", "loss", "margin_price"),
+    [
+        (stop("STOP_LIMIT", "61000", "62000"), "1000", "62000"),
+        (stop("STOP_LIMIT", "59000", "58000", side="SELL"), "1000", "59000"),
+        (stop("STOP_MARKET", "61000"), "0", "64050"),
+        (stop("TAKE_PROFIT_MARKET", "61000", side="SELL"), "0", "61000"),
+    ],
+)
+def test_what_waits_is_judged_by_its_stop_price(request_: OrderRequest, loss: str, margin_price: str) -> None:
+    order = new_order(1, request_, BTC, MARK)
+    assert (order.open_loss, order.margin_price) == (Decimal(loss), Decimal(margin_price))
 
 
 def resting(request: OrderRequest, filled: str = "0") -> OpenOrder:
-    return OpenOrder(7, 1, request, request.price or MARK.mark, Decimal(filled))
+    price = request.price or MARK.mark
+    return OpenOrder(7, 1, request, price, Decimal(filled), price)
+
+
+def test_less_of_the_same_may_be_asked_for_wherever_the_mark_has_gone() -> None:
+    order = replace(resting(limit(price="60000")), margin_price=Decimal(60_000), open_loss=Decimal(100))
+    smaller = amendment(order, None, Decimal("0.4"), BTC, Reference(Decimal(40_000)))
+    assert (smaller.open_quantity, smaller.margin_price, smaller.open_loss) == (
+        Decimal("0.4"),
+        Decimal(60_000),
+        Decimal(100),
+    )
+    assert not any((smaller.claimed_quantity, smaller.claimed_notional, smaller.claimed_loss))
+    for price, quantity in ((None, "1.1"), ("59999", "0.4")):
+        with pytest.raises(Problem, match="PRICE_OUT_OF_BAND"):
+            amendment(
+                order, None if price is None else Decimal(price), Decimal(quantity), BTC, Reference(Decimal(40_000))
+            )
+
+
+def test_an_amendment_claims_the_open_loss_beyond_that_of_the_order() -> None:
+    order = resting(limit(price="60000"))
+    dearer = amendment(order, Decimal(61_000), Decimal(2), BTC, MARK)
+    assert (dearer.open_loss, dearer.claimed_loss, dearer.claimed_notional) == (
+        Decimal(1_000),
+        Decimal(2_000),
+        Decimal(62_000),
+    )
+    lower = amendment(resting(limit(price="60000", side="SELL")), Decimal(59_000), None, BTC, MARK)
+    assert (lower.open_loss, lower.margin_price, lower.claimed_loss, lower.claimed_notional) == (
+        1_000,
+        60_000,
+        1_000,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
