@@ -150,9 +150,11 @@ class Desk:
         return row["available"], row["reserved"]
 
     async def commands(self) -> list[str]:
-        """The kinds of all commands the engine got, in order per instrument."""
+        """The kinds of all commands about orders that the engine got, in order per instrument."""
         rows = await self.pool.fetch(
-            "SELECT payload::json ->> 'kind' FROM matching.commands ORDER BY instrument_id, seq"
+            "SELECT payload::json ->> 'kind' FROM matching.commands"
+            " WHERE payload::json ->> 'kind' NOT IN ('MARK_PRICE', 'SET_TERMS', 'MOVE_MARGIN')"
+            " ORDER BY instrument_id, seq"
         )
         return [row[0] for row in rows]
 

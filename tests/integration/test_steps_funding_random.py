@@ -87,7 +87,7 @@ async def test_the_books_balance_with_funding_in_between(
     monkeypatch.setattr(audit, "LOOKS_MAX", 1)
     for service in (ledger, positions):
         monkeypatch.setattr(service, "FUNDING_PAGE", 2)
-    world = World(pool, redis)
+    world = World(pool, redis, settles_by_itself=False)
     trading = FundedTrading(world, seed)
     for user in USERS:
         await world.deposit(trading.dice.choice(DEPOSITS), user)

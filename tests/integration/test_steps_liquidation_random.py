@@ -101,7 +101,7 @@ async def test_no_sequence_of_trades_marks_and_liquidations_breaks_an_invariant(
     pool: Pool, redis: Redis, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(audit, "LOOKS_MAX", 1)
-    world = LiquidationWorld(pool, redis)
+    world = LiquidationWorld(pool, redis, settles_by_itself=False)
     trading = Liquidating(world, seed)
     if FUNDS[seed]:
         await world.fund(FUNDS[seed])

@@ -64,7 +64,10 @@ class Trading:
         await action()
 
     async def take_in(self) -> None:
-        batch = await self.world.take_in(*(self.order() for _ in range(self.dice.randint(1, 4))))
+        orders = [self.order() for _ in range(self.dice.randint(1, 4))]
+        for instrument in INSTRUMENTS:
+            await self.world.mark(instrument.ticks_to_price(self.ticks[instrument.instrument_id]), instrument)
+        batch = await self.world.take_in(*orders)
         self.placements.append(self.world.placement(batch))
         self.order_ids += batch.order_ids
 

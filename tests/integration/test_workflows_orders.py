@@ -62,7 +62,9 @@ async def test_orders_that_pass_go_to_the_engine_in_order(desk: Desk, pool: Pool
     assert await desk.states(saga.batch.order_ids) == [("ACCEPTED", None)] * 2
     # 1600 / 10 + 1600 * 0.0005
     assert await desk.balance(ALICE) == (D("839.2"), D("160.8"))
-    rows = await pool.fetch("SELECT payload::json ->> 'order_id' FROM matching.commands ORDER BY seq")
+    rows = await pool.fetch(
+        "SELECT payload::json ->> 'order_id' FROM matching.commands WHERE payload::json ->> 'kind' = 'NEW' ORDER BY seq"
+    )
     assert [int(row[0]) for row in rows] == saga.batch.order_ids
     assert regular_attempts(await handle.fetch_history()) == []
     await desk.assert_clean()
