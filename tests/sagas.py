@@ -29,6 +29,7 @@ from activities.registry import (
     order_activities,
     settlement_activities,
 )
+from activities.risk import set_margin_mode
 from activities.sagas import Saga, start_saga
 from clients import LIQUIDATION_QUEUE, OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
 from domain.instruments import SHIPPED, Instrument
@@ -87,11 +88,11 @@ class Desk:
         async with self.pool.acquire() as conn, conn.transaction():
             await transfer_external(conn, "DEPOSIT", uuid.uuid4().hex, user_id, "USDT", Decimal(amount))
 
-    async def take_in(self, *orders: NewOrder) -> Saga:
-        """Write orders down; their saga, not started. The market is at their prices."""
+    async def take_in(self, *orders: NewOrder, mark: str | None = None) -> Saga:
+        """Write orders down; their saga, not started. The market is at their prices, or at `mark`."""
         for order in orders:
             instrument = next(i for i in SHIPPED if i.instrument_id == order.request.instrument_id)
-            await say_mark(self.pool, instrument, order.bound_price)
+            await say_mark(self.pool, instrument, order.bound_price if mark is None else Decimal(mark))
         async with self.pool.acquire() as conn, conn.transaction():
             saga = (await take_in(conn, orders, datetime.now(UTC))).saga
         assert saga is not None
@@ -119,9 +120,14 @@ class Desk:
         assert await start_saga(self.temporal, saga, eager=False)
         return self.temporal.get_workflow_handle(saga.batch.saga_id)
 
-    async def place(self, *orders: NewOrder) -> list[int]:
+    async def cross(self, user_id: int) -> None:
+        """All of the user's money stands behind what they open in BTC from now on."""
+        async with self.pool.acquire() as conn, conn.transaction():
+            await set_margin_mode(conn, user_id, SHIPPED[0], "CROSS")
+
+    async def place(self, *orders: NewOrder, mark: str | None = None) -> list[int]:
         """Place orders and wait for the end of their saga; their ids."""
-        saga = await self.take_in(*orders)
+        saga = await self.take_in(*orders, mark=mark)
         await (await self.start(saga)).result()
         return saga.batch.order_ids
 

@@ -48,7 +48,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def traded(pool: Pool, redis: Redis) -> World:
     """A few trades on two instruments, profit, fees and a funding payment."""
-    world = World(pool, redis)
+    world = World(pool, redis, settles_by_itself=False)
     await world.deposit(100_000, 1, 2, 3)
     await world.trade(1, 2, "0.5", 60_000)
     await world.trade(3, 1, "0.2", 60_500)
@@ -113,7 +113,7 @@ async def test_streams_tables_and_slow_computation_agree_whatever_dies_in_betwee
 ) -> None:
     monkeypatch.setattr(streams, "READ_ENTRIES_MAX", 37)
     monkeypatch.setattr(streams, "READ_BLOCK_MS", 1)
-    world = LiquidationWorld(pool, redis)
+    world = LiquidationWorld(pool, redis, settles_by_itself=False)
     await world.fund(5_000)
     for user in USERS:
         await world.deposit((100, 1_000, 4_000, 20_000)[(user + seed) % 4], user)
@@ -142,7 +142,7 @@ async def test_streams_tables_and_slow_computation_agree_whatever_dies_in_betwee
 
 
 async def test_open_interest_counts_what_was_deleveraged(pool: Pool, redis: Redis) -> None:
-    world = LiquidationWorld(pool, redis)
+    world = LiquidationWorld(pool, redis, settles_by_itself=False)
     await world.fund(0.01)
     await world.deposit(6_100, 1)
     await world.deposit(100_000, 2)

@@ -221,11 +221,12 @@ async def test_orders_that_a_loss_left_without_money_are_cancelled(
             await handle.signal("advance", last)
             await until_settled(handle, last)
 
+        await desk.cross(BOB)
         await desk.place(order(ALICE, "SELL", "0.01", "60000"))
         await desk.place(order(BOB, "BUY", "0.01", "60000"))
         await settle()
-        # Bob has 100 - 0.3, of which 60 back the position. His bid needs 371 / 10 + 0.1855.
-        [bid] = await desk.place(order(BOB, "BUY", "0.007", "53000"))
+        # Bob has 100 - 0.3, of which 60 back the position, and the rest as well. His bid needs 371 / 10 + 0.1855.
+        [bid] = await desk.place(order(BOB, "BUY", "0.007", "53000"), mark="60000")
         await desk.place(order(ALICE, "BUY", "0.01", "53500"))
         assert await desk.balance(BOB) == (D("2.4145"), D("97.2855"))
         # He sells at 53500: -65 and a fee of 0.2675 leave 34.4325, less than his bid needs.
