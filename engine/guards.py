@@ -2,12 +2,15 @@
 
 Every fill of a user with terms (`SetTerms`) either opens or closes; a fill that would do both is made in two.
 
-What *opens* gets the initial margin of its price, and what it loses at once against the mark as far as its order holds
-that (`New.loss`). The rest of that loss may eat the initial margin down to the maintenance margin, and no further: then
-equity at the mark is not below maintenance. With m = mark, i = initial and u = maintenance margin rate:
+What *opens* gets the initial margin of its price. What it loses at once against the mark may eat that down to the
+maintenance margin (the slack), and beyond it is backed by what its order holds for it (`New.loss`), so that equity at the
+mark is not below maintenance. With m = mark, i = initial and u = maintenance margin rate:
 
-    BUY:  price <= m + loss + m * (i - u)                 margin = price * i + open loss
-    SELL: price >= m - loss - m * (i - u) / (1 + i)       margin = min(price + open loss, basis) * i + open loss
+    BUY:  price <= m + loss + slack,  slack = m * (i - u)              margin = price * i + open loss
+    SELL: price >= m - loss - slack,  slack = m * (i - u) / (1 + i)    margin = min(price + open loss, basis) * i + open loss
+
+The open loss is put behind the position, as far as it is held, when it is more than half of the slack: nobody shall be
+liquidated by the next tick.
 
 What *closes* an isolated position may cost what backs it, the taker fee included, and nothing else: the price is no
 worse than the bankruptcy price. A cross position is backed by the whole account, of which the engine knows no more than
@@ -43,17 +46,25 @@ class Guards:
             return self._bankruptcy_price(account)
         if not self.mark:
             return 0 if buys else NO_SALE
-        initial = ONE // account.leverage
-        slack = account.maintenance if closes else max(0, initial - account.maintenance)
+        slack = (self.mark * account.maintenance) // ONE if closes else self._slack(account, new.side)
         if not buys:
-            return self.ceiling - new.loss - self.ceiling * slack // (ONE if closes else ONE + initial)
-        worst = self.mark + new.loss + self.mark * slack // ONE
+            return self.ceiling - new.loss - slack
+        worst = self.mark + new.loss + slack
         return worst if closes or not new.basis else min(worst, new.basis)
 
-    def open_loss(self, side: Side, price: int, loss: int) -> int:
-        """By how many ticks a fill that opens is worse than the mark, at most what is held for that."""
-        gap = price - self.mark if side == "BUY" else self.ceiling - price
-        return max(0, min(loss, gap))
+    def open_loss(self, account: Account, new: New, price: int) -> int:
+        """By how many ticks a fill that opens is worse than the mark, at most what is held for that; 0 if initial
+        margin bears it easily."""
+        gap = price - self.mark if new.side == "BUY" else self.ceiling - price
+        if not account.leverage or gap * 2 <= self._slack(account, new.side):
+            return 0
+        return min(new.loss, gap)
+
+    def _slack(self, account: Account, side: Side) -> int:
+        """How many ticks initial margin can lose before it is down to the maintenance margin."""
+        initial = ONE // account.leverage
+        rate = max(0, initial - account.maintenance)
+        return self.mark * rate // (ONE if side == "BUY" else ONE + initial)
 
     def lots(self, account: Account, new: New, price: int, quantity: int) -> int:
         """How many of `quantity` lots may trade at `price` at once: none, or up to where fills begin to open."""

@@ -17,7 +17,8 @@ ROWS = """
            (SELECT count(*) FROM ledger.ledger_entries), (SELECT count(*) FROM ledger.journals),
            (SELECT count(*) FROM ledger.ledger_balances), (SELECT count(*) FROM ledger.margin_holds),
            (SELECT count(*) FROM ledger.steps), (SELECT count(*) FROM risk.exposures),
-           (SELECT sum(last_seq) FROM matching.sequencers)
+           (SELECT count(*) FROM matching.commands
+            WHERE payload ->> 'kind' NOT IN ('MARK_PRICE', 'SET_TERMS'))
 """
 
 
