@@ -1,13 +1,15 @@
 """Whether a fill is covered: how far from the mark, or from what backs the position, it may be.
 
-Every fill of a user with terms (`SetTerms`) either opens or closes; a fill that would do both is made in two.
+A fill of a user with terms (`SetTerms`) opens or closes, or does first the one and then the other; where only closing
+is covered, it ends there.
 
 What *opens* gets the initial margin of its price. What it loses at once against the mark may eat that down to the
-maintenance margin (the slack), and beyond it is backed by what its order holds for it (`New.loss`), so that equity at the
+maintenance margin (the slack), and beyond it is backed by what its order holds for it (`New.loss`): so equity at the
 mark is not below maintenance. With m = mark, i = initial and u = maintenance margin rate:
 
-    BUY:  price <= m + loss + slack,  slack = m * (i - u)              margin = price * i + open loss
-    SELL: price >= m - loss - slack,  slack = m * (i - u) / (1 + i)    margin = min(price + open loss, basis) * i + open loss
+    BUY:  price <= m + loss + slack    slack = m * (i - u)              margin = price * i + open loss
+    SELL: price >= m - loss - slack    slack = m * (i - u) / (1 + i)    margin = min(price + open loss, basis) * i
+                                                                                 + open loss
 
 The open loss is put behind the position, as far as it is held, when it is more than half of the slack: nobody shall be
 liquidated by the next tick.
@@ -67,12 +69,17 @@ class Guards:
         return self.mark * rate // (ONE if side == "BUY" else ONE + initial)
 
     def lots(self, account: Account, new: New, price: int, quantity: int) -> int:
-        """How many of `quantity` lots may trade at `price` at once: none, or up to where fills begin to open."""
+        """How many of `quantity` lots may trade at `price`: all, none, or what closes the position."""
         closing = min(quantity, reducible(account, new.side))
-        worst = self.worst_price(account, new, closes=closing > 0)
-        if price > worst if new.side == "BUY" else price < worst:
+        if closing and not self._allows(account, new, price, closes=True):
             return 0
-        return closing or quantity
+        if closing == quantity or self._allows(account, new, price, closes=False):
+            return quantity
+        return closing
+
+    def _allows(self, account: Account, new: New, price: int, *, closes: bool) -> bool:
+        worst = self.worst_price(account, new, closes=closes)
+        return price <= worst if new.side == "BUY" else price >= worst
 
     def covers_all(self, account: Account, new: New, price: int, quantity: int) -> bool:
         """Whether `quantity` lots may trade at `price`, whatever else the user's orders do before: more is asked for
@@ -101,18 +108,21 @@ def reducible(account: Account, side: Side) -> int:
 
 
 def book_fill(account: Account, bought: int, price: int, basis: int, open_loss: int, seq: int) -> None:
-    """Fold a fill of `bought` lots (below 0: sold), which has either opened or closed, into what backs the position,
-    which has it already."""
+    """Fold a fill of `bought` lots (below 0: sold) into what backs the position, which has it already."""
     position = account.position - bought
     account.fill_seq = seq
     if position * bought < 0:
         held, closed = abs(position), abs(bought)
-        shared = account.backing * closed
-        account.backing -= shared // held if position > 0 else -(-shared // held)
-    elif bought > 0:
+        if closed < held:
+            shared = account.backing * closed
+            account.backing -= shared // held if position > 0 else -(-shared // held)
+            return
+        account.backing = 0
+        bought = account.position
+    if bought > 0:
         initial = ONE // account.leverage
         account.backing += bought * (price * (ONE - initial) - open_loss * ONE)
-    else:
+    elif bought < 0:
         initial = ONE // account.leverage
         account.backing -= bought * (price * ONE + min(price + open_loss, basis) * initial + open_loss * ONE)
 

@@ -339,12 +339,10 @@ class Matcher:
         maker_units, taker_units, per = self._fees
         trade_id = self.event_seq * INSTRUMENTS_MAX + self._instrument_number
         taker = accounts[user_id]
-        # The worst price for now, and for how many lots that is so.
-        bound, phase = self._phase(taker, new, remaining)
         while (level := opposite.best) is not None:
-            bound, phase = (bound, phase) if phase else self._phase(taker, new, remaining)
             price, queue = level.price, level.queue
-            if (buys and price > bound) or (not buys and price < bound):
+            phase = self._phase(taker, new, remaining, price)
+            if not phase or (buys and price > limit) or (not buys and price < limit):
                 return remaining
             while level.lots and phase:
                 maker = queue[0] if queue[0].remaining else level.first()
@@ -418,14 +416,11 @@ class Matcher:
 
     # Guards
 
-    def _phase(self, taker: Account, new: New, remaining: int) -> tuple[int, int]:
-        """The worst price that an order may trade at now, and for how many lots: until it has closed the position."""
+    def _phase(self, taker: Account, new: New, remaining: int, price: int) -> int:
+        """How many of the lots of an order that enters its guard allows at `price`."""
         if not taker.leverage or new.liquidation:
-            return new.price, remaining
-        closing = min(remaining, reducible(taker, new.side))
-        worst = self.guards.worst_price(taker, new, closes=closing > 0)
-        bound = min(worst, new.price) if new.side == "BUY" else max(worst, new.price)
-        return bound, closing or remaining
+            return remaining
+        return self.guards.lots(taker, new, price, remaining)
 
     def _guarded(
         self, maker: Order, account: Account, taker: Account, new: New, price: int, quantity: int
@@ -435,7 +430,8 @@ class Matcher:
         terms, guards = maker.new, self.guards
         if account.leverage:
             quantity = guards.lots(account, terms, price, quantity)
-        maker_opens, taker_opens = not reducible(account, terms.side), not reducible(taker, new.side)
+        maker_opens = quantity > reducible(account, terms.side)
+        taker_opens = quantity > reducible(taker, new.side)
         return quantity, (
             terms.basis,
             new.basis,
