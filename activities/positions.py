@@ -11,11 +11,11 @@ from decimal import Decimal
 from typing import Any, Literal
 
 import asyncpg
-from redis.asyncio import Redis
 from temporalio import activity
 
 from activities.engine_log import EngineLog, SequencedEvent
 from activities.instruments import RuleBook, Rules
+from activities.market import latest_marks
 from activities.risk import OPPOSITE
 from domain.clock import from_ms, iso
 from domain.events import AutoDeleveraged, BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
@@ -37,7 +37,6 @@ from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import NotYetError, advance_cursor
 from storage.outbox import UserPush
-from storage.reference_prices import read_reference_prices
 
 Cause = Literal["TRADE", "LIQUIDATION", "DELEVERAGE"]
 FEE_STEP = Decimal("1e-8")
@@ -135,9 +134,8 @@ def sides_of(trade: Trade | Deleveraged) -> tuple[TradeSide, TradeSide]:
 class PositionActivities:
     """Activities on the positions service's own tables."""
 
-    def __init__(self, pool: Pool, redis: Redis, log: EngineLog) -> None:
+    def __init__(self, pool: Pool, log: EngineLog) -> None:
         self._pool = pool
-        self._redis = redis
         self._log = log
         self._rules = RuleBook()
 
@@ -151,11 +149,9 @@ class PositionActivities:
     @activity.defn(name=CONFIRM_POSITIONS)
     async def confirm(self, events: EventRange) -> None:
         """After the ledger: take over the margin it really holds and the profit it booked, close what is flat."""
-        marks = await read_reference_prices(self._redis, [events.instrument_id])
-        mark = marks[events.instrument_id].mark if events.instrument_id in marks else None
         async with self._pool.acquire() as conn, conn.transaction():
             if await advance_cursor(conn, "positions", events, "confirmed_seq"):
-                await _confirm(conn, events, mark, (await self._rules.rules(conn)).tiers[events.instrument_id])
+                await _confirm(conn, events, (await self._rules.rules(conn)).tiers[events.instrument_id])
 
     @activity.defn(name=FIX_FUNDING_POSITIONS)
     async def fix_funding_positions(self, snapshot: FundingSnapshot) -> None:
@@ -169,16 +165,12 @@ class PositionActivities:
     @activity.defn(name=CONFIRM_FUNDING)
     async def confirm_funding(self, page: FundingPage) -> None:
         """After the ledger: payments of a page become realised profit, once, and margins follow the ledger's."""
-        marks = await read_reference_prices(self._redis, [page.run.instrument_id])
-        mark = marks[page.run.instrument_id].mark if page.run.instrument_id in marks else None
         async with self._pool.acquire() as conn, conn.transaction():
-            await _confirm_funding(conn, page, mark, (await self._rules.rules(conn)).tiers[page.run.instrument_id])
+            await _confirm_funding(conn, page, (await self._rules.rules(conn)).tiers[page.run.instrument_id])
 
     @activity.defn(name=ADOPT_MARGIN)
     async def adopt_margin(self, change: MarginChange) -> None:
         """After the ledger: take over a position's margin and the leverage in force."""
-        marks = await read_reference_prices(self._redis, [change.instrument_id])
-        mark = marks[change.instrument_id].mark if change.instrument_id in marks else None
         async with self._pool.acquire() as conn, conn.transaction():
             tiers = (await self._rules.rules(conn)).tiers[change.instrument_id]
             rows = await conn.fetch(
@@ -189,7 +181,7 @@ class PositionActivities:
                 change.user_id,
                 change.instrument_id,
             )
-            await _adopt(conn, change.instrument_id, rows, mark, tiers)
+            await _adopt(conn, change.instrument_id, rows, tiers)
 
 
 async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent], rules: Rules) -> None:
@@ -289,7 +281,7 @@ def fill_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, object]:
     }
 
 
-async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None, tiers: Sequence[Tier]) -> None:
+async def _confirm(conn: Connection, events: EventRange, tiers: Sequence[Tier]) -> None:
     rows = await conn.fetch(
         "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage, p.margin_mode, p.status,"
         " p.realized_pnl + f.realized_pnl AS realized_pnl"
@@ -300,13 +292,16 @@ async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None, t
         events.after_seq,
         events.to_seq,
     )
-    await _adopt(conn, events.instrument_id, rows, mark, tiers)
+    await _adopt(conn, events.instrument_id, rows, tiers)
 
 
-async def _adopt(
-    conn: Connection, instrument_id: str, rows: Sequence[asyncpg.Record], mark: Decimal | None, tiers: Sequence[Tier]
-) -> None:
-    """Write the ledger's margin and all that follows from it into positions that are locked, and tell their users."""
+async def _adopt(conn: Connection, instrument_id: str, rows: Sequence[asyncpg.Record], tiers: Sequence[Tier]) -> None:
+    """Write the ledger's margin and all that follows from it into positions that are locked, and tell their users.
+
+    What they are told is at the last mark in the tables: Redis may be away, and only pushes may be late for that.
+    """
+    latest = (await latest_marks(conn, [instrument_id])).get(instrument_id)
+    mark = None if latest is None else latest.price
     # Read after the rows are locked: whoever copies the ledger's margin last copies the newest.
     margins = await read_margins(conn, instrument_id, [row["user_id"] for row in rows])
     changes = [
@@ -380,7 +375,7 @@ async def _fix_funding_positions(conn: Connection, snapshot: FundingSnapshot) ->
     )
 
 
-async def _confirm_funding(conn: Connection, page: FundingPage, mark: Decimal | None, tiers: Sequence[Tier]) -> None:
+async def _confirm_funding(conn: Connection, page: FundingPage, tiers: Sequence[Tier]) -> None:
     instrument_id, time = page.run.instrument_id, page.run.time
     last_user_id = await conn.fetchval(
         "SELECT max(user_id) FROM (SELECT p.user_id FROM (SELECT user_id FROM positions.funding_positions"
@@ -426,7 +421,7 @@ async def _confirm_funding(conn: Connection, page: FundingPage, mark: Decimal | 
         " AND user_id > $3 AND user_id <= $4 AND p.margin_version <> h.margin_version ORDER BY user_id",
         *those,
     )
-    await _adopt(conn, instrument_id, moved, mark, tiers)
+    await _adopt(conn, instrument_id, moved, tiers)
 
 
 async def forget_funding_positions(conn: Connection, before: datetime, limit: int) -> int:
