@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from temporalio import activity
 
 from activities.instruments import RuleBook, Rules, read_instruments
+from activities.market import latest_marks
 from activities.matching import append_commands
 from activities.orders import submit_liquidation_order
 from activities.positions import change_status, mark_warned, position_view
@@ -313,8 +314,8 @@ class LiquidationActivities:
     @activity.defn(name=FINISH)
     async def finish(self, ending: Ending) -> None:
         """The row ends, the position is its user's again (or closed), and they are told."""
-        prices = await read_reference_prices(self._redis, list((await read_instruments(self._pool)).keys()))
-        marks = {name: price.mark for name, price in prices.items()}
+        latest = await latest_marks(self._pool, list((await read_instruments(self._pool)).keys()))
+        marks = {name: mark.price for name, mark in latest.items()}
         async with self._pool.acquire() as conn, conn.transaction():
             row = await conn.fetchrow(
                 "UPDATE risk.liquidation_queue SET status = $2, updated_at = now() WHERE liquidation_id = $1"

@@ -6,16 +6,16 @@ The margin of a position is the ledger's; the copy here follows it, for the liqu
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
 import asyncpg
-from redis.asyncio import Redis
 from temporalio import activity
 
 from activities.engine_log import EngineLog, SequencedEvent
 from activities.instruments import RuleBook, Rules
+from activities.market import latest_marks
 from activities.risk import OPPOSITE
 from domain.clock import from_ms, iso
 from domain.events import AutoDeleveraged, BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
@@ -37,7 +37,6 @@ from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import NotYetError, advance_cursor
 from storage.outbox import UserPush
-from storage.reference_prices import read_reference_prices
 
 Cause = Literal["TRADE", "LIQUIDATION", "DELEVERAGE"]
 FEE_STEP = Decimal("1e-8")
@@ -135,9 +134,8 @@ def sides_of(trade: Trade | Deleveraged) -> tuple[TradeSide, TradeSide]:
 class PositionActivities:
     """Activities on the positions service's own tables."""
 
-    def __init__(self, pool: Pool, redis: Redis, log: EngineLog) -> None:
+    def __init__(self, pool: Pool, log: EngineLog) -> None:
         self._pool = pool
-        self._redis = redis
         self._log = log
         self._rules = RuleBook()
 
@@ -151,11 +149,9 @@ class PositionActivities:
     @activity.defn(name=CONFIRM_POSITIONS)
     async def confirm(self, events: EventRange) -> None:
         """After the ledger: take over the margin it really holds and the profit it booked, close what is flat."""
-        marks = await read_reference_prices(self._redis, [events.instrument_id])
-        mark = marks[events.instrument_id].mark if events.instrument_id in marks else None
         async with self._pool.acquire() as conn, conn.transaction():
             if await advance_cursor(conn, "positions", events, "confirmed_seq"):
-                await _confirm(conn, events, mark, (await self._rules.rules(conn)).tiers[events.instrument_id])
+                await _confirm(conn, events, (await self._rules.rules(conn)).tiers[events.instrument_id])
 
     @activity.defn(name=FIX_FUNDING_POSITIONS)
     async def fix_funding_positions(self, snapshot: FundingSnapshot) -> None:
@@ -169,16 +165,12 @@ class PositionActivities:
     @activity.defn(name=CONFIRM_FUNDING)
     async def confirm_funding(self, page: FundingPage) -> None:
         """After the ledger: payments of a page become realised profit, once, and margins follow the ledger's."""
-        marks = await read_reference_prices(self._redis, [page.run.instrument_id])
-        mark = marks[page.run.instrument_id].mark if page.run.instrument_id in marks else None
         async with self._pool.acquire() as conn, conn.transaction():
-            await _confirm_funding(conn, page, mark, (await self._rules.rules(conn)).tiers[page.run.instrument_id])
+            await _confirm_funding(conn, page, (await self._rules.rules(conn)).tiers[page.run.instrument_id])
 
     @activity.defn(name=ADOPT_MARGIN)
     async def adopt_margin(self, change: MarginChange) -> None:
         """After the ledger: take over a position's margin and the leverage in force."""
-        marks = await read_reference_prices(self._redis, [change.instrument_id])
-        mark = marks[change.instrument_id].mark if change.instrument_id in marks else None
         async with self._pool.acquire() as conn, conn.transaction():
             tiers = (await self._rules.rules(conn)).tiers[change.instrument_id]
             rows = await conn.fetch(
@@ -189,7 +181,7 @@ class PositionActivities:
                 change.user_id,
                 change.instrument_id,
             )
-            await _adopt(conn, change.instrument_id, rows, mark, tiers)
+            await _adopt(conn, change.instrument_id, rows, tiers)
 
 
 async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent], rules: Rules) -> None:
@@ -289,7 +281,7 @@ def fill_view(row: Mapping[str, Any] | asyncpg.Record) -> dict[str, object]:
     }
 
 
-async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None, tiers: Sequence[Tier]) -> None:
+async def _confirm(conn: Connection, events: EventRange, tiers: Sequence[Tier]) -> None:
     rows = await conn.fetch(
         "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage, p.margin_mode, p.status,"
         " p.realized_pnl + f.realized_pnl AS realized_pnl"
@@ -300,13 +292,41 @@ async def _confirm(conn: Connection, events: EventRange, mark: Decimal | None, t
         events.after_seq,
         events.to_seq,
     )
-    await _adopt(conn, events.instrument_id, rows, mark, tiers)
+    await _adopt(conn, events.instrument_id, rows, tiers, await _closings(conn, events))
+
+
+async def _closings(conn: Connection, events: EventRange) -> dict[int, list[Decimal]]:
+    """Per user, the realised profit (quote) up to each closing of their position in the range, flips among them."""
+    rows = await conn.fetch(
+        "SELECT f.user_id, p.realized_pnl + f.so_far AS realized_pnl FROM (SELECT user_id, type, seq,"
+        "  sum(realized_pnl) OVER (PARTITION BY user_id ORDER BY seq, event_id) AS so_far"
+        "  FROM positions.position_events WHERE instrument_id = $1 AND seq > $2 AND seq <= $3) f"
+        " JOIN positions.positions p ON p.instrument_id = $1 AND p.user_id = f.user_id"
+        " WHERE f.type IN ('CLOSE', 'FLIP') ORDER BY f.seq",
+        events.instrument_id,
+        events.after_seq,
+        events.to_seq,
+    )
+    found: defaultdict[int, list[Decimal]] = defaultdict(list)
+    for row in rows:
+        found[row["user_id"]].append(row["realized_pnl"])
+    return found
 
 
 async def _adopt(
-    conn: Connection, instrument_id: str, rows: Sequence[asyncpg.Record], mark: Decimal | None, tiers: Sequence[Tier]
+    conn: Connection,
+    instrument_id: str,
+    rows: Sequence[asyncpg.Record],
+    tiers: Sequence[Tier],
+    closings: Mapping[int, Sequence[Decimal]] | None = None,
 ) -> None:
-    """Write the ledger's margin and all that follows from it into positions that are locked, and tell their users."""
+    """Write the ledger's margin and all that follows from it into positions that are locked, and tell their users.
+    `closings` is the realised profit (quote) at which each of them was closed.
+
+    What they are told is at the last mark in the tables: Redis may be away, and only pushes may be late for that.
+    """
+    latest = (await latest_marks(conn, [instrument_id])).get(instrument_id)
+    mark = None if latest is None else latest.price
     # Read after the rows are locked: whoever copies the ledger's margin last copies the newest.
     margins = await read_margins(conn, instrument_id, [row["user_id"] for row in rows])
     changes = [
@@ -338,7 +358,11 @@ async def _adopt(
     )
     business: list[BusinessEvent] = []
     pushes: list[UserPush] = []
+    unconfirmed = await _unconfirmed(conn, instrument_id)
     for row, change in zip(rows, changes, strict=True):
+        if row["user_id"] in unconfirmed:
+            # More is applied already than the margin knows of: settlement tells of both together.
+            continue
         view = position_view(
             instrument_id,
             {**row, "margin": change[1], "liquidation_price": change[5], "status": change[6]},
@@ -346,8 +370,24 @@ async def _adopt(
             tiers,
         )
         pushes.append(UserPush(row["user_id"], "position", view))
-        business += _events(row["user_id"], instrument_id, view)
+        closed: list[BusinessEvent] = [
+            PositionClosed(str(row["user_id"]), instrument_id, plain(pnl))
+            for pnl in (closings or {}).get(row["user_id"], ())
+        ]
+        # What was closed on the way comes before what came of it.
+        last = len(closed) - int(view["status"] == "CLOSED")
+        business += closed[:last] + _events(row["user_id"], instrument_id, view) + closed[last:]
     await outbox.emit(conn, business, pushes)
+
+
+async def _unconfirmed(conn: Connection, instrument_id: str) -> set[int]:
+    """Users with fills whose margin is not taken over from the ledger yet."""
+    rows = await conn.fetch(
+        "SELECT DISTINCT e.user_id FROM positions.position_events e JOIN positions.cursors c USING (instrument_id)"
+        " WHERE instrument_id = $1 AND e.seq > c.confirmed_seq",
+        instrument_id,
+    )
+    return {row["user_id"] for row in rows}
 
 
 async def _fix_funding_positions(conn: Connection, snapshot: FundingSnapshot) -> None:
@@ -380,7 +420,7 @@ async def _fix_funding_positions(conn: Connection, snapshot: FundingSnapshot) ->
     )
 
 
-async def _confirm_funding(conn: Connection, page: FundingPage, mark: Decimal | None, tiers: Sequence[Tier]) -> None:
+async def _confirm_funding(conn: Connection, page: FundingPage, tiers: Sequence[Tier]) -> None:
     instrument_id, time = page.run.instrument_id, page.run.time
     last_user_id = await conn.fetchval(
         "SELECT max(user_id) FROM (SELECT p.user_id FROM (SELECT user_id FROM positions.funding_positions"
@@ -426,7 +466,7 @@ async def _confirm_funding(conn: Connection, page: FundingPage, mark: Decimal | 
         " AND user_id > $3 AND user_id <= $4 AND p.margin_version <> h.margin_version ORDER BY user_id",
         *those,
     )
-    await _adopt(conn, instrument_id, moved, mark, tiers)
+    await _adopt(conn, instrument_id, moved, tiers)
 
 
 async def forget_funding_positions(conn: Connection, before: datetime, limit: int) -> int:
@@ -465,13 +505,10 @@ def _updated(user_id: int, instrument_id: str, view: Mapping[str, Any]) -> Posit
 
 
 def _events(user_id: int, instrument_id: str, view: Mapping[str, Any]) -> list[BusinessEvent]:
-    found: list[BusinessEvent] = [
+    return [
         _updated(user_id, instrument_id, view),
         RiskUpdate(str(user_id), instrument_id, view["marginRatio"], view["liquidationPrice"], str(view["status"])),
     ]
-    if view["status"] == "CLOSED":
-        found.append(PositionClosed(str(user_id), instrument_id, view["realizedPnl"] or "0"))
-    return found
 
 
 def position_view(
@@ -557,9 +594,11 @@ def _of_p(names: str) -> str:
 async def tell_moved(
     conn: Connection, instrument_id: str, mark: Decimal, tiers: Sequence[Tier], after_user_id: int, limit: int
 ) -> int | None:
-    """Publish PositionUpdated for positions of the next `limit` users whose profit has moved enough since last told.
+    """Publish PositionUpdated and RiskUpdate for positions of the next `limit` users whose profit has moved enough
+    since last told, and write down that they were.
 
-    Answers after whom to go on, None at the end. A move counts from TOLD_PNL_SHARE of the position's margin.
+    Answers after whom to go on, None at the end. A move counts from TOLD_PNL_SHARE of the position's margin. What
+    settlement has not confirmed yet is left to it: position and margin do not fit together before.
     """
     async with conn.transaction():
         rows = await conn.fetch(
@@ -569,23 +608,63 @@ async def tell_moved(
             after_user_id,
             limit,
         )
-        moved = [row for row in rows if row["signed_quantity"] and _has_moved(row, mark)]
+        moved = [row["position_id"] for row in rows if row["signed_quantity"] and _has_moved(row, mark)]
         if moved:
-            await conn.execute(
-                "WITH locked AS (SELECT position_id FROM positions.positions WHERE position_id = ANY($1)"
-                "  ORDER BY user_id FOR UPDATE)"
-                " UPDATE positions.positions p SET told_price = $2 FROM locked"
-                " WHERE p.position_id = locked.position_id",
-                [row["position_id"] for row in moved],
-                mark,
-            )
-            views = [(row["user_id"], position_view(instrument_id, row, mark, tiers)) for row in moved]
-            await outbox.emit(
-                conn,
-                [_updated(user_id, instrument_id, view) for user_id, view in views],
-                [UserPush(user_id, "position", view) for user_id, view in views],
-            )
+            await _tell(conn, instrument_id, await _lock_confirmed(conn, instrument_id, moved), mark, tiers)
     return rows[-1]["user_id"] if len(rows) == limit else None
+
+
+async def _lock_confirmed(conn: Connection, instrument_id: str, position_ids: list[int]) -> list[asyncpg.Record]:
+    """Of these positions, those that are open and confirmed, by user; all of them are locked."""
+    await conn.execute(
+        "SELECT FROM positions.positions WHERE position_id = ANY($1) ORDER BY user_id FOR UPDATE", position_ids
+    )
+    # Looked at once they are locked: no fill is applied to them from here on, none is confirmed.
+    return await conn.fetch(
+        f"SELECT {_of_p(POSITION_COLUMNS)} FROM positions.positions p"
+        " LEFT JOIN ledger.v_margin_holds h USING (user_id, instrument_id)"
+        " WHERE p.position_id = ANY($1) AND p.signed_quantity <> 0"
+        " AND p.margin_version = coalesce(h.margin_version, 0) AND NOT EXISTS (SELECT"
+        "  FROM positions.position_events e JOIN positions.cursors c ON c.instrument_id = e.instrument_id"
+        "  WHERE e.instrument_id = $2 AND e.seq > c.confirmed_seq AND e.user_id = p.user_id)"
+        " ORDER BY p.user_id",
+        position_ids,
+        instrument_id,
+    )
+
+
+async def _tell(
+    conn: Connection, instrument_id: str, positions: Sequence[asyncpg.Record], mark: Decimal, tiers: Sequence[Tier]
+) -> None:
+    """Tell users what their positions are worth at this mark, and write down that they were told."""
+    position_ids = [row["position_id"] for row in positions]
+    await conn.execute("UPDATE positions.positions SET told_price = $2 WHERE position_id = ANY($1)", position_ids, mark)
+    await conn.execute(
+        "INSERT INTO positions.position_events (user_id, instrument_id, type, status, side, price, quantity,"
+        "  signed_quantity_after, entry_notional_after, leverage, cause)"
+        " SELECT user_id, instrument_id, 'MARK', 'TOLD', CASE WHEN signed_quantity > 0 THEN 'LONG' ELSE 'SHORT' END,"
+        "  $2, abs(signed_quantity), signed_quantity, entry_notional, leverage, 'MARK'"
+        " FROM positions.positions WHERE position_id = ANY($1) ORDER BY user_id",
+        position_ids,
+        mark,
+    )
+    views = [(row["user_id"], position_view(instrument_id, row, mark, tiers)) for row in positions]
+    await outbox.emit(
+        conn,
+        [event for user_id, view in views for event in _events(user_id, instrument_id, view)],
+        [UserPush(user_id, "position", view) for user_id, view in views],
+    )
+
+
+async def forget_told_marks(conn: Connection, kept: timedelta, limit: int) -> int:
+    """Delete up to `limit` events of positions that only told of a mark, longer than `kept` ago; how many it was."""
+    status = await conn.execute(
+        "DELETE FROM positions.position_events WHERE event_id IN (SELECT event_id FROM positions.position_events"
+        " WHERE cause = 'MARK' AND created_at < now() - $1::interval ORDER BY created_at LIMIT $2)",
+        kept,
+        limit,
+    )
+    return int(status.split()[-1])
 
 
 def _has_moved(row: asyncpg.Record, mark: Decimal) -> bool:

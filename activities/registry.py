@@ -60,7 +60,7 @@ def order_activities(pool: Pool, redis: Redis) -> Activities:
 def settlement_activities(pool: Pool, redis: Redis) -> Activities:
     """Steps of settlement and funding; they share one reader of the engine's log."""
     log = EngineLog()
-    positions, risk, ledger = PositionActivities(pool, redis, log), RiskActivities(pool, log), LedgerActivities(pool)
+    positions, risk, ledger = PositionActivities(pool, log), RiskActivities(pool, log), LedgerActivities(pool)
     orders, matching = OrderActivities(pool, redis, log), MatchingActivities(pool)
     return [
         ledger.open_funding,
@@ -102,7 +102,7 @@ def operations_activities(pool: Pool, redis: Redis) -> Activities:
     return [
         RiskActivities(pool, EngineLog()).plan_margin_change,
         LedgerActivities(pool).move_margin,
-        PositionActivities(pool, redis, EngineLog()).adopt_margin,
+        PositionActivities(pool, EngineLog()).adopt_margin,
         OrderActivities(pool, redis, EngineLog()).cancel_uncovered,
         users.complete_registration,
         users.fail_registration,

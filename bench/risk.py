@@ -104,7 +104,7 @@ async def _main(database: str, valkey: str) -> None:
     async with await open_pool(database) as pool, open_redis(Settings(redis_url=valkey)) as redis:
         await pool.execute(POPULATE, POSITIONS, timeout=120)
         await pool.execute("VACUUM ANALYZE", timeout=120)
-        await _funding(_services(pool, redis))
+        await _funding(_services(pool))
         await pool.execute("VACUUM ANALYZE", timeout=120)
         await _marks(pool, redis)
         report = await run_audit(pool)
@@ -115,8 +115,8 @@ async def _main(database: str, valkey: str) -> None:
         raise SystemExit(1)
 
 
-def _services(pool: Pool, redis: Redis) -> Services:
-    return Services(pool, LedgerActivities(pool), PositionActivities(pool, redis, EngineLog()))
+def _services(pool: Pool) -> Services:
+    return Services(pool, LedgerActivities(pool), PositionActivities(pool, EngineLog()))
 
 
 async def _funding(services: Services) -> None:

@@ -23,12 +23,14 @@ def liquidation_workflow_id(position_id: int, liquidation_id: int) -> str:
 
 @dataclass(frozen=True)
 class LiquidationInput:
-    """State of a liquidation, carried through continue-as-new: rounds done, and what the last one left undone."""
+    """State of a liquidation, carried through continue-as-new: rounds done, what the last one left undone, and whether
+    an operator has aborted it."""
 
     liquidation_id: int
     round: int = 0
     after: str = ""
     target: str = "0"
+    is_stopping: bool = False
 
 
 @dataclass(frozen=True)

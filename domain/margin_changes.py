@@ -13,7 +13,7 @@ ADOPT_MARGIN = "positions.adopt_margin"
 class MarginChange:
     """LEVERAGE: the new leverage is `value`; MARGIN: `value` quote more (or, below 0, less) behind the position.
 
-    `change_id` is the workflow id and names the steps.
+    `change_id` is the workflow id and names the steps; `waits` is how often it has waited before it continued as new.
     """
 
     change_id: str
@@ -21,6 +21,7 @@ class MarginChange:
     instrument_id: str
     kind: Literal["LEVERAGE", "MARGIN"]
     value: str
+    waits: int = 0
 
 
 @dataclass(frozen=True)

@@ -31,19 +31,39 @@ CURSOR_GAP = "CursorGap"
 
 
 @dataclass(frozen=True)
-class OrderBatch:
-    """The orders of one placement or cancellation saga. `saga_id` is the workflow id and names its steps."""
-
-    saga_id: str
-    order_ids: list[int]
-
-
-@dataclass(frozen=True)
 class Refusal:
     """An order that may not go on, and why (a contract failure reason)."""
 
     order_id: int
     reason: str
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a saga has done that waits for so long that it continues as new.
+
+    Of a placement: rounds begun, those of them that may have put money aside, orders passed and refused, those still to
+    be checked, and how often the ledger was asked; of a cancellation: how many requests the engine got. Of both: how
+    often it has waited.
+    """
+
+    waits: int = 0
+    round: int = 0
+    reserving: list[int] = field(default_factory=list)
+    passed: list[int] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    fundings: int = 0
+    requested: int = 0
+
+
+@dataclass(frozen=True)
+class OrderBatch:
+    """The orders of one placement or cancellation saga. `saga_id` is the workflow id and names its steps."""
+
+    saga_id: str
+    order_ids: list[int]
+    carried: Carried | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The pruner: deletes old prices and risk snapshots, finished sagas, the results of their steps, and the positions that
-finished funding settlements went by, once nothing can ask for them; and the records of attempts to sign in, which are
+finished funding settlements went by, once nothing can ask for them; what tells by which marks users were told of their
+positions; and the records of attempts to sign in, which are
 kept for EXCHANGE_LOGIN_AUDIT_RETENTION_DAYS.
 
 Deposits and withdrawals keep theirs for ever: their references are the callers', who may repeat one at any time.
@@ -12,7 +13,7 @@ from datetime import timedelta
 from activities.auth import forget_login_audits
 from activities.liquidation import forget_snapshots
 from activities.market import forget_prices
-from activities.positions import forget_funding_positions
+from activities.positions import forget_funding_positions, forget_told_marks
 from activities.sagas import forget_done_sagas, time_before_open_sagas
 from storage.db import Connection, Pool
 from storage.leadership import PRUNER_LOCK, run_as_leader
@@ -52,6 +53,7 @@ async def prune(conn: Connection, kept: timedelta, audits_kept: timedelta, limit
         + await forget_snapshots(conn, limit)
         + await forget_prices(conn, PRICES_KEPT, limit)
         + await forget_funding_positions(conn, before, limit)
+        + await forget_told_marks(conn, kept, limit)
         + await forget_login_audits(conn, audits_kept, limit)
     ):
         total += deleted

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -28,11 +29,13 @@ from storage.db import DATABASE_ERRORS
 
 SEARCH_ATTRIBUTES = {"OrderId": "Int", "OrderIds": "KeywordList", "UserId": "Keyword", "InstrumentId": "Keyword"}
 
-# The queue readers of the embedded Temporal poll 20 times a second by default: 50 ms for every workflow task.
+# The queue readers of the embedded Temporal poll 20 times a second by default: 50 ms for every workflow task. A timer
+# fires up to `MaxTimeShift` late, a second by default: sagas pause for 10 ms.
 TEMPORAL_DYNAMIC_CONFIG = {
     "history.transferProcessorMaxPollRPS": 2000,
     "history.transferProcessorMaxPollHostRPS": 10000,
     "history.timerProcessorMaxPollRPS": 500,
+    "history.timerProcessorMaxTimeShift": json.dumps("10ms"),
     "history.visibilityProcessorMaxPollRPS": 200,
     "history.rps": 50000,
     "matching.numTaskqueueReadPartitions": 1,

@@ -610,7 +610,8 @@ position_events = Table(
     Column("event_id", BigInteger, Identity(), primary_key=True),
     _col("user_id", BigInteger()),
     _col("instrument_id", Text()),
-    # Of a fill: the engine's event and the side of it. NULL of a funding payment, which has the time it was due.
+    # Of a fill: the engine's event and the side of it. NULL of a funding payment, which has the time it was due, and of
+    # a mark price by which the user was told of the position (cause MARK, kept for some days).
     _col("seq", BigInteger(), null=True),
     _col("role", Text(), null=True),
     _col("funding_time", TIME, null=True),
@@ -631,8 +632,8 @@ position_events = Table(
     _col("open_loss", AMOUNT, default="0"),
     _col("cause", Text(), default="'TRADE'"),
     _created(),
-    CheckConstraint("cause IN ('TRADE', 'LIQUIDATION', 'DELEVERAGE', 'FUNDING')", name="cause"),
-    CheckConstraint("(seq IS NULL) = (funding_time IS NOT NULL)", name="origin"),
+    CheckConstraint("cause IN ('TRADE', 'LIQUIDATION', 'DELEVERAGE', 'FUNDING', 'MARK')", name="cause"),
+    CheckConstraint("num_nonnulls(seq, funding_time) = CASE cause WHEN 'MARK' THEN 0 ELSE 1 END", name="origin"),
     Index("uq_position_events_seq", "instrument_id", "seq", "role", unique=True),
     Index(
         "uq_position_events_funding",
@@ -645,6 +646,7 @@ position_events = Table(
     Index("ix_position_events_user_id", "user_id", "event_id"),
     # For the fills after a funding time: rows are written in about this order, so a few pages of index do.
     Index("ix_position_events_created_at", "created_at", postgresql_using="brin"),
+    Index("ix_position_events_told", "created_at", postgresql_where=text("cause = 'MARK'")),
     schema="positions",
 )
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import asyncpg
@@ -132,6 +133,16 @@ def namespaces() -> Iterator[str]:
 async def temporal(temporal_address: str, namespaces: Iterator[str]) -> Client:
     """A client in a namespace of the test's own, with the exchange's search attributes."""
     return await Client.connect(temporal_address, namespace=next(namespaces))
+
+
+@pytest.fixture
+async def short_history(tmp_path: Path) -> AsyncIterator[Client]:
+    """A client of a Temporal of the test's own that suggests to continue as new very soon."""
+    server = servers.temporal(None, free_port(), None, ["short"])
+    option = ["--dynamic-config-value", "limit.historyCount.suggestContinueAsNew=60"]
+    server = replace(server, process=replace(server.process, command=[*server.process.command, *option]))
+    async with running([server], tmp_path):
+        yield await Client.connect(server.endpoint.url, namespace="short")
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ from engine.log import Batch, read_commands, write_batch
 from engine.matcher import Matcher
 from storage.db import Pool
 from tests.marks import say_mark
+from tests.sandbox import CalmSandbox
 from tests.waiting import until
 from workflows.audit import LedgerAuditWorkflow
 from workflows.funding import FundingSettlementWorkflow
@@ -240,7 +241,9 @@ async def workers(
     for queue, workflows, activities in queues:
         used = [_changed(function, changed or {}) for function in activities]
         left -= {_name(function) for function in activities}
-        running.append(Worker(temporal, task_queue=queue, workflows=workflows, activities=used))
+        running.append(
+            Worker(temporal, task_queue=queue, workflows=workflows, activities=used, workflow_runner=CalmSandbox())
+        )
     assert not left, f"Expected activities named {left}"
     async with running[0], running[1], running[2], running[3]:
         yield

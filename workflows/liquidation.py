@@ -1,6 +1,7 @@
 """Liquidation: one workflow per liquidation of a position, from the takeover to the last of what is left."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 
 from temporalio import workflow
@@ -27,7 +28,7 @@ with workflow.unsafe.imports_passed_through():
         Submission,
         Takeover,
     )
-    from workflows.steps import run_step
+    from workflows.steps import pause_before, run_step
 
 # A lost signal costs no more than this.
 LOOK_INTERVAL = timedelta(seconds=2)
@@ -59,14 +60,17 @@ class LiquidationWorkflow:
     async def run(self, state: LiquidationInput) -> str:
         """PROCESSED, ABORTED by an operator, or OVER when it had ended before."""
         takeover = Takeover(state.liquidation_id, is_open=True)
-        status = "PROCESSED"
+        status = "ABORTED" if state.is_stopping else "PROCESSED"
         workflow.set_current_details("Takes the position over")
         try:
-            takeover = await run_step(BEGIN, state.liquidation_id, Takeover, "takes the position over")
-            if not takeover.is_open:
-                workflow.set_current_details("Had ended before")
-                return "OVER"
-            await self._liquidate(takeover)
+            if state.is_stopping:
+                await self._stop(state.liquidation_id)
+            else:
+                takeover = await run_step(BEGIN, state.liquidation_id, Takeover, "takes the position over")
+                if not takeover.is_open:
+                    workflow.set_current_details("Had ended before")
+                    return "OVER"
+                await self._liquidate(takeover)
         except (FailureError, asyncio.CancelledError) as error:
             if not is_cancelled_exception(error):
                 raise
@@ -78,7 +82,7 @@ class LiquidationWorkflow:
         return status
 
     async def _liquidate(self, takeover: Takeover) -> None:
-        pause = LOOK_INTERVAL
+        shortfalls = 0
         while True:
             state, self._settled = self._state, False
             await run_step(CANCEL_ORDERS, takeover, int, f"orders of user {takeover.user_id}")
@@ -93,8 +97,8 @@ class LiquidationWorkflow:
             elif plan.fell_short and plan.action == "ORDER":
                 # Nobody was left to deleverage against: the book is tried again, some time later.
                 self._state = LiquidationInput(state.liquidation_id, state.round)
-                await self._wait(pause)
-                pause = min(pause * 2, PAUSE_MAX)
+                shortfalls += 1
+                await self._wait(pause_before(shortfalls, LOOK_INTERVAL, PAUSE_MAX))
             else:
                 await self._round(plan)
             if workflow.info().is_continue_as_new_suggested():
@@ -129,3 +133,5 @@ class LiquidationWorkflow:
             if (await self._plan(PlanRequest(liquidation_id))).action == "DONE":
                 return
             await self._wait(LOOK_INTERVAL)
+            if workflow.info().is_continue_as_new_suggested():
+                workflow.continue_as_new(replace(self._state, is_stopping=True))

@@ -1,6 +1,7 @@
 """Margin changes by a user: leverage, and money put behind a position or taken away from it."""
 
 import asyncio
+from dataclasses import replace
 
 from temporalio import workflow
 from temporalio.exceptions import FailureError, is_cancelled_exception
@@ -16,9 +17,7 @@ with workflow.unsafe.imports_passed_through():
         MarginVerdict,
     )
     from domain.sagas import CANCEL_UNCOVERED, Uncovered
-    from workflows.steps import run_step
-
-BUSY_PAUSE_SECONDS_MAX = 5.0
+    from workflows.steps import busy_pause, run_step
 
 
 @workflow.defn(name=MARGIN_CHANGE)
@@ -48,12 +47,14 @@ class MarginChangeWorkflow:
             return await self._carry_out(change, plan)
 
     async def _decide(self, change: MarginChange) -> MarginVerdict:
-        waits = 0
+        waits = change.waits
         workflow.set_current_details("Checks the change")
         while (plan := await self._plan(change)).is_busy:
             waits += 1
             workflow.set_current_details("Waits for another saga of the user")
-            await asyncio.sleep(min(0.05 * 2**waits, BUSY_PAUSE_SECONDS_MAX))
+            await busy_pause(waits)
+            if workflow.info().is_continue_as_new_suggested():
+                workflow.continue_as_new(replace(change, waits=waits))
         return plan
 
     async def _plan(self, change: MarginChange) -> MarginVerdict:

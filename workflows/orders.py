@@ -1,7 +1,8 @@
 """The order sagas: placement and cancellation, each over a batch of orders."""
 
 import asyncio
-from datetime import timedelta
+from collections.abc import Sequence
+from dataclasses import replace
 
 from temporalio import workflow
 from temporalio.exceptions import FailureError, is_cancelled_exception
@@ -17,29 +18,39 @@ with workflow.unsafe.imports_passed_through():
         REQUEST_CANCELS,
         UNFREEZE_FUNDS,
         Acceptance,
+        Carried,
         OrderBatch,
         Outcome,
         Refusal,
         StepRequest,
         Verdict,
     )
-    from workflows.steps import run_step
+    from workflows.steps import busy_pause, run_step
 
 # An order refused by the ledger although risk saw the money (it was spent in between) gets one more round.
 FUNDING_ROUNDS_MAX = 2
-BUSY_PAUSE_MAX = timedelta(seconds=5)
 CANCELLED_BY_OPERATOR = "CANCELLED_BY_OPERATOR"
+# Runs from before gave back every round they had begun, also those in which they had only waited.
+GIVES_BACK_WHAT_IT_RESERVED = "gives-back-what-it-reserved"
 
 
 @workflow.defn(name=ORDER_PLACEMENT)
 class OrderPlacementWorkflow:
     """risk.check_orders -> ledger.freeze_funds -> orders.accept, with risk.release_orders and ledger.unfreeze_funds
-    as compensation. Cancelling the workflow fails the orders that are not accepted yet and frees their money."""
+    as compensation. Cancelling the workflow fails the orders that are not accepted yet and frees their money. One that
+    waits for another saga of a user for long continues as new."""
 
-    def __init__(self) -> None:
-        self._passed: list[int] = []
-        self._refused: list[Refusal] = []
-        self._step = StepRequest("", 0, [])
+    @workflow.init
+    def __init__(self, batch: OrderBatch) -> None:
+        before = batch.carried or Carried(pending=batch.order_ids)
+        self._passed = list(before.passed)
+        self._refused = list(before.refused)
+        self._pending = before.pending
+        self._step = StepRequest(batch.saga_id, before.round, [])
+        # The rounds that may have put money aside.
+        self._reserving = list(before.reserving)
+        self._fundings = before.fundings
+        self._waits = before.waits
 
     @workflow.run
     async def run(self, batch: OrderBatch) -> Verdict:
@@ -60,28 +71,43 @@ class OrderPlacementWorkflow:
         )
 
     async def _reserve(self, batch: OrderBatch) -> None:
-        pending, fundings, busy_rounds = batch.order_ids, 0, 0
-        while pending:
-            workflow.set_current_details(f"Reserves the money of {len(pending)} orders")
-            self._step = StepRequest(batch.saga_id, self._step.round + 1, pending)
-            checked = await run_step(CHECK_ORDERS, self._step, Outcome, f"{len(pending)} orders")
+        while self._pending:
+            workflow.set_current_details(f"Reserves the money of {len(self._pending)} orders")
+            self._step = StepRequest(batch.saga_id, self._step.round + 1, self._pending)
+            self._reserving.append(self._step.round)
+            checked = await run_step(CHECK_ORDERS, self._step, Outcome, f"{len(self._pending)} orders")
             self._refused += checked.refused
-            pending = checked.busy
-            if checked.passed:
-                fundings += 1
+            self._pending = checked.busy
+            if not checked.passed:
+                self._reserving.pop()
+            else:
+                self._fundings += 1
                 frozen = await run_step(FREEZE_FUNDS, self._step, Outcome, f"{len(checked.passed)} orders")
                 self._passed += frozen.passed
                 if frozen.refused:
                     await self._release(StepRequest(batch.saga_id, self._step.round, _ids(frozen.refused)))
-                    if fundings < FUNDING_ROUNDS_MAX:
-                        pending = sorted(pending + _ids(frozen.refused))
+                    if self._fundings < FUNDING_ROUNDS_MAX:
+                        self._pending = sorted(self._pending + _ids(frozen.refused))
                     else:
                         self._refused += frozen.refused
             if checked.busy:
                 # Another saga of the same user is between its check and its freeze.
-                busy_rounds += 1
+                self._waits += 1
                 workflow.set_current_details(f"{len(checked.busy)} orders wait for another saga of their user")
-                await asyncio.sleep(min(0.05 * 2**busy_rounds, BUSY_PAUSE_MAX.total_seconds()))
+                await busy_pause(self._waits)
+                if workflow.info().is_continue_as_new_suggested():
+                    workflow.continue_as_new(replace(batch, carried=self._carried()))
+
+    def _carried(self) -> Carried:
+        return Carried(
+            waits=self._waits,
+            round=self._step.round,
+            reserving=self._reserving,
+            passed=self._passed,
+            refused=self._refused,
+            pending=self._pending,
+            fundings=self._fundings,
+        )
 
     async def _release(self, request: StepRequest) -> None:
         await run_step(RELEASE_ORDERS, request, type(None), f"{len(request.order_ids)} orders")
@@ -91,7 +117,10 @@ class OrderPlacementWorkflow:
         """Undo the reservations of a cancelled placement. Repeats of finished steps answer their first results."""
         refused = set(_ids(self._refused))
         held = [order_id for order_id in batch.order_ids if order_id not in refused]
-        for round_number in range(1, self._step.round + 1):
+        rounds: Sequence[int] = range(1, self._step.round + 1)
+        if workflow.patched(GIVES_BACK_WHAT_IT_RESERVED):
+            rounds = self._reserving
+        for round_number in rounds:
             step = StepRequest(batch.saga_id, round_number, held)
             await run_step(CHECK_ORDERS, step, Outcome)
             frozen = await run_step(FREEZE_FUNDS, step, Outcome)
@@ -112,13 +141,14 @@ def _ids(refusals: list[Refusal]) -> list[int]:
 class OrderCancellationWorkflow:
     """Appends CANCEL commands; the engine's answer, applied by settlement, ends the orders.
 
-    An order still on its way to the engine is waited for.
+    An order still on its way to the engine is waited for; if that takes long, it continues as new.
     """
 
     @workflow.run
     async def run(self, batch: OrderBatch) -> int:
         """Request the cancellation of the batch; answers how many requests the engine got."""
-        requested, waits = 0, 0
+        before = batch.carried or Carried()
+        requested, waits = before.requested, before.waits
         workflow.set_current_details(f"Asks for the end of {len(batch.order_ids)} orders")
         while True:
             outcome = await run_step(REQUEST_CANCELS, batch, Outcome, f"{len(batch.order_ids)} orders")
@@ -128,4 +158,6 @@ class OrderCancellationWorkflow:
                 return requested
             waits += 1
             workflow.set_current_details(f"{len(outcome.busy)} orders are not with the engine yet")
-            await asyncio.sleep(min(0.05 * 2**waits, BUSY_PAUSE_MAX.total_seconds()))
+            await busy_pause(waits)
+            if workflow.info().is_continue_as_new_suggested():
+                workflow.continue_as_new(replace(batch, carried=Carried(waits=waits, requested=requested)))

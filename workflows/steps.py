@@ -1,5 +1,6 @@
 """How workflows run their steps: fast when all is well, visible to an operator when not."""
 
+import asyncio
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -10,6 +11,11 @@ from temporalio.exceptions import ActivityError, ApplicationError, FailureError,
 T = TypeVar("T")
 
 LOCAL_ATTEMPTS = RetryPolicy(initial_interval=timedelta(milliseconds=50), backoff_coefficient=3.0, maximum_attempts=4)
+# The first pause of a saga that another one keeps waiting, and the longest.
+BUSY_PAUSE = timedelta(milliseconds=10)
+BUSY_PAUSE_MAX = timedelta(seconds=5)
+# Doubled so often, any first pause is longer than any longest one: beyond, the figure would only grow out of bounds.
+DOUBLINGS_MAX = 30
 VISIBLE_ATTEMPTS = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30))
 
 
@@ -48,6 +54,17 @@ async def run_step(name: str, arg: Any, result: type[T], summary: str = "") -> T
     )
     workflow.set_current_details(before)
     return done
+
+
+def pause_before(wait: int, first: timedelta, longest: timedelta) -> timedelta:
+    """How long to pause the `wait`-th time (from 1), however often that is: `first`, then twice as long each time."""
+    doublings = min(max(wait - 1, 0), DOUBLINGS_MAX)
+    return min(first * (1 << doublings), longest)
+
+
+async def busy_pause(wait: int) -> None:
+    """Let another saga go first, the `wait`-th time (from 1)."""
+    await asyncio.sleep(pause_before(wait, BUSY_PAUSE, BUSY_PAUSE_MAX).total_seconds())
 
 
 def cause_of(error: FailureError) -> BaseException | None:

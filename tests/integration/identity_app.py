@@ -24,6 +24,7 @@ from clients import OPERATIONS_QUEUE
 from domain.identity import PASSWORD_CREDENTIAL, Registration
 from settings import Settings
 from storage.db import Pool
+from tests.sandbox import CalmSandbox
 from workflows.registration import WORKFLOWS
 
 INTERNAL_TOKEN = "internal-token-of-the-tests"
@@ -119,4 +120,5 @@ def operations_worker(temporal: Client, pool: Pool) -> Worker:
             users.fail_registration,
             users.stalled_registrations,
         ],
+        workflow_runner=CalmSandbox(),
     )

@@ -91,7 +91,7 @@ class World:
         pool, log = cast(Pool, self.faulty or self.pool), EngineLog()
         self.risk = RiskActivities(pool, log)
         self.ledger = LedgerActivities(pool)
-        self.positions = PositionActivities(pool, self.redis, log)
+        self.positions = PositionActivities(pool, log)
         self.orders = OrderActivities(pool, self.redis, log)
         self.matching = MatchingActivities(pool)
 

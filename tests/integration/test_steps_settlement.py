@@ -319,3 +319,18 @@ async def test_the_ledger_does_not_go_ahead_of_risk(world: World, pool: Pool) ->
     assert await dump(pool) == before
     await finish(world.settlement(events))
     await assert_audit_is_clean(world)
+
+
+async def test_settlement_funding_and_margin_changes_go_on_without_redis(pool: Pool) -> None:
+    """What they tell is at the last mark in the tables."""
+    async with Redis.from_url("redis://127.0.0.1:1", retry=None) as away:
+        world = World(pool, away)
+        await world.deposit(20_000, 1, 2)
+        await world.trade(1, 2, "1", 60_000)
+        await world.mark(60_500)
+        await world.lever(1, 5)
+        await world.trade(2, 1, "0.4", 60_500)
+        assert await position(world, 1) == (Decimal("0.6"), 36_000, 7_200, 200, "OPEN")
+        told = [event for event in await outbox_events(pool, "PositionUpdated") if event["userId"] == "1"]
+        assert [event["markPrice"] for event in told] == ["60000", "60500", "60500"]
+        await assert_audit_is_clean(world)

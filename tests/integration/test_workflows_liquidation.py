@@ -207,6 +207,30 @@ async def test_an_operator_aborts_it_and_the_order_in_flight_is_finished(
         await save_history(handle, "liquidation_aborted")
 
 
+async def test_one_that_is_aborted_and_waits_for_long_continues_as_new_and_is_still_aborted(
+    pool: Pool, short_history: Client, redis: Redis
+) -> None:
+    async with scene(pool, short_history, redis) as it:
+        await it.desk.place(order(MAKER, "BUY", "0.4", "54200"))
+        await it.settle_all()
+        handle = await it.mark("54200")
+        await it.submitted()
+        await handle.cancel()
+        started = (await handle.describe()).run_id
+
+        async def continued() -> bool:
+            return (await handle.describe()).run_id != started
+
+        await until(continued, 60, "another run")
+        assert await it.status() == "PROCESSING"
+        await it.settle()
+        assert await handle.result() == "ABORTED"
+        assert await it.status() == "ABORTED"
+        assert await it.position(LOSER) == (D("0.6"), "OPEN")
+        assert not await pool.fetchval("SELECT EXISTS (SELECT FROM ledger.insurance_claims WHERE is_open)")
+        await it.desk.assert_clean()
+
+
 @pytest.mark.parametrize("times", [2, 5])
 async def test_a_failing_step_is_retried_where_operators_see_it(
     pool: Pool, temporal: Client, redis: Redis, times: int

@@ -2,10 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from dataclasses import replace
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
@@ -27,8 +24,6 @@ from domain.sagas import (
     EventRange,
     Progress,
 )
-from stack import servers
-from stack.ports import free_port
 from storage.db import Pool
 from tests.replay import save_history
 from tests.sagas import (
@@ -45,7 +40,6 @@ from tests.sagas import (
     until_settled,
     workers,
 )
-from tests.servers import running
 
 D = Decimal
 ALICE, BOB = 1, 2
@@ -238,16 +232,6 @@ async def test_orders_that_a_loss_left_without_money_are_cancelled(
     assert await desk.balance(BOB) == (D("34.4325"), D("0"))
     await desk.assert_clean()
     await save_history(handle, "settlement_uncovered")
-
-
-@pytest.fixture
-async def short_history(tmp_path: Path) -> AsyncIterator[Client]:
-    """A Temporal that suggests to continue as new very soon."""
-    server = servers.temporal(None, free_port(), None, ["short"])
-    option = ["--dynamic-config-value", "limit.historyCount.suggestContinueAsNew=60"]
-    server = replace(server, process=replace(server.process, command=[*server.process.command, *option]))
-    async with running([server], tmp_path):
-        yield await Client.connect(server.endpoint.url, namespace="short")
 
 
 async def test_a_long_settlement_continues_as_new_without_missing_an_event(
