@@ -19,6 +19,7 @@ from activities.engine_log import EngineLog, SequencedEvent
 from activities.instruments import RuleBook, Rules, read_instruments, read_tiers
 from activities.market import latest_marks
 from activities.matching import append_commands
+from activities.unfinished import Unfinished, read_unfinished
 from domain.clock import to_ms
 from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPassed
 from domain.exposure import Exposure, Side
@@ -245,6 +246,20 @@ async def set_margin_mode(conn: Connection, user_id: int, instrument: Instrument
 
 async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginPlan | None:
     """What `change` does to the margins; a new leverage is in force for risk from here on. None: busy."""
+    first_look = f"adjust:{change.change_id}:first"
+    earlier = await first_result(conn, "risk", first_look, list[EventRange])
+    unfinished = await read_unfinished(conn, [change.user_id], earlier)
+    # Margin is taken from the position as its user was told of it: from an older one it would be refused later.
+    takes = change.kind == "MARGIN" and Decimal(change.value) < ZERO
+    plan = None if takes and await unfinished.has(conn, change.user_id) else await _judge(conn, change, rules)
+    if plan is not None and plan.refusal is not None and await unfinished.has(conn, change.user_id):
+        plan = None
+    if plan is None and earlier is None:
+        await store_result(conn, "risk", first_look, unfinished.ranges)
+    return plan
+
+
+async def _judge(conn: Connection, change: MarginChange, rules: Rules) -> MarginPlan | None:
     key = (change.user_id, change.instrument_id)
     instrument = rules.instruments[change.instrument_id]
     await _create_missing(conn, [key], rules.instruments)
@@ -370,15 +385,15 @@ async def _unbooked(conn: Connection, key: Key) -> bool:
 
 async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckResult:
     orders = await _read_claims(conn, request.order_ids)
-    instruments = rules.instruments
+    instruments, tiers = rules.instruments, rules.tiers
     keys = sorted({(row["user_id"], row["instrument_id"]) for row in orders})
+    unfinished = await _unfinished(conn, request, {key[0] for key in keys})
     await _create_missing(conn, keys, instruments)
     exposures = await _lock(conn, keys)
     # After the locks: a liquidation that came first is seen, one that comes later sees these orders.
     taken_over = await positions_in_liquidation(conn, keys)
     waiting = await _unfrozen(conn, exposures)
     limits = await _read_limits(conn, keys)
-    tiers = rules.tiers
     budgets = await read_budgets(conn, {key[0] for key in keys})
     marks = await latest_marks(conn, sorted({key[1] for key in keys}))
     live = {name for name, mark in marks.items() if mark.is_live}
@@ -408,7 +423,12 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
         if reduces is None and after.opens(side) and key[1] not in live:
             reason = "MARK_PRICE_UNAVAILABLE"
         if reason:
-            refused.append(Refusal(order["order_id"], reason))
+            if await unfinished.has(conn, key[0]):
+                # What it is judged by may lack what its user was told. Their later orders wait behind it.
+                busy.append(order["order_id"])
+                waiting.update(other for other in keys if other[0] == key[0])
+            else:
+                refused.append(Refusal(order["order_id"], reason))
             continue
         states[key], margins[key], budgets[purse] = after, margin, budget - added
         passed.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, added))
@@ -419,7 +439,14 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
     events: list[BusinessEvent] = [MarginPreCheckPassed(m.order_id, plain(m.amount)) for m in passed]
     events += [MarginPreCheckFailed(r.order_id, r.reason) for r in refused]
     await outbox.emit(conn, events)
-    return CheckResult(passed, refused, busy)
+    return CheckResult(passed, refused, busy, unfinished.ranges)
+
+
+async def _unfinished(conn: Connection, request: StepRequest, user_ids: Collection[int]) -> Unfinished:
+    """What users may have been told before they sent these orders: all of it is in the first round's look."""
+    first = StepRequest(request.saga_id, 1, [])
+    checked = await first_result(conn, "risk", f"check:{first.step_id}", CheckResult) if request.round > 1 else None
+    return await read_unfinished(conn, user_ids, checked.unfinished if checked else None)
 
 
 async def _tell_terms(
