@@ -9,8 +9,8 @@ was told of those.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from domain.problems import Problem
@@ -22,24 +22,31 @@ T = TypeVar("T")
 # With more than that behind settlement nobody looks through it: what a user was told is not known, so they wait.
 EVENTS_SEARCHED_MAX = 100_000
 PATIENCE_SECONDS = 5.0
-FIRST_PAUSE_SECONDS = 0.01
-PAUSE_SECONDS_MAX = 0.5
+FIRST_PAUSE_SECONDS = 0.005
+PAUSE_SECONDS_MAX = 0.1
 
 
 @dataclass(slots=True)
 class Unfinished:
-    """Events that were in the engine's log at one moment, and not applied by both risk and ledger then."""
+    """Events that were in the engine's log at one moment, and not applied by both risk and ledger then.
+
+    Questions are about `user_ids`. `ends` is what those wait for about whom the answer was yes: the last events of
+    theirs by instrument.
+    """
 
     ranges: list[EventRange]
-    _asked_for: frozenset[int]
-    _found: set[int] | None = None
+    user_ids: frozenset[int] = frozenset()
+    ends: dict[str, int] = field(default_factory=dict)
+    _found: dict[int, dict[str, int]] | None = None
 
     async def has(self, conn: Connection, user_id: int) -> bool:
         """Whether some of them are of this user's orders or position. The log is searched once, for all users."""
         if not self.ranges:
             return False
         if self._found is None:
-            self._found = await _users_of(conn, self.ranges, self._asked_for)
+            self._found = await _last_events(conn, self.ranges, self.user_ids)
+        for name, seq in self._found.get(user_id, {}).items():
+            self.ends[name] = max(seq, self.ends.get(name, 0))
         return user_id in self._found
 
 
@@ -65,23 +72,72 @@ async def read_unfinished(
     return Unfinished(ranges, frozenset(user_ids))
 
 
-async def _users_of(conn: Connection, ranges: Sequence[EventRange], user_ids: Collection[int]) -> set[int]:
-    """Those of `user_ids` whom events in `ranges` touch (as `activities.risk.users_of` has it)."""
+async def _last_events(
+    conn: Connection, ranges: Sequence[EventRange], user_ids: Collection[int]
+) -> dict[int, dict[str, int]]:
+    """The last event in `ranges` of each of `user_ids` whom some touch (as `activities.risk.users_of` has it)."""
     if sum(events.to_seq - events.after_seq for events in ranges) > EVENTS_SEARCHED_MAX:
-        return set(user_ids)
+        return {user_id: {events.instrument_id: events.to_seq for events in ranges} for user_id in user_ids}
     # Postgres looks through the payloads: the process that asks has other things to do.
     rows = await conn.fetch(
-        "SELECT DISTINCT u.user_id FROM unnest($1::text[], $2::bigint[], $3::bigint[])"
+        "SELECT u.user_id, r.instrument_id, max(e.seq) FROM unnest($1::text[], $2::bigint[], $3::bigint[])"
         "  AS r (instrument_id, after_seq, to_seq)"
         " JOIN matching.v_events e ON e.instrument_id = r.instrument_id AND e.seq > r.after_seq AND e.seq <= r.to_seq"
         " CROSS JOIN LATERAL json_to_record(e.payload)"
         "  AS p (user_id bigint, maker_user_id bigint, taker_user_id bigint, counterparty_user_id bigint)"
         " CROSS JOIN LATERAL (VALUES (p.user_id), (p.maker_user_id), (p.taker_user_id), (p.counterparty_user_id))"
-        "  AS u (user_id) WHERE u.user_id = ANY($4::bigint[])",
+        "  AS u (user_id) WHERE u.user_id = ANY($4::bigint[]) GROUP BY 1, 2",
         *columns([(r.instrument_id, r.after_seq, r.to_seq) for r in ranges], 3),
         list(user_ids),
     )
-    return {row["user_id"] for row in rows}
+    found: dict[int, dict[str, int]] = {}
+    for user_id, instrument_id, seq in rows:
+        found.setdefault(user_id, {})[instrument_id] = seq
+    return found
+
+
+async def once_applied(
+    pool: Pool,
+    attempt: Callable[[Connection, list[EventRange] | None], Awaitable[tuple[T, Unfinished]]],
+    seconds: float,
+) -> T:
+    """What `attempt` answers, in a transaction of its own, together with the unfinished events that it looked at.
+
+    While some of those are waited for (`Unfinished.ends`) it is undone, and done again once they are applied, or
+    after `seconds`, when it stands as it is. Given to it is what its first look found, None the first time.
+    """
+    deadline = time.monotonic() + seconds
+    earlier: list[EventRange] | None = None
+    while True:
+        async with pool.acquire() as conn:
+            transaction = conn.transaction()
+            await transaction.start()
+            try:
+                result, unfinished = await attempt(conn, earlier)
+            except BaseException:
+                await transaction.rollback()
+                raise
+            if not unfinished.ends or time.monotonic() >= deadline:
+                await transaction.commit()
+                return result
+            await transaction.rollback()
+        earlier = unfinished.ranges
+        await _until_applied(pool, unfinished.ends, deadline)
+
+
+async def _until_applied(pool: Pool, ends: Mapping[str, int], deadline: float) -> None:
+    """Returns when risk and ledger have got to these events, or at the deadline (of `time.monotonic`)."""
+    pause = FIRST_PAUSE_SECONDS
+    while time.monotonic() < deadline:
+        await asyncio.sleep(pause)
+        rows = await pool.fetch(
+            "SELECT instrument_id, least(r.applied_seq, l.applied_seq)"
+            " FROM risk.v_cursors r JOIN ledger.v_cursors l USING (instrument_id) WHERE instrument_id = ANY($1)",
+            list(ends),
+        )
+        if all(applied >= ends[name] for name, applied in rows):
+            return
+        pause = min(1.5 * pause, PAUSE_SECONDS_MAX)
 
 
 def refused_with(*codes: str) -> Callable[[object], bool]:
@@ -101,22 +157,20 @@ async def patiently(
     A refusal is tried again while events of the user that were in the log at the beginning are unfinished, for
     `seconds` at most; then it stands.
     """
-    deadline, pause = time.monotonic() + seconds, FIRST_PAUSE_SECONDS
-    earlier: list[EventRange] | None = None
-    while True:
-        async with pool.acquire() as conn:
-            unfinished = await read_unfinished(conn, [user_id], earlier)
-            outcome: T | Problem
-            try:
-                async with conn.transaction():
-                    outcome = await attempt(conn)
-            except Problem as problem:
-                outcome = problem
-            is_last = not is_refusal(outcome) or time.monotonic() > deadline or not await unfinished.has(conn, user_id)
-        if is_last:
-            if isinstance(outcome, Problem):
-                raise outcome
-            return outcome
-        earlier = unfinished.ranges
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, PAUSE_SECONDS_MAX)
+
+    async def once(conn: Connection, earlier: list[EventRange] | None) -> tuple[T | Problem, Unfinished]:
+        unfinished = await read_unfinished(conn, [user_id], earlier)
+        outcome: T | Problem
+        try:
+            async with conn.transaction():
+                outcome = await attempt(conn)
+        except Problem as problem:
+            outcome = problem
+        if is_refusal(outcome):
+            await unfinished.has(conn, user_id)
+        return outcome, unfinished
+
+    outcome = await once_applied(pool, once, seconds)
+    if isinstance(outcome, Problem):
+        raise outcome
+    return outcome
