@@ -22,7 +22,7 @@ T = TypeVar("T")
 # With more than that behind settlement nobody looks through it: what a user was told is not known, so they wait.
 EVENTS_SEARCHED_MAX = 100_000
 PATIENCE_SECONDS = 5.0
-FIRST_PAUSE_SECONDS = 0.005
+FIRST_PAUSE_SECONDS = 0.004
 PAUSE_SECONDS_MAX = 0.1
 
 
@@ -137,7 +137,7 @@ async def _until_applied(pool: Pool, ends: Mapping[str, int], deadline: float) -
         )
         if all(applied >= ends[name] for name, applied in rows):
             return
-        pause = min(1.5 * pause, PAUSE_SECONDS_MAX)
+        pause = min(1.2 * pause, PAUSE_SECONDS_MAX)
 
 
 def refused_with(*codes: str) -> Callable[[object], bool]:
