@@ -19,6 +19,7 @@ from activities.engine_log import EngineLog, SequencedEvent
 from activities.instruments import RuleBook, Rules, read_instruments, read_tiers
 from activities.market import latest_marks
 from activities.matching import append_commands
+from activities.unfinished import Unfinished, once_applied, read_unfinished
 from domain.clock import to_ms
 from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPassed
 from domain.exposure import Exposure, Side
@@ -61,6 +62,8 @@ from storage.once import advance_cursor, first_result, store_result
 
 Key = tuple[int, str]
 WAITING_MAX = 200
+# How long a check, or the plan of a change, waits for settlement: less than a try of its step may take.
+PATIENCE_SECONDS = 1.0
 # The engine has rates in millionths.
 RATE_UNITS = 1_000_000
 OPPOSITE: dict[Side, Side] = {"BUY": "SELL", "SELL": "BUY"}
@@ -108,20 +111,31 @@ def refusal_reason(
 class RiskActivities:
     """Activities on the risk service's own tables."""
 
-    def __init__(self, pool: Pool, log: EngineLog) -> None:
+    def __init__(self, pool: Pool, log: EngineLog, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self._pool = pool
         self._log = log
+        self._patience_seconds = patience_seconds
         self._rules = RuleBook()
 
     @activity.defn(name=CHECK_ORDERS)
     async def check_orders(self, request: StepRequest) -> Outcome:
-        """Admit the orders that limits and money allow, one after the other, and add them to the exposures."""
+        """Admit the orders that limits and money allow, one after the other, and add them to the exposures.
+
+        Some would be refused although their users were told what settlement has not applied yet: that is waited for,
+        for `PATIENCE_SECONDS`, since a timer of the workflow may go off a second late; then they are busy.
+        """
         step_id = f"check:{request.step_id}"
-        async with self._pool.acquire() as conn, conn.transaction():
+
+        async def check(conn: Connection, earlier: list[EventRange] | None) -> tuple[CheckResult, Unfinished]:
             done = await first_result(conn, "risk", step_id, CheckResult)
-            if done is None:
-                done = await _check(conn, request, await self._rules.rules(conn))
-                await store_result(conn, "risk", step_id, done)
+            if done is not None:
+                return done, Unfinished([])
+            unfinished = await _unfinished(conn, request, earlier)
+            done = await _check(conn, request, await self._rules.rules(conn), unfinished)
+            await store_result(conn, "risk", step_id, done)
+            return done, unfinished
+
+        done = await once_applied(self._pool, check, self._patience_seconds)
         return Outcome([margin.order_id for margin in done.passed], done.refused, done.busy)
 
     @activity.defn(name=RELEASE_ORDERS)
@@ -136,14 +150,18 @@ class RiskActivities:
     async def plan_margin_change(self, change: MarginChange) -> MarginVerdict:
         """Decide on a change of leverage or position margin; a new leverage holds for everything checked later."""
         step_id = f"adjust:{change.change_id}"
-        async with self._pool.acquire() as conn, conn.transaction():
+
+        async def plan(conn: Connection, earlier: list[EventRange] | None) -> tuple[MarginPlan | None, Unfinished]:
             done = await first_result(conn, "risk", step_id, MarginPlan)
-            if done is None:
-                done = await _plan(conn, change, await self._rules.rules(conn))
-                if done is None:
-                    return MarginVerdict(is_busy=True)
+            if done is not None:
+                return done, Unfinished([])
+            done, unfinished = await _plan(conn, change, await self._rules.rules(conn), earlier)
+            if done is not None:
                 await store_result(conn, "risk", step_id, done)
-        return MarginVerdict(done.refusal)
+            return done, unfinished
+
+        done = await once_applied(self._pool, plan, self._patience_seconds)
+        return MarginVerdict(is_busy=True) if done is None else MarginVerdict(done.refusal)
 
     @activity.defn(name=APPLY_RISK_EVENTS)
     async def apply_events(self, events: EventRange) -> list[str]:
@@ -243,8 +261,24 @@ async def set_margin_mode(conn: Connection, user_id: int, instrument: Instrument
         raise Problem("MARGIN_MODE_NOT_CHANGEABLE", "Close the position and cancel the open orders first")
 
 
-async def _plan(conn: Connection, change: MarginChange, rules: Rules) -> MarginPlan | None:
+async def _plan(
+    conn: Connection, change: MarginChange, rules: Rules, earlier: list[EventRange] | None
+) -> tuple[MarginPlan | None, Unfinished]:
     """What `change` does to the margins; a new leverage is in force for risk from here on. None: busy."""
+    first_look = f"adjust:{change.change_id}:first"
+    stored = await first_result(conn, "risk", first_look, list[EventRange])
+    unfinished = await read_unfinished(conn, [change.user_id], earlier if stored is None else stored)
+    # Margin is taken from the position as its user was told of it: from an older one it would be refused later.
+    takes = change.kind == "MARGIN" and Decimal(change.value) < ZERO
+    plan = None if takes and await unfinished.has(conn, change.user_id) else await _judge(conn, change, rules)
+    if plan is not None and plan.refusal is not None and await unfinished.has(conn, change.user_id):
+        plan = None
+    if plan is None and stored is None:
+        await store_result(conn, "risk", first_look, unfinished.ranges)
+    return plan, unfinished
+
+
+async def _judge(conn: Connection, change: MarginChange, rules: Rules) -> MarginPlan | None:
     key = (change.user_id, change.instrument_id)
     instrument = rules.instruments[change.instrument_id]
     await _create_missing(conn, [key], rules.instruments)
@@ -368,17 +402,17 @@ async def _unbooked(conn: Connection, key: Key) -> bool:
     )
 
 
-async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckResult:
+async def _check(conn: Connection, request: StepRequest, rules: Rules, unfinished: Unfinished) -> CheckResult:
     orders = await _read_claims(conn, request.order_ids)
-    instruments = rules.instruments
+    instruments, tiers = rules.instruments, rules.tiers
     keys = sorted({(row["user_id"], row["instrument_id"]) for row in orders})
+    unfinished.user_ids = frozenset(key[0] for key in keys)
     await _create_missing(conn, keys, instruments)
     exposures = await _lock(conn, keys)
     # After the locks: a liquidation that came first is seen, one that comes later sees these orders.
     taken_over = await positions_in_liquidation(conn, keys)
     waiting = await _unfrozen(conn, exposures)
     limits = await _read_limits(conn, keys)
-    tiers = rules.tiers
     budgets = await read_budgets(conn, {key[0] for key in keys})
     marks = await latest_marks(conn, sorted({key[1] for key in keys}))
     live = {name for name, mark in marks.items() if mark.is_live}
@@ -408,7 +442,12 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
         if reduces is None and after.opens(side) and key[1] not in live:
             reason = "MARK_PRICE_UNAVAILABLE"
         if reason:
-            refused.append(Refusal(order["order_id"], reason))
+            if await unfinished.has(conn, key[0]):
+                # What it is judged by may lack what its user was told. Their later orders wait behind it.
+                busy.append(order["order_id"])
+                waiting.update(other for other in keys if other[0] == key[0])
+            else:
+                refused.append(Refusal(order["order_id"], reason))
             continue
         states[key], margins[key], budgets[purse] = after, margin, budget - added
         passed.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, added))
@@ -419,7 +458,16 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules) -> CheckR
     events: list[BusinessEvent] = [MarginPreCheckPassed(m.order_id, plain(m.amount)) for m in passed]
     events += [MarginPreCheckFailed(r.order_id, r.reason) for r in refused]
     await outbox.emit(conn, events)
-    return CheckResult(passed, refused, busy)
+    return CheckResult(passed, refused, busy, unfinished.ranges)
+
+
+async def _unfinished(conn: Connection, request: StepRequest, earlier: list[EventRange] | None) -> Unfinished:
+    """What users may have been told before they sent these orders: nothing after the first look of the first round."""
+    if earlier is None and request.round > 1:
+        first = StepRequest(request.saga_id, 1, [])
+        checked = await first_result(conn, "risk", f"check:{first.step_id}", CheckResult)
+        earlier = checked.unfinished if checked else None
+    return await read_unfinished(conn, [], earlier)
 
 
 async def _tell_terms(

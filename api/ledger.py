@@ -3,11 +3,13 @@
 from decimal import Decimal
 from typing import Annotated, Any
 
+import asyncpg
 from fastapi import APIRouter, Query
 from pydantic import Field
 
 from activities.ledger import balance_view, transfer_external
 from activities.risk import read_budgets
+from activities.unfinished import patiently, refused_with
 from api.gateway import Admin, ServedUserId, User
 from api.models import ApiModel, Page, SafeText, Timestamp, UserId
 from api.openapi import problems
@@ -15,6 +17,7 @@ from api.orders import Cursor, Limit
 from api.state import AppState, State
 from domain.money import AMOUNT_STEP, plain
 from domain.problems import Problem
+from storage.db import Connection
 
 router = APIRouter(prefix="/api/ledger", tags=["ledger"])
 
@@ -123,7 +126,7 @@ async def withdraw(state: State, _: Admin, transfer: Transfer) -> TransferView:
 
 
 async def _transfer(state: AppState, kind: str, transfer: Transfer, amount: Decimal) -> TransferView:
-    async with state.pool.acquire() as conn, conn.transaction():
+    async def transfer_now(conn: Connection) -> asyncpg.Record | None:
         if not await conn.fetchval("SELECT EXISTS (SELECT FROM users.v_users WHERE user_id = $1)", transfer.user_id):
             raise Problem("NOT_FOUND", f"There is no user {transfer.user_id}")
         if not await conn.fetchval(
@@ -141,11 +144,14 @@ async def _transfer(state: AppState, kind: str, transfer: Transfer, amount: Deci
             amount.quantize(AMOUNT_STEP),
             budgets.get((transfer.user_id, transfer.asset)),
         )
-        row = await conn.fetchrow(
+        return await conn.fetchrow(
             "SELECT available, reserved FROM ledger.ledger_balances WHERE user_id = $1 AND asset = $2",
             transfer.user_id,
             transfer.asset,
         )
+
+    # Money that the user was told is free again may leave.
+    row = await patiently(state.pool, int(transfer.user_id), transfer_now, refused_with("INSUFFICIENT_FUNDS"))
     assert row is not None
     balance = BalanceView(asset=transfer.asset, **balance_view(row["available"], row["reserved"]))
     return TransferView(

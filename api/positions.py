@@ -16,6 +16,7 @@ from activities.liquidation import cross_backing, deleverage_ranks
 from activities.positions import position_view
 from activities.risk import set_margin_mode
 from activities.sagas import INSTRUMENT_ID, USER_ID
+from activities.unfinished import patiently, refused_with
 from api.gateway import ServedUserId, User
 from api.models import ApiModel, SafeText
 from api.openapi import problems
@@ -24,6 +25,7 @@ from clients import OPERATIONS_QUEUE
 from domain.margin_changes import MARGIN_CHANGE, MarginChange
 from domain.money import plain
 from domain.problems import Problem
+from storage.db import Connection
 from storage.reference_prices import read_reference_prices
 
 router = APIRouter(prefix="/api/positions", tags=["positions"])
@@ -162,8 +164,12 @@ async def change_margin_mode(state: State, user: User, instrument_id: SafeText, 
     """ISOLATED: only its own margin stands behind a position. CROSS: all of the user's money in that asset does.
     400 MARGIN_MODE_NOT_CHANGEABLE while there is a position or an open order."""
     instrument = state.desk.instrument(instrument_id)
-    async with state.pool.acquire() as conn, conn.transaction():
+
+    async def change_now(conn: Connection) -> None:
         await set_margin_mode(conn, user.user_id, instrument, change.margin_mode)
+
+    # Whoever was told that the position is closed, or the order cancelled, may rely on it.
+    await patiently(state.pool, user.user_id, change_now, refused_with("MARGIN_MODE_NOT_CHANGEABLE"))
     return ModeView(instrument_id=instrument_id, margin_mode=change.margin_mode)
 
 

@@ -1,11 +1,14 @@
 """The pre-trade check on its own."""
 
+from decimal import Decimal
+from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
 
 from activities.risk import pre_check
+from activities.unfinished import patiently
 from api.gateway import Caller, require_may_act_for
 from api.models import ApiModel, UserId
 from api.openapi import problems
@@ -55,6 +58,10 @@ async def check_order(state: State, caller: Caller, check: PreCheck) -> PreCheck
         if problem.code in UNKNOWN:
             raise
         return PreCheckView(allowed=False, required_margin="0", reason=problem.code)
-    async with state.pool.acquire() as conn:
-        margin, reason = await pre_check(conn, order)
+    # As placement does: what the user was told counts.
+    margin, reason = await patiently(state.pool, user_id, partial(pre_check, order=order), _would_be_refused)
     return PreCheckView(allowed=reason is None, required_margin=plain(margin), reason=reason)
+
+
+def _would_be_refused(outcome: tuple[Decimal, str | None] | Problem) -> bool:
+    return not isinstance(outcome, Problem) and outcome[1] is not None

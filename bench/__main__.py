@@ -3,10 +3,21 @@
 import argparse
 from collections.abc import Callable
 
-from bench import edge, engine_core, engine_process, fanout, market_checkpoint, order_pipeline, revocation, risk
+from bench import (
+    edge,
+    engine_core,
+    engine_process,
+    fanout,
+    market_checkpoint,
+    order_pipeline,
+    own_writes,
+    revocation,
+    risk,
+)
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "order_pipeline": order_pipeline.main,
+    "own_writes": own_writes.main,
     "engine_core": engine_core.main,
     "engine_process": engine_process.main,
     "market_checkpoint": market_checkpoint.main,

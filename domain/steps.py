@@ -19,11 +19,14 @@ class OrderMargin(msgspec.Struct, frozen=True):
 
 
 class CheckResult(msgspec.Struct, frozen=True):
-    """Of `risk.check_orders`, under `check:{saga}:{round}`."""
+    """Of `risk.check_orders`, under `check:{saga}:{round}`.
+
+    `unfinished` are the engine events that risk or the ledger had not applied then (None: not looked for)."""
 
     passed: list[OrderMargin]
     refused: list[Refusal]
     busy: list[int]
+    unfinished: list[EventRange] | None = None
 
 
 class MarginMove(msgspec.Struct, frozen=True):

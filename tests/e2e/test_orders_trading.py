@@ -639,3 +639,40 @@ async def test_pages_visit_everything_once_newest_first(exchange: Exchange, admi
     assert [o["instrumentId"] for o in await taker.pages("/api/orders", 5, instrumentId=ETH)] == [ETH]
     assert [o["status"] for o in await taker.pages("/api/orders", 5, status="FILLED")] == ["FILLED"]
     assert (await maker.get("/api/trades", instrumentId=ETH))["items"] == []
+
+
+SIDES = (("BUY", "60010", "50000"), ("SELL", "59990", "70000"))
+
+
+async def test_after_filled_the_stop_and_the_close_that_follow_at_once_are_taken(
+    exchange: Exchange, admin: Trader
+) -> None:
+    """Settlement comes some hundredths of a second after the answer; nobody waits for it here."""
+    maker = await exchange.trader(admin, "1000000")
+    for side, price, stop_price in SIDES * 3:
+        # 60.01 of margin, 0.1 to the mark, 0.3 of the fee: the close has no money of its own.
+        trader = await exchange.trader(admin, "60.5")
+        other = "SELL" if side == "BUY" else "BUY"
+        for _ in range(2):
+            await maker.place("BUY", "0.01", "59990")
+            await maker.place("SELL", "0.01", "60010")
+        opened = await trader.place(side, "0.01", price)
+        closed = await trader.place(other, "0.01")
+        mode = await trader.client.put(f"/api/positions/{BTC}/margin-mode", json={"marginMode": "CROSS"})
+        await exchange.deposit(admin, trader, "100")
+        again = await trader.place(side, "0.01", price)
+        stop = await trader.place(other, "0.01", type="STOP_MARKET", stopPrice=stop_price, reduceOnly=True)
+        found = [(order["status"], order["failureReason"]) for order in (opened, closed, again, stop)]
+        assert found == [("FILLED", None), ("FILLED", None), ("FILLED", None), ("PLACED", None)]
+        assert mode.status_code == 200, mode.text
+
+
+async def test_after_expired_the_money_is_there_at_once(exchange: Exchange, admin: Trader) -> None:
+    for side, price in (("BUY", "59000"), ("SELL", "61000")) * 3:
+        trader = await exchange.trader(admin, "100")
+        # Some 60 a time.
+        for _ in range(2):
+            order = await trader.place(side, "0.01", price, timeInForce="IOC")
+            assert (order["status"], order["filledQuantity"]) == ("EXPIRED", "0"), order
+        await admin.operator.withdraw(trader.user_id, "USDT", D(100), reference=uuid.uuid4().hex)
+        assert await trader.balance() == (D(0), D(0))
