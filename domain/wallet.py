@@ -111,6 +111,13 @@ def settle(wallet: Wallet, cash: Decimal, position_margin: Decimal, order_margin
     )
 
 
+def settle_within(wallet: Wallet, free: Decimal, position_margin: Decimal, order_margin_delta: Decimal) -> Wallet:
+    """Divide what there is anew (see `settle`), of which no more than `free` (>= 0) of what is available is touched."""
+    aside = max(ZERO, wallet.available - free)
+    moved = settle(replace(wallet, available=wallet.available - aside), ZERO, position_margin, order_margin_delta)
+    return replace(moved.wallet, available=moved.wallet.available + aside)
+
+
 def margin_after(margin: Decimal, fill: BookedFill) -> Decimal:
     """What backs a position after a fill, when `margin` did before it.
 
