@@ -31,9 +31,16 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("instrument_id", name=op.f("pk_funding_schedules")),
         schema="market",
     )
+    # What was written since the last vacuum a BRIN index does not know; checks cannot read all of that.
+    op.drop_index("ix_position_events_created_at", "position_events", schema="positions")
+    op.create_index("ix_position_events_created_at", "position_events", ["created_at"], schema="positions")
 
 
 def downgrade() -> None:
+    op.drop_index("ix_position_events_created_at", "position_events", schema="positions")
+    op.create_index(
+        "ix_position_events_created_at", "position_events", ["created_at"], schema="positions", postgresql_using="brin"
+    )
     op.drop_table("funding_schedules", schema="market")
     op.drop_table("funding_cursors", schema="ledger")
     op.drop_column("funding_runs", "collected_user_id", schema="ledger")
