@@ -6,8 +6,8 @@ transaction, from the same rows.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ import asyncpg
 import msgspec
 from temporalio import activity
 
+from activities.collateral import free_collateral, read_collateral
 from activities.matching import append_commands
 from domain.clock import to_ms
 from domain.events import (
@@ -28,20 +29,22 @@ from domain.events import (
 from domain.funding import (
     CLOSE_FUNDING,
     FUNDING_PAGE,
+    FUNDING_UNCOVERED,
     OPEN_FUNDING,
     SETTLE_FUNDING,
     FundingPage,
     FundingRun,
     FundingTotals,
+    Holding,
     charge,
 )
 from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved
 from domain.matching import MoveMargin, margin_units
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
-from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest
+from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest, Uncovered
 from domain.steps import CheckResult, MarginMoves, MarginPlan, settle_step
-from domain.wallet import BookedFill, Settled, Wallet, freeze, settle, settle_fills
+from domain.wallet import BookedFill, Settled, Wallet, freeze, keep_back, settle, settle_fills, settle_within
 from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import NotYetError, advance_cursor, first_result, store_result
@@ -56,6 +59,8 @@ DEPOSITS = "external:deposits"
 FUNDING = "exchange:funding"
 ROUNDING = "exchange:rounding"
 FUNDING_FEE = "FUNDING_FEE"
+# No user id is greater.
+ALL_USERS = 2**63 - 1
 
 ENTRY_COLUMNS = [
     "reference_type",
@@ -229,6 +234,12 @@ class LedgerActivities:
         async with self._pool.acquire() as conn, conn.transaction():
             return await _settle_funding(conn, page)
 
+    @activity.defn(name=FUNDING_UNCOVERED)
+    async def funding_uncovered(self, page: FundingPage) -> list[Uncovered]:
+        """Whose open orders, by instrument, are no longer covered in full after a page: their money paid for it."""
+        async with self._pool.acquire() as conn:
+            return await _funding_uncovered(conn, page)
+
     @activity.defn(name=CLOSE_FUNDING)
     async def close_funding(self, run: FundingRun) -> FundingTotals:
         """After the last page: what rounding left over goes to its account."""
@@ -246,15 +257,20 @@ async def _freeze(conn: Connection, request: StepRequest) -> Outcome:
         needs[key] = needs.get(key, ZERO) + m.amount
     book = await _open_book(conn, ((user_id, asset) for user_id, _, asset in needs))
     holds = await _lock_holds(conn, list(needs))
+    # Under the locks: since the check, another saga may have taken what a loss, or funding that is due, stands on.
+    free = await free_collateral(conn, {user_id for (user_id, _, _), needed in needs.items() if needed > ZERO})
     book.open_journal("ORDERS", request.step_id)
     refused_keys = set()
     for (user_id, instrument_id, asset), needed in needs.items():
-        hold = holds[user_id, instrument_id]
-        frozen = freeze(_wallet(book.accounts[user_id, asset], hold), needed)
-        if frozen is None:
+        hold, purse = holds[user_id, instrument_id], (user_id, asset)
+        wallet = _wallet(book.accounts[purse], hold)
+        frozen = freeze(wallet, needed)
+        leaves = ZERO if frozen is None else wallet.available - frozen.available
+        if frozen is None or leaves > max(ZERO, free.get(purse, ZERO)):
             refused_keys.add((user_id, instrument_id))
         else:
             _move(book, (user_id, instrument_id), hold, frozen, "ORDER_MARGIN")
+            free[purse] = free.get(purse, ZERO) - leaves
     passed = [m for m in margins if (m.user_id, m.instrument_id) not in refused_keys]
     failed = [m for m in margins if (m.user_id, m.instrument_id) in refused_keys]
     book.events += [FundsFrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in passed]
@@ -304,15 +320,17 @@ async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
     book = await _open_book(conn, [(change.user_id, plan.asset)])
     holds = await _lock_holds(conn, [(*key, plan.asset)])
     wallet = _wallet(book.accounts[change.user_id, plan.asset], holds[key])
+    # Under the lock: what stands for a loss, or for funding that is due, does not move, whatever risk saw.
+    free = max(ZERO, (await free_collateral(conn, [change.user_id]))[change.user_id, plan.asset])
     outdated = await _why_outdated(conn, key, plan, holds[key])
     if change.kind == "MARGIN":
         if outdated:
             return MarginMoved([outdated])
-        if plan.position_delta > wallet.available:
+        if plan.position_delta > free:
             return MarginMoved(["INSUFFICIENT_FUNDS"])
     # A leverage is in force for what is opened later, whatever has become of the position it was planned for.
     margin = wallet.position_margin + (ZERO if outdated else plan.position_delta)
-    moved = settle(wallet, ZERO, margin, plan.order_delta).wallet
+    moved = settle_within(wallet, free, margin, plan.order_delta)
     book.open_journal("MARGIN_CHANGE", change.change_id)
     added = moved.position_margin - wallet.position_margin
     _move(book, key, holds[key], moved)
@@ -400,6 +418,7 @@ async def _settle(conn: Connection, events: EventRange) -> None:
     for user_id in users:
         wallet = _wallet(book.accounts[user_id, asset], holds[user_id, instrument_id])
         settled[user_id] = settle_fills(wallet, booked[user_id], order_margins.get(user_id, ZERO))
+    await _keep_back(conn, asset, settled, {user_id: holds[user_id, instrument_id] for user_id in users})
     _post_trades(book, fills, asset, instrument_id)
     book.open_journal("SETTLEMENT", f"{instrument_id}:{events.to_seq}")
     for user_id in users:
@@ -407,6 +426,19 @@ async def _settle(conn: Connection, events: EventRange) -> None:
         _move(book, (user_id, instrument_id), holds[user_id, instrument_id], settled[user_id].wallet)
     book.events += [FundsUnfrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in risk.ended if m.amount]
     await write_book(conn, book, holds)
+
+
+async def _keep_back(conn: Connection, asset: str, settled: dict[int, Settled], holds: Mapping[int, Hold]) -> None:
+    """Let no fill move what a loss or funding stands on behind orders that it leaves uncovered by the position.
+
+    Closing a position makes orders that would only have reduced it need margin: nobody has checked that they may.
+    """
+    growing = [user_id for user_id, s in settled.items() if s.wallet.order_margin > holds[user_id].order_margin]
+    stands = await read_collateral(conn, growing)
+    for user_id in growing:
+        collateral = stands[user_id, asset]
+        wallet = keep_back(settled[user_id].wallet, holds[user_id].order_margin, collateral.available - collateral.free)
+        settled[user_id] = replace(settled[user_id], wallet=wallet)
 
 
 async def _open_funding(conn: Connection, run: FundingRun) -> bool:
@@ -446,7 +478,16 @@ async def _settle_funding(conn: Connection, page: FundingPage) -> int | None:
     payments = [(row[0], row[1]) for row in rows if row[1]]
     if payments:
         await _book_funding(conn, page, asset, payments)
-    return rows[-1][0] if len(rows) == FUNDING_PAGE else None
+    next_user_id: int | None = rows[-1][0] if len(rows) == FUNDING_PAGE else None
+    # In the transaction that books the page: no payment counts as owed and as paid, or as neither.
+    await conn.execute(
+        "UPDATE ledger.funding_runs SET collected_user_id = greatest(collected_user_id, $3)"
+        " WHERE instrument_id = $1 AND funding_time = $2",
+        run.instrument_id,
+        run.time,
+        ALL_USERS if next_user_id is None else next_user_id,
+    )
+    return next_user_id
 
 
 async def _book_funding(
@@ -461,9 +502,10 @@ async def _book_funding(
         reference_id,
     ):
         return
-    holds = await _lock_holds(
-        conn, [(user_id, run.instrument_id, asset) for user_id, payment in payments if payment < ZERO]
-    )
+    payers = {user_id: -payment for user_id, payment in payments if payment < ZERO}
+    # All that is held for whom what is available does not do: it is locked with the balances.
+    short = [user_id for user_id, owed in payers.items() if owed > book.accounts[user_id, asset].available]
+    holds = await _holds_of(conn, short, asset)
     touched: dict[tuple[int, str], Hold] = {}
     book.open_journal(FUNDING_FEE, reference_id)
     paid = received = insurance = ZERO
@@ -472,17 +514,16 @@ async def _book_funding(
             received += payment
             book.post_user(user_id, asset, "FUNDING", payment, instrument_id=run.instrument_id)
             continue
-        hold = holds[user_id, run.instrument_id]
-        source = charge(-payment, book.accounts[user_id, asset].available, hold.position_margin)
+        held = holds.get(user_id, {})
+        holdings = [Holding(name, hold.order_margin, hold.position_margin) for name, hold in held.items()]
+        source = charge(-payment, book.accounts[user_id, asset].available, run.instrument_id, holdings)
         paid -= payment
         insurance += source.insurance
         _post_insurance(book, user_id, asset, run.instrument_id, Settled(Wallet(), source.insurance))
-        available = -source.available - source.insurance
-        book.post_user(user_id, asset, "FUNDING", available, -source.position_margin, run.instrument_id)
-        if source.position_margin:
-            hold.position_margin -= source.position_margin
-            hold.margin_version += 1
-            touched[user_id, run.instrument_id] = hold
+        for draw in source.draws:
+            _draw(book, (user_id, draw.instrument_id), held[draw.instrument_id], draw)
+            touched[user_id, draw.instrument_id] = held[draw.instrument_id]
+        book.post_user(user_id, asset, "FUNDING", payment, instrument_id=run.instrument_id)
     if paid != received:
         book.post_system(FUNDING, asset, "FUNDING", paid - received)
     await conn.execute(
@@ -495,6 +536,44 @@ async def _book_funding(
         insurance,
     )
     await write_book(conn, book, touched)
+
+
+async def _funding_uncovered(conn: Connection, page: FundingPage) -> list[Uncovered]:
+    rows = await conn.fetch(
+        "SELECT h.instrument_id, h.user_id FROM ledger.margin_holds h JOIN (SELECT user_id, payment"
+        "   FROM positions.v_funding_positions WHERE instrument_id = $1 AND funding_time = $2 AND user_id > $3"
+        "   ORDER BY user_id LIMIT $4) paid USING (user_id)"
+        " WHERE h.order_short > 0 AND paid.payment < 0 ORDER BY 1, 2",
+        page.run.instrument_id,
+        page.run.time,
+        page.after_user_id,
+        FUNDING_PAGE,
+    )
+    users: defaultdict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        users[row["instrument_id"]].append(row["user_id"])
+    return [Uncovered(instrument_id, user_ids) for instrument_id, user_ids in users.items()]
+
+
+def _draw(book: Book, key: tuple[int, str], hold: Hold, draw: Holding) -> None:
+    """Release what a payment takes of a hold. What orders require stays: they are uncovered, and cancelled for it."""
+    hold.order_margin -= draw.order_margin
+    hold.order_short += draw.order_margin
+    hold.position_margin -= draw.position_margin
+    hold.margin_version += draw.position_margin > ZERO
+    taken = draw.order_margin + draw.position_margin
+    book.post_user(key[0], hold.asset, "MARGIN", taken, -taken, key[1])
+
+
+async def _holds_of(conn: Connection, user_ids: Sequence[int], asset: str) -> dict[int, dict[str, Hold]]:
+    """All holds of users in one asset, by instrument; their balances are locked already, which locks these too."""
+    holds: defaultdict[int, dict[str, Hold]] = defaultdict(dict)
+    if user_ids:
+        for row in await conn.fetch(
+            "SELECT * FROM ledger.margin_holds WHERE user_id = ANY($1) AND asset = $2", user_ids, asset
+        ):
+            holds[row["user_id"]][row["instrument_id"]] = _hold(row)
+    return holds
 
 
 async def _close_funding(conn: Connection, run: FundingRun) -> FundingTotals:
@@ -520,6 +599,7 @@ async def _close_funding(conn: Connection, run: FundingRun) -> FundingTotals:
             run.instrument_id,
             run.time,
         )
+        await _advance_funding(conn, run.instrument_id)
     totals = await conn.fetchrow(
         "SELECT positions, paid, received, insurance FROM ledger.funding_runs"
         " WHERE instrument_id = $1 AND funding_time = $2",
@@ -528,6 +608,22 @@ async def _close_funding(conn: Connection, run: FundingRun) -> FundingTotals:
     )
     assert totals is not None
     return FundingTotals(totals["positions"], *(plain(totals[name]) for name in ("paid", "received", "insurance")))
+
+
+async def _advance_funding(conn: Connection, instrument_id: str) -> None:
+    """Move on to the last settled funding time before which no published rate is unsettled."""
+    await conn.execute(
+        "INSERT INTO ledger.funding_cursors AS c (instrument_id, collected_at)"
+        " SELECT $1, settled.at FROM (SELECT max(funding_time) AS at FROM ledger.funding_runs"
+        "   WHERE instrument_id = $1 AND status = 'DONE' AND funding_time < coalesce("
+        "     (SELECT min(r.effective_at) FROM market.v_funding_rates r"
+        "      LEFT JOIN ledger.funding_runs u ON u.instrument_id = r.instrument_id AND u.funding_time = r.effective_at"
+        "      WHERE r.instrument_id = $1 AND u.status IS DISTINCT FROM 'DONE' AND r.effective_at > coalesce("
+        "        (SELECT collected_at FROM ledger.funding_cursors WHERE instrument_id = $1), '-infinity')),"
+        "     'infinity')) settled WHERE settled.at IS NOT NULL"
+        " ON CONFLICT (instrument_id) DO UPDATE SET collected_at = greatest(c.collected_at, excluded.collected_at)",
+        instrument_id,
+    )
 
 
 def _post_trades(book: Book, fills: Sequence[asyncpg.Record], asset: str, instrument_id: str) -> None:
@@ -619,10 +715,12 @@ async def _lock_holds(conn: Connection, keys: Sequence[tuple[int, str, str]]) ->
     )
     holds = {(user_id, instrument_id): Hold(asset) for user_id, instrument_id, asset in keys}
     for row in rows:
-        holds[row["user_id"], row["instrument_id"]] = Hold(
-            row["asset"], row["order_margin"], row["position_margin"], row["order_short"], row["margin_version"]
-        )
+        holds[row["user_id"], row["instrument_id"]] = _hold(row)
     return holds
+
+
+def _hold(row: asyncpg.Record) -> Hold:
+    return Hold(row["asset"], row["order_margin"], row["position_margin"], row["order_short"], row["margin_version"])
 
 
 async def write_book(conn: Connection, book: Book, holds: dict[tuple[int, str], Hold]) -> None:
@@ -687,14 +785,11 @@ async def transfer_external(
     user_id: int,
     asset: str,
     amount: Decimal,
-    budget: Decimal | None = None,
 ) -> bool:
     """Deposit (`amount` > 0) or withdraw (< 0) once per (reference_type, reference); False when it was done before.
 
-    `budget` is what may be withdrawn if that is less than what is available.
-
-    Raises Problem INSUFFICIENT_FUNDS when a withdrawal exceeds available, VALIDATION_FAILED when `amount` is 0 or has
-    more than 8 decimals, or the reference was used for something else.
+    Raises Problem INSUFFICIENT_FUNDS when a withdrawal exceeds the free collateral, VALIDATION_FAILED when `amount` is
+    0 or has more than 8 decimals, or the reference was used for something else.
     """
     if not amount or amount != round_down(amount):
         raise Problem("VALIDATION_FAILED", f"Expected an amount other than 0 with at most 8 decimals, was {amount}")
@@ -706,8 +801,7 @@ async def transfer_external(
         if earlier != (user_id, asset, amount):
             raise Problem("VALIDATION_FAILED", f"Reference {reference} was used for another transfer")
         return False
-    available = book.accounts[user_id, asset].available
-    if amount < 0 and -amount > (available if budget is None else min(available, budget)):
+    if amount < 0 and not (await read_collateral(conn, [user_id]))[user_id, asset].covers(-amount):
         raise Problem("INSUFFICIENT_FUNDS", f"Available {asset} does not cover {plain(-amount)}")
     book.open_journal(reference_type, reference)
     book.post_user(user_id, asset, reference_type, amount)

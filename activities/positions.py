@@ -164,9 +164,19 @@ class PositionActivities:
 
     @activity.defn(name=CONFIRM_FUNDING)
     async def confirm_funding(self, page: FundingPage) -> None:
-        """After the ledger: payments of a page become realised profit, once, and margins follow the ledger's."""
-        async with self._pool.acquire() as conn, conn.transaction():
-            await _confirm_funding(conn, page, (await self._rules.rules(conn)).tiers[page.run.instrument_id])
+        """After the ledger: payments of a page become realised profit, once, and margins follow the ledger's.
+
+        Those of other instruments, too: a payment may have taken of them.
+        """
+        async with self._pool.acquire() as conn:
+            tiers = (await self._rules.rules(conn)).tiers
+            instrument_id = page.run.instrument_id
+            async with conn.transaction():
+                await _confirm_funding(conn, page, tiers[instrument_id])
+            # Instrument by instrument: the runs of two that lock each other's positions would wait for one another.
+            for other in sorted(tiers.keys() - {instrument_id}):
+                async with conn.transaction():
+                    await _follow_funding(conn, page, other, tiers[other])
 
     @activity.defn(name=ADOPT_MARGIN)
     async def adopt_margin(self, change: MarginChange) -> None:
@@ -467,6 +477,30 @@ async def _confirm_funding(conn: Connection, page: FundingPage, tiers: Sequence[
         *those,
     )
     await _adopt(conn, instrument_id, moved, tiers)
+
+
+async def _follow_funding(conn: Connection, page: FundingPage, instrument_id: str, tiers: Sequence[Tier]) -> None:
+    """Copy the margins that payers of a page have left in another instrument, where they are not those known here.
+
+    Positions whose last fills are not confirmed are left to `confirm`, which copies the margin as well.
+    """
+    rows = await conn.fetch(
+        "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage, p.margin_mode, p.status,"
+        " p.realized_pnl FROM positions.positions p JOIN ledger.v_margin_holds h USING (user_id, instrument_id)"
+        " JOIN (SELECT user_id, payment FROM positions.funding_positions WHERE instrument_id = $1 AND funding_time = $2"
+        "   AND user_id > $3 ORDER BY user_id LIMIT $4) f USING (user_id)"
+        " WHERE p.instrument_id = $5 AND f.payment < 0 AND p.margin_version <> h.margin_version"
+        " AND NOT EXISTS (SELECT FROM positions.position_events e JOIN positions.cursors c USING (instrument_id)"
+        "   WHERE e.instrument_id = $5 AND e.user_id = p.user_id AND e.seq > c.confirmed_seq)"
+        " ORDER BY p.user_id FOR UPDATE OF p",
+        page.run.instrument_id,
+        page.run.time,
+        page.after_user_id,
+        FUNDING_PAGE,
+        instrument_id,
+    )
+    if rows:
+        await _adopt(conn, instrument_id, rows, tiers)
 
 
 async def forget_funding_positions(conn: Connection, before: datetime, limit: int) -> int:

@@ -69,6 +69,7 @@ def settlement_activities(pool: Pool, redis: Redis) -> Activities:
         positions.fix_funding_positions,
         ledger.settle_funding,
         positions.confirm_funding,
+        ledger.funding_uncovered,
         ledger.close_funding,
         positions.apply_trades,
         risk.apply_events,

@@ -6,7 +6,7 @@ ledger exactly once: through `freeze_funds` for a check, through `settle` for en
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
@@ -15,6 +15,7 @@ import asyncpg
 from msgspec.structs import replace
 from temporalio import activity
 
+from activities.collateral import free_collateral
 from activities.engine_log import EngineLog, SequencedEvent
 from activities.instruments import RuleBook, Rules, read_instruments, read_tiers
 from activities.market import latest_marks
@@ -194,7 +195,7 @@ async def pre_check(conn: Connection, order: NewOrder) -> tuple[Decimal, str | N
     loss = after.open_loss(request.side) - state.open_loss(request.side)
     limits = (await _read_limits(conn, [key]))[key]
     tiers = (await read_tiers(conn))[request.instrument_id]
-    budget = (await read_budgets(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
+    budget = (await free_collateral(conn, {order.user_id})).get((order.user_id, instrument.quote_asset), ZERO)
     reduces = request.side if request.reduce_only else None
     if await positions_in_liquidation(conn, [key]):
         return added, "POSITION_IN_LIQUIDATION"
@@ -296,6 +297,8 @@ async def _judge(conn: Connection, change: MarginChange, rules: Rules) -> Margin
         if row["margin_mode"] == "CROSS":
             return MarginPlan(refusal="POSITION_IS_CROSS")
         plan = _plan_margin(state, held, Decimal(change.value), mark, instrument)
+        if plan.position_delta > max(ZERO, (await free_collateral(conn, [key[0]])).get((key[0], plan.asset), ZERO)):
+            plan = MarginPlan(refusal="INSUFFICIENT_FUNDS")
     else:
         plan = await _plan_leverage(conn, key, row, held, int(change.value), mark, rules)
         if plan.refusal is None:
@@ -362,7 +365,7 @@ async def _plan_leverage(
         )
     order_margin = after.order_margin(instrument.taker_fee_rate)
     plan = MarginPlan(margin - held, order_margin - row["order_margin"], instrument.quote_asset)
-    budget = (await read_budgets(conn, {key[0]})).get((key[0], instrument.quote_asset), ZERO)
+    budget = (await free_collateral(conn, {key[0]})).get((key[0], instrument.quote_asset), ZERO)
     if plan.position_delta + plan.order_delta > max(budget, ZERO):
         return MarginPlan(refusal="INSUFFICIENT_MARGIN")
     await conn.execute(
@@ -413,7 +416,7 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules, unfinishe
     taken_over = await positions_in_liquidation(conn, keys)
     waiting = await _unfrozen(conn, exposures)
     limits = await _read_limits(conn, keys)
-    budgets = await read_budgets(conn, {key[0] for key in keys})
+    budgets = await free_collateral(conn, {key[0] for key in keys})
     marks = await latest_marks(conn, sorted({key[1] for key in keys}))
     live = {name for name, mark in marks.items() if mark.is_live}
 
@@ -729,25 +732,6 @@ async def _read_limits(conn: Connection, keys: Sequence[Key]) -> dict[Key, Limit
     )
     found = {(row["user_id"], row["instrument_id"]): Limits(*row[2:]) for row in rows}
     return {key: found.get(key) or found[None, key[1]] for key in keys}
-
-
-async def read_budgets(conn: Connection, user_ids: Collection[int]) -> dict[tuple[int, str], Decimal]:
-    """What users may still use, by (user, asset): what is available, less what their cross positions have lost at mark.
-
-    All of a user's money stands behind cross positions, so what those have lost cannot be spent twice.
-    """
-    rows = await conn.fetch(
-        "SELECT b.user_id, b.asset, b.available - greatest(coalesce(c.lost, 0), 0) FROM ledger.v_balances b"
-        " LEFT JOIN (SELECT e.user_id, i.quote_asset AS asset, sum(CASE WHEN e.signed_quantity < 0"
-        "     THEN -e.entry_notional ELSE e.entry_notional END - e.signed_quantity * m.mark_price) AS lost"
-        "   FROM risk.exposures e JOIN matching.v_instruments i USING (instrument_id)"
-        "   JOIN LATERAL (SELECT mark_price FROM market.v_mark_prices p WHERE p.instrument_id = e.instrument_id"
-        "     ORDER BY calculated_at DESC LIMIT 1) m ON TRUE"
-        "   WHERE e.user_id = ANY($1) AND e.margin_mode = 'CROSS' AND e.signed_quantity <> 0 GROUP BY 1, 2) c"
-        " USING (user_id, asset) WHERE b.user_id = ANY($1)",
-        list(user_ids),
-    )
-    return {(row[0], row[1]): row[2] for row in rows}
 
 
 def _exposure(row: asyncpg.Record) -> Exposure:

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Query
 from pydantic import Field
 
 from activities.ledger import balance_view, transfer_external
-from activities.risk import read_budgets
 from activities.unfinished import patiently, refused_with
 from api.gateway import Admin, ServedUserId, User
 from api.models import ApiModel, Page, SafeText, Timestamp, UserId
@@ -121,7 +120,7 @@ async def deposit(state: State, _: Admin, transfer: Transfer) -> TransferView:
 
 @router.post("/withdrawals", responses=problems("NOT_FOUND", "INSUFFICIENT_FUNDS"))
 async def withdraw(state: State, _: Admin, transfer: Transfer) -> TransferView:
-    """Debit what is available to a user, once per reference."""
+    """Debit a user, once per reference: at most what is available and stands for no loss and no funding due."""
     return await _transfer(state, "WITHDRAWAL", transfer, -transfer.amount)
 
 
@@ -133,8 +132,6 @@ async def _transfer(state: AppState, kind: str, transfer: Transfer, amount: Deci
             "SELECT EXISTS (SELECT FROM matching.v_instruments WHERE quote_asset = $1)", transfer.asset
         ):
             raise Problem("VALIDATION_FAILED", f"{transfer.asset} is not an asset of this exchange")
-        # What open cross positions have lost is not the user's to take out.
-        budgets = await read_budgets(conn, [transfer.user_id]) if amount < 0 else {}
         await transfer_external(
             conn,
             kind,
@@ -142,7 +139,6 @@ async def _transfer(state: AppState, kind: str, transfer: Transfer, amount: Deci
             transfer.user_id,
             transfer.asset,
             amount.quantize(AMOUNT_STEP),
-            budgets.get((transfer.user_id, transfer.asset)),
         )
         return await conn.fetchrow(
             "SELECT available, reserved FROM ledger.ledger_balances WHERE user_id = $1 AND asset = $2",

@@ -1,10 +1,11 @@
 """Funding: what holders of positions pay one another, and the names and messages of the workflow that settles it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 
-from domain.money import round_down
+from domain.money import ZERO, round_down
 
 FUNDING_SETTLEMENT = "FundingSettlementWorkflow"
 
@@ -15,6 +16,7 @@ FIX_FUNDING_POSITIONS = "positions.fix_funding_positions"
 SETTLE_FUNDING = "ledger.settle_funding"
 CONFIRM_FUNDING = "positions.confirm_funding"
 CLOSE_FUNDING = "ledger.close_funding"
+FUNDING_UNCOVERED = "ledger.funding_uncovered"
 
 FUNDING_PAGE = 5_000
 
@@ -30,22 +32,46 @@ def funding_payment(signed_quantity: Decimal, mark_price: Decimal, rate: Decimal
 
 
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """What is held of a user's money for one instrument: margin of open orders and of the position (quote, >= 0)."""
+
+    instrument_id: str
+    order_margin: Decimal = ZERO
+    position_margin: Decimal = ZERO
+
+
+@dataclass(frozen=True, slots=True)
 class Charge:
-    """Where a payment comes from (each >= 0): available, the position's margin, the insurance fund."""
+    """Where a payment comes from (each >= 0): available, what is taken of the holdings, the insurance fund.
+
+    `draws` names only instruments of which something is taken, the position's own first.
+    """
 
     available: Decimal
-    position_margin: Decimal
+    draws: tuple[Holding, ...]
     insurance: Decimal
 
 
-def charge(owed: Decimal, available: Decimal, position_margin: Decimal) -> Charge:
-    """Take `owed` (>= 0) from available first, then from the margin of the position, what is missing from the fund.
+def charge(owed: Decimal, available: Decimal, instrument_id: str, holdings: Sequence[Holding]) -> Charge:
+    """Take `owed` (>= 0), due of the position in `instrument_id`, from wherever its user has money.
 
-    Less margin brings the liquidation price nearer: who cannot pay is liquidated by the margin rules, and never owes.
+    First what is available, then the position's margin, then what open orders hold (those are cancelled for it), then
+    the margin of the other positions, each in order of instrument, the position's own first; the fund pays only what is
+    missing after all that. Less margin brings the liquidation price nearer: who cannot pay is liquidated by the margin
+    rules, and never owes.
     """
-    from_available = min(owed, available)
-    from_margin = min(owed - from_available, position_margin)
-    return Charge(from_available, from_margin, owed - from_available - from_margin)
+    ordered = sorted(holdings, key=lambda holding: (holding.instrument_id != instrument_id, holding.instrument_id))
+    left = owed - min(owed, available)
+    orders: dict[str, Decimal] = {}
+    margins: dict[str, Decimal] = {}
+    steps = [(margins, h.instrument_id, h.position_margin) for h in ordered if h.instrument_id == instrument_id]
+    steps += [(orders, h.instrument_id, h.order_margin) for h in ordered]
+    steps += [(margins, h.instrument_id, h.position_margin) for h in ordered if h.instrument_id != instrument_id]
+    for taken, name, held in steps:
+        taken[name] = min(left, held)
+        left -= taken[name]
+    draws = (Holding(h.instrument_id, orders[h.instrument_id], margins[h.instrument_id]) for h in ordered)
+    return Charge(min(owed, available), tuple(d for d in draws if d.order_margin or d.position_margin), left)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,27 @@ def settle(wallet: Wallet, cash: Decimal, position_margin: Decimal, order_margin
     )
 
 
+def settle_within(wallet: Wallet, free: Decimal, position_margin: Decimal, order_margin_delta: Decimal) -> Wallet:
+    """Divide what there is anew (see `settle`), of which no more than `free` (>= 0) of what is available is touched."""
+    aside = max(ZERO, wallet.available - free)
+    moved = settle(replace(wallet, available=wallet.available - aside), ZERO, position_margin, order_margin_delta)
+    return replace(moved.wallet, available=moved.wallet.available + aside)
+
+
+def keep_back(wallet: Wallet, held_before: Decimal, stands: Decimal) -> Wallet:
+    """Give back of what orders hold more than `held_before`, as far as `stands` (>= 0) is not left available.
+
+    What is given back is `order_short`: those orders are cancelled for it.
+    """
+    back = min(max(ZERO, stands - wallet.available), max(ZERO, wallet.order_margin - held_before))
+    return replace(
+        wallet,
+        available=wallet.available + back,
+        order_margin=wallet.order_margin - back,
+        order_short=wallet.order_short + back,
+    )
+
+
 def margin_after(margin: Decimal, fill: BookedFill) -> Decimal:
     """What backs a position after a fill, when `margin` did before it.
 

@@ -68,6 +68,13 @@ _FIX = """
                          $7::text[])
     ON CONFLICT DO NOTHING RETURNING instrument_id, effective_at, rate, samples, source
 """
+# From here on the others know, without being told, when a funding time has passed, and what it may come to at most.
+_SCHEDULE = """
+    INSERT INTO market.funding_schedules (instrument_id, interval_seconds, rate_cap)
+    SELECT name, $2, cap FROM unnest($1::text[], $3::numeric[]) AS u (name, cap)
+    ON CONFLICT (instrument_id) DO UPDATE
+    SET interval_seconds = excluded.interval_seconds, rate_cap = excluded.rate_cap
+"""
 _SAMPLES = """
     SELECT instrument_id, count(*) AS number, sum(premium_index) AS premium, max(calculated_at) AS last_at
     FROM unnest($1::text[], $2::timestamptz[]) AS u (name, since)
@@ -114,7 +121,10 @@ class FundingRates:
         """Fix what is due at `now`, then look ahead."""
         async with self._pool.acquire() as conn:
             if not self._caps:
-                self._caps = {name: rate_cap(tiers) for name, tiers in (await read_tiers(conn)).items()}
+                caps = {name: rate_cap(tiers) for name, tiers in (await read_tiers(conn)).items()}
+                names, seconds = list(self._markets), int(self._interval.total_seconds())
+                await conn.execute(_SCHEDULE, names, seconds, [caps[name].quantize(RATE_STEP) for name in names])
+                self._caps = caps
             await self._fix(conn, now)
             await self._predict(conn, now)
 

@@ -549,9 +549,20 @@ funding_runs = Table(
     _col("paid", AMOUNT, default="0"),
     _col("received", AMOUNT, default="0"),
     _col("insurance", AMOUNT, default="0"),
+    # Of users up to this one, what is due has been booked.
+    _col("collected_user_id", BigInteger(), default="0"),
     _created(),
     _updated(),
     CheckConstraint("status IN ('OPEN', 'DONE')", name="status"),
+    schema="ledger",
+)
+
+# Up to which funding time every published rate has been settled; what is owed is looked for after it.
+funding_cursors = Table(
+    "funding_cursors",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    _col("collected_at", TIME),
     schema="ledger",
 )
 
@@ -644,8 +655,9 @@ position_events = Table(
         postgresql_where=text("funding_time IS NOT NULL"),
     ),
     Index("ix_position_events_user_id", "user_id", "event_id"),
-    # For the fills after a funding time: rows are written in about this order, so a few pages of index do.
-    Index("ix_position_events_created_at", "created_at", postgresql_using="brin"),
+    # For the fills after a funding time, which checks of orders ask for while it is not collected. Rows are written in
+    # about this order, so an insertion costs next to nothing.
+    Index("ix_position_events_created_at", "created_at"),
     Index("ix_position_events_told", "created_at", postgresql_where=text("cause = 'MARK'")),
     schema="positions",
 )
@@ -908,6 +920,16 @@ funding_rates = Table(
     _col("samples", Integer()),
     _col("source", Text()),
     _created(),
+    schema="market",
+)
+
+# When funding falls due (the multiples of the interval since 1970), and the highest rate that it may come to.
+funding_schedules = Table(
+    "funding_schedules",
+    metadata,
+    Column("instrument_id", Text, primary_key=True),
+    _col("interval_seconds", Integer()),
+    _col("rate_cap", Numeric(20, 12)),
     schema="market",
 )
 

@@ -48,8 +48,10 @@ VIEWS: dict[str, str] = {
         " FROM ledger.margin_holds"
     ),
     "ledger.v_funding_runs": (
-        "SELECT instrument_id, funding_time, rate, mark_price, status, updated_at FROM ledger.funding_runs"
+        "SELECT instrument_id, funding_time, rate, mark_price, status, collected_user_id, updated_at"
+        " FROM ledger.funding_runs"
     ),
+    "ledger.v_funding_cursors": "SELECT instrument_id, collected_at FROM ledger.funding_cursors",
     # What moved the money of a user because of an instrument; margin only moves between available and reserved.
     "ledger.v_results": (
         "SELECT user_id, instrument_id, asset, entry_type, delta_available + delta_reserved AS amount, created_at"
@@ -101,5 +103,6 @@ VIEWS: dict[str, str] = {
         "SELECT instrument_id, seq, sha256(payload) = checksum AS undamaged FROM market.checkpoints"
     ),
     "market.v_index_states": "SELECT instrument_id, source, checked_at, frozen_since FROM market.index_states",
+    "market.v_funding_schedules": "SELECT instrument_id, interval_seconds, rate_cap FROM market.funding_schedules",
     "market.v_funding_rates": "SELECT instrument_id, effective_at, rate, mark_price FROM market.funding_rates",
 }

@@ -13,6 +13,7 @@ with workflow.unsafe.imports_passed_through():
         EVENTS_OF,
         FIX_FUNDING_POSITIONS,
         FUNDING_SETTLEMENT,
+        FUNDING_UNCOVERED,
         LAST_COMMAND,
         OPEN_FUNDING,
         SETTLE_FUNDING,
@@ -23,18 +24,21 @@ with workflow.unsafe.imports_passed_through():
         FundingTotals,
         LogPosition,
     )
+    from domain.sagas import CANCEL_UNCOVERED, Uncovered
     from workflows.steps import run_step
 
 # Set by Temporal on what a schedule starts: the time it was due, however late it starts.
 SCHEDULED_TIME = SearchAttributeKey.for_datetime("TemporalScheduledStartTime")
 # After the funding time: orders accepted before it are in the engine's log by then.
 SETTLED_AFTER = timedelta(seconds=3)
+# Runs of before took nothing of what open orders hold.
+PAID_FROM_ORDERS = "funding-paid-from-orders"
 
 
 @workflow.defn(name=FUNDING_SETTLEMENT)
 class FundingSettlementWorkflow:
     """ledger.open_funding -> positions.fix_funding_positions -> per page: ledger.settle_funding ->
-    positions.confirm_funding -> ledger.close_funding.
+    positions.confirm_funding (-> orders.cancel_uncovered) -> ledger.close_funding.
 
     Every step has its effect once, so a run may be started again, also under another workflow id. What is not there
     yet (the rate, the engine's or settlement's progress) is waited for, visibly.
@@ -70,6 +74,12 @@ class FundingSettlementWorkflow:
             page, label = FundingPage(run, after_user_id), f"users after {after_user_id}"
             after_user_id = await run_step(SETTLE_FUNDING, page, int | None, label)  # type: ignore[arg-type]  # a union
             await run_step(CONFIRM_FUNDING, page, type(None), label)
+            if workflow.patched(PAID_FROM_ORDERS):
+                await self._cancel_uncovered(page, label)
+
+    async def _cancel_uncovered(self, page: FundingPage, label: str) -> None:
+        for uncovered in await run_step(FUNDING_UNCOVERED, page, list[Uncovered], label):
+            await run_step(CANCEL_UNCOVERED, uncovered, type(None), f"{uncovered.instrument_id}, {label}")
 
 
 def _run_of(start: FundingInput) -> FundingRun:

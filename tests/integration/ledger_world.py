@@ -290,6 +290,15 @@ class World:
     async def publish_rate(self, funding_time: datetime, rate: str, mark: object, instrument: Instrument = BTC) -> None:
         await publish_rate(self.pool, instrument.instrument_id, funding_time, rate, mark)
 
+    async def schedule_funding(self, interval_seconds: int, cap: str, instrument: Instrument = BTC) -> None:
+        """What the market process says when it starts."""
+        await self.pool.execute(
+            "INSERT INTO market.funding_schedules (instrument_id, interval_seconds, rate_cap) VALUES ($1, $2, $3)",
+            instrument.instrument_id,
+            interval_seconds,
+            Decimal(cap),
+        )
+
     async def funding(self, run: FundingRun) -> AsyncIterator[str]:
         """The steps of a funding settlement, as FundingSettlementWorkflow takes them."""
         if await self.ledger.open_funding(run):
@@ -305,6 +314,9 @@ class World:
                 yield "paid"
                 await self.positions.confirm_funding(page)
                 yield "confirmed"
+                for uncovered in await self.ledger.funding_uncovered(page):
+                    await self.orders.cancel_uncovered(uncovered)
+                    yield "uncovered"
         await self.ledger.close_funding(run)
         yield "closed"
 

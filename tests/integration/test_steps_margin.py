@@ -7,8 +7,9 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
+from activities.collateral import free_collateral
 from activities.ledger import transfer_external
-from activities.risk import read_budgets, set_margin_mode
+from activities.risk import set_margin_mode
 from domain.problems import Problem
 from domain.sagas import StepRequest
 from storage.db import Pool
@@ -218,14 +219,14 @@ async def test_what_cross_positions_have_lost_cannot_be_spent_again(world: World
     assert await world.balance(1) == (D(3_970), D(6_000))
     await world.mark(57_000)
     async with world.pool.acquire() as conn:
-        assert await read_budgets(conn, [1]) == {(1, "USDT"): D(970)}
+        assert await free_collateral(conn, [1]) == {(1, "USDT"): D(970)}
     # 0.1 at 57,000 would take 570 and 2.85 of fee.
     orders = await world.place(limit(1, "BUY", "0.2", 57_000), limit(1, "BUY", "0.1", 57_000))
     assert [await world.status(order) for order in orders] == [("FAILED", "INSUFFICIENT_MARGIN"), ("ACCEPTED", None)]
     await world.mark(70_000)
     async with world.pool.acquire() as conn:
         # A profit is not money before it is realised.
-        assert (await read_budgets(conn, [1]))[1, "USDT"] == (await world.balance(1))[0]
+        assert (await free_collateral(conn, [1]))[1, "USDT"] == (await world.balance(1))[0]
     assert await world.change(world.margin_change(1, "MARGIN", "1")) == "POSITION_IS_CROSS"
     await world.cancel(orders[1])
     await world.settle()
