@@ -304,10 +304,10 @@ async def test_a_liquidation_an_operator_has_aborted_is_not_triggered_again_for_
 
 async def test_a_cross_account_is_liquidated_by_its_equity(world: LiquidationWorld) -> None:
     await world.make_cross(1, [BTC])
-    # 93 970 available and 6 000 held: far from trouble where the isolated margin would be gone.
-    assert await world.marked(54_000) == []
+    await world.mark(60_000)
     async with world.pool.acquire() as conn, conn.transaction():
         await transfer_external(conn, "WITHDRAWAL", "w", 1, "USDT", D(-93_000))
+    # 970 available and 6 000 held: not yet in trouble where the isolated margin would be gone.
     assert await world.marked(54_000) == []
     await world.place(limit(3, "BUY", "2", 53_300))
     await world.settle()

@@ -15,7 +15,7 @@ from tests.integration.ledger_world import BTC, ETH
 from tests.integration.liquidation_world import LiquidationWorld, publish_mark
 from tests.integration.test_steps_random import INSTRUMENTS, USERS, Trading, assert_audit_is_clean
 
-ACTIONS = 900
+ACTIONS = 1_200
 FUNDS = (0, 50, 5_000, 1_000_000)
 SHAKES = 40
 # Users whose positions are cross; the others' are isolated.
