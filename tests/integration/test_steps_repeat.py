@@ -222,7 +222,8 @@ async def test_a_crash_between_any_two_statements_leaves_no_trace(pool: Pool, ot
             except CrashError:
                 crashes += 1
                 # These are several transactions, of which each changes nothing when it comes again.
-                assert name in ("acknowledge", "confirm_funding") or await dump(pool) == before, (
+                several = name in ("acknowledge", "confirm_funding")
+                assert several or await dump(pool) == before, f"{name} after {fuse.left} statements"
                     f"{name} after {fuse.left} statements"
                 )
             else:
