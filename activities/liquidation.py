@@ -556,7 +556,7 @@ async def _plan(conn: Connection, request: PlanRequest, marks: Marks, rules: Rul
         plain(mark),
         plain(closing),
         instrument.quote_asset,
-        plain(insurance_needed(holding, closing, mark, instrument.taker_fee_rate)),
+        plain(insurance_needed(holding, closing, mark)),
         plain(abs(holding.signed_quantity) - closing),
         fell_short,
     )
@@ -583,7 +583,13 @@ async def _submit(conn: Connection, submission: Submission, rules: Rules) -> boo
     instrument = rules.instruments[row["instrument_id"]]
     holding, mark, closing = _planned(submission.plan)
     price = worst_price(
-        holding, closing, mark, Decimal(submission.insurance), instrument.taker_fee_rate, instrument.tick_size
+        holding,
+        closing,
+        mark,
+        Decimal(submission.insurance),
+        instrument.taker_fee_rate,
+        instrument.tick_size,
+        instrument.lot_size,
     )
     side = holding.closing_side
     await take_in_liquidation_order(conn, row["user_id"], instrument.instrument_id, side, closing, price)

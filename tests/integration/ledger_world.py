@@ -83,7 +83,7 @@ class World:
     command_seqs: dict[str, int] = field(default_factory=lambda: dict.fromkeys((i.instrument_id for i in SHIPPED), 0))
     settled: dict[str, int] = field(default_factory=lambda: dict.fromkeys((i.instrument_id for i in SHIPPED), 0))
     # Instruments whose mark stands where a test has put it.
-    marked: set[str] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         pool, log = cast(Pool, self.faulty or self.pool), EngineLog()
@@ -105,7 +105,7 @@ class World:
         """Write orders down, as the api does; the market is at their prices, unless a test has said where it is."""
         for order in orders:
             instrument = instrument_of(order)
-            if instrument.instrument_id not in self.marked:
+            if instrument.instrument_id not in self.said:
                 await say_mark(self.pool, instrument, order.bound_price)
         async with self.pool.acquire() as conn, conn.transaction():
             intake = await take_in(conn, orders, datetime.now(UTC))
@@ -211,7 +211,7 @@ class World:
 
     async def mark(self, price: object, instrument: Instrument = BTC) -> None:
         """The market process says what the mark price is, from here on."""
-        self.marked.add(instrument.instrument_id)
+        self.said.add(instrument.instrument_id)
         await say_mark(self.pool, instrument, Decimal(str(price)))
 
     async def cancel(self, *order_ids: int) -> None:
