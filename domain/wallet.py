@@ -136,8 +136,8 @@ def liquidate(wallet: Wallet, fill: BookedFill) -> Settled:
     """Book a liquidation's fill on an isolated position: of its margin, the closed part's share bears the result.
 
     What is left of that share stays with the position while there is one, and goes to the insurance fund when there is
-    none; what is missing the fund pays. The rest of the margin is not touched (but for what is lost by rounding), so that the rest of the position does
-    not become bankrupt at a price at which the whole was not; nor is the user's other money.
+    none; what is missing the fund pays. The rest of the margin is not touched (but for rounding), so that the rest of
+    the position does not become bankrupt at a price at which the whole was not; nor is the user's other money.
     """
     kept = margin_after(wallet.position_margin, fill)
     left = wallet.position_margin - kept + fill.cash
