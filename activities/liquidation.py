@@ -5,7 +5,7 @@ the position's status and the events about it are written in one transaction; ev
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -94,23 +94,24 @@ _CROSSED = f"""
                       WHERE f.instrument_id = p.instrument_id AND f.user_id = p.user_id AND f.seq > c.applied_seq)
     ORDER BY p.user_id
 """
-# Equity of everybody with cross positions at $1, $2: what is available or held for them, and unrealised profit. NULL
-# where a mark price is missing.
+# Equity of everybody with cross positions at $1, $2: what is available or held for them, and unrealised profit. A
+# position in an instrument that never had a mark price is valued at what was paid for it.
 _CROSS_POSITIONS = """
     SELECT p.position_id, p.user_id, p.instrument_id, p.signed_quantity, p.entry_notional, p.status, p.warned, m.mark,
-           i.quote_asset, b.available,
+           i.quote_asset, i.state, b.available,
            coalesce(h.order_margin, 0) + coalesce(h.position_margin, 0) AS held,
-           p.signed_quantity * m.mark - sign(p.signed_quantity) * p.entry_notional AS pnl,
-           abs(p.signed_quantity) * m.mark * t.maintenance_margin_rate - t.cumulative AS maintenance,
+           coalesce(p.signed_quantity * m.mark - sign(p.signed_quantity) * p.entry_notional, 0) AS pnl,
+           n.notional * t.maintenance_margin_rate - t.cumulative AS maintenance,
            coalesce(idle.held, 0) AS idle_held
     FROM positions.v_positions p
     JOIN matching.v_instruments i USING (instrument_id)
     JOIN ledger.v_balances b ON b.user_id = p.user_id AND b.asset = i.quote_asset
     LEFT JOIN ledger.v_margin_holds h ON h.user_id = p.user_id AND h.instrument_id = p.instrument_id
     LEFT JOIN unnest($1::text[], $2::numeric[]) AS m (instrument_id, mark) ON m.instrument_id = p.instrument_id
+    CROSS JOIN LATERAL (SELECT coalesce(abs(p.signed_quantity) * m.mark, p.entry_notional) AS notional) n
     LEFT JOIN LATERAL (
         SELECT maintenance_margin_rate, cumulative FROM risk.leverage_tiers
-        WHERE instrument_id = p.instrument_id AND notional_from <= abs(p.signed_quantity) * m.mark
+        WHERE instrument_id = p.instrument_id AND notional_from <= n.notional
         ORDER BY notional_from DESC LIMIT 1) t ON TRUE
     LEFT JOIN LATERAL (
         SELECT sum(o.order_margin) AS held FROM ledger.v_margin_holds o
@@ -338,8 +339,8 @@ class LiquidationActivities:
 async def trigger(conn: Connection, marks: Marks, rules: Rules) -> list[Opened]:
     """Queue every position that `marks` (live, of instruments in trading) make due, one transaction.
 
-    Isolated positions are due by their own margin; of a cross account under water, the position with the largest
-    maintenance margin, one at a time.
+    Isolated positions are due by their own margin; of a cross account under water, one position at a time
+    (`Account.next_to_close`). What `marks` leave out is valued at its last mark, and not closed.
     """
     async with conn.transaction():
         due = await _due_isolated(conn, marks, rules) + await _due_cross(conn, marks)
@@ -406,23 +407,19 @@ async def _due_cross(conn: Connection, marks: Marks) -> list[Endangered]:
         return []
     not_now = await conn.fetch(_NOT_NOW, sorted({user_id for user_id, _ in under_water}), ABORT_PAUSE)
     left_alone = {row["user_id"] for row in not_now}
-    return [
-        Endangered(max(account.rows, key=lambda row: row["maintenance"]), "CROSS", "ACCOUNT_EQUITY")
-        for (user_id, _), account in under_water.items()
-        if user_id not in left_alone
-    ]
+    chosen = [a.next_to_close() for (user_id, _), a in under_water.items() if user_id not in left_alone]
+    return [Endangered(row, "CROSS", "ACCOUNT_EQUITY") for row in chosen if row is not None]
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A user's cross positions in one asset, and what stands behind them all (quote)."""
+    """A user's cross positions in one asset, valued at the last marks, and what stands behind them all (quote).
+
+    `live`: the instruments whose mark is live; nothing is closed in others, nor where trading stands still.
+    """
 
     rows: list[asyncpg.Record]
-
-    @property
-    def is_priced(self) -> bool:
-        """Whether there is a mark price for every position."""
-        return all(row["mark"] is not None for row in self.rows)
+    live: Set[str]
 
     @property
     def equity(self) -> Decimal:
@@ -438,7 +435,25 @@ class Account:
     @property
     def is_due(self) -> bool:
         """Whether equity is down to the maintenance margin."""
-        return self.is_priced and self.equity <= self.maintenance
+        return self.equity <= self.maintenance
+
+    def can_close(self, row: asyncpg.Record) -> bool:
+        """Whether a position can be closed now."""
+        return row["state"] == "TRADING" and row["instrument_id"] in self.live
+
+    def next_to_close(self) -> asyncpg.Record | None:
+        """The position with the largest maintenance margin of those that can be closed now; None if none can.
+
+        Those whose loss the account can pay come first: of one that is paid for by the profit of another, the insurance
+        fund would have to advance what that brings in later.
+        """
+        rows = [row for row in self.rows if self.can_close(row)]
+        order = [(self.holding(row["instrument_id"]).margin + row["pnl"] >= ZERO, row["maintenance"]) for row in rows]
+        return max(zip(order, rows, strict=True), key=lambda pair: pair[0])[1] if rows else None
+
+    def insurance(self, instrument_id: str, closing: Decimal, mark: Decimal) -> Decimal:
+        """What the fund may be asked for to close so much: no more than the whole account is short of."""
+        return min(insurance_needed(self.holding(instrument_id), closing, mark), max(ZERO, -self.equity))
 
     def backing(self, row: asyncpg.Record) -> Decimal:
         """What one position may lose until the account is due, and its own maintenance margin."""
@@ -455,22 +470,26 @@ class Account:
 
 async def cross_backing(conn: Connection | Pool, marks: Marks, user_id: int) -> dict[str, Decimal]:
     """What stands behind each open cross position of a user (quote), by instrument: the account's equity without the
-    position's own profit, less the others' maintenance margin. None is given where a mark price is missing.
+    position's own profit, less the others' maintenance margin. What `marks` leave out is valued at its last mark, or at
+    entry if it never had one.
 
     Source: Binance, liquidation price of USD-M futures in cross margin.
     """
     accounts = (await _accounts(conn, marks, user_id)).values()
-    return {row["instrument_id"]: a.backing(row) for a in accounts if a.is_priced for row in a.rows}
+    return {row["instrument_id"]: account.backing(row) for account in accounts for row in account.rows}
 
 
 async def _accounts(
     conn: Connection | Pool, marks: Marks, user_id: int | None = None
 ) -> dict[tuple[int, str], Account]:
-    rows = await conn.fetch(_CROSS_POSITIONS, list(marks), list(marks.values()), user_id)
+    """Cross accounts by user and asset; `marks` are live."""
+    last = await latest_marks(conn, list(await read_instruments(conn)))
+    prices = {name: mark.price for name, mark in last.items()} | dict(marks)
+    rows = await conn.fetch(_CROSS_POSITIONS, list(prices), list(prices.values()), user_id)
     found: defaultdict[tuple[int, str], list[asyncpg.Record]] = defaultdict(list)
     for row in rows:
         found[row["user_id"], row["quote_asset"]].append(row)
-    return {key: Account(of_user) for key, of_user in found.items()}
+    return {key: Account(of_user, marks.keys()) for key, of_user in found.items()}
 
 
 async def _cross_warnings(conn: Connection, marks: Marks) -> tuple[list[int], list[int]]:
@@ -478,8 +497,6 @@ async def _cross_warnings(conn: Connection, marks: Marks) -> tuple[list[int], li
     near: list[int] = []
     recovered: list[int] = []
     for account in (await _accounts(conn, marks)).values():
-        if not account.is_priced:
-            continue
         is_near = account.equity <= account.maintenance * WARNING_FACTOR
         for row in account.rows:
             if row["warned"] and not is_near:
@@ -530,51 +547,68 @@ async def _open(conn: Connection, due: Sequence[Endangered], rules: Rules) -> li
 async def _plan(conn: Connection, request: PlanRequest, marks: Marks, rules: Rules) -> Plan:
     row = await conn.fetchrow(_SITUATION, request.liquidation_id)
     assert row is not None, f"Expected a liquidation {request.liquidation_id}, was none"
-    halted = _why_not_now(row, marks)
-    if halted is not None:
-        return halted
-    name = row["instrument_id"]
-    mark, tiers = marks[name], rules.tiers[name]
+    unfinished = _why_not_now(row)
+    if unfinished is not None:
+        return unfinished
+    account = None
     if row["margin_mode"] == "CROSS":
         account = (await _accounts(conn, marks, row["user_id"]))[row["user_id"], row["quote_asset"]]
-        if not account.is_priced:
-            return Plan("PAUSE", "there is no live mark price for another position of the account")
-        holding, is_due = account.holding(name), account.is_due
-    else:
-        holding = _holding(row, row["margin"])
-        is_due = must_liquidate(holding, mark, tiers)
+    standing = _why_it_stands(row, marks)
+    if standing is not None:
+        if account is not None and account.is_due and account.next_to_close() is not None:
+            # The next look at the marks takes up what can be closed.
+            return Plan("DONE", f"another position of the account is closed first: {standing}")
+        return Plan("PAUSE", standing)
+    name = row["instrument_id"]
+    mark, tiers = marks[name], rules.tiers[name]
+    holding = _holding(row, row["margin"]) if account is None else account.holding(name)
+    is_due = must_liquidate(holding, mark, tiers) if account is None else account.is_due
     if not is_due:
         return Plan("DONE", "the position has recovered")
     instrument = rules.instruments[name]
     closing = quantity_to_close(holding, mark, tiers, instrument.lot_size)
+    needed = insurance_needed(holding, closing, mark) if account is None else account.insurance(name, closing, mark)
     fell_short = bool(request.after) and abs(holding.signed_quantity) > Decimal(request.target)
     return Plan(
         "DELEVERAGE" if fell_short and request.after == "ORDER" else "ORDER",
-        f"{plain(closing)} of {plain(abs(holding.signed_quantity))} at mark {plain(mark)}",
+        f"{plain(closing)} of {plain(abs(holding.signed_quantity))} at mark {plain(mark)}{_valued(account)}",
         plain(holding.signed_quantity),
         plain(holding.entry_notional),
         plain(holding.margin),
         plain(mark),
         plain(closing),
         instrument.quote_asset,
-        plain(insurance_needed(holding, closing, mark, instrument.taker_fee_rate)),
+        plain(needed),
         plain(abs(holding.signed_quantity) - closing),
         fell_short,
     )
 
 
-def _why_not_now(row: asyncpg.Record, marks: Marks) -> Plan | None:
+def _why_not_now(row: asyncpg.Record) -> Plan | None:
     """The plan when there is nothing to weigh: something has to be waited for, or it is over."""
-    name, state = row["instrument_id"], row["state"]
     reasons = [
         (row["unanswered"] or row["unbooked"], "WAIT", "the engine and settlement have not answered yet"),
         (row["has_orders"], "WAIT", "open orders of the user have not ended yet"),
         (row["status"] != "PROCESSING" or row["stopping"], "DONE", "stopped"),
         (not row["signed_quantity"], "DONE", "the position is closed"),
-        (state != "TRADING", "PAUSE", f"{name} is {state}"),
-        (name not in marks, "PAUSE", "there is no live mark price"),
     ]
     return next((Plan(action, why) for applies, action, why in reasons if applies), None)
+
+
+def _why_it_stands(row: asyncpg.Record, marks: Marks) -> str | None:
+    """Why nothing can be closed in the position's instrument now; None if something can."""
+    if row["state"] != "TRADING":
+        return f"{row['instrument_id']} is {row['state']}"
+    return None if row["instrument_id"] in marks else "there is no live mark price"
+
+
+def _valued(account: Account | None) -> str:
+    """What is not valued at a live mark, for people."""
+    if account is None:
+        return ""
+    stale = [row for row in account.rows if row["instrument_id"] not in account.live]
+    said = [f"{row['instrument_id']} at {'entry' if row['mark'] is None else 'its last mark'}" for row in stale]
+    return f", with {', '.join(said)}" if said else ""
 
 
 async def _submit(conn: Connection, submission: Submission, rules: Rules) -> bool:
@@ -584,7 +618,13 @@ async def _submit(conn: Connection, submission: Submission, rules: Rules) -> boo
     instrument = rules.instruments[row["instrument_id"]]
     holding, mark, closing = _planned(submission.plan)
     price = worst_price(
-        holding, closing, mark, Decimal(submission.insurance), instrument.taker_fee_rate, instrument.tick_size
+        holding,
+        closing,
+        mark,
+        Decimal(submission.insurance),
+        instrument.taker_fee_rate,
+        instrument.tick_size,
+        instrument.lot_size,
     )
     side = holding.closing_side
     await take_in_liquidation_order(conn, row["user_id"], instrument.instrument_id, side, closing, price)

@@ -9,12 +9,15 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 from domain.margin import Tier, bankruptcy_price, liquidation_price, maintenance_margin, tier_of, unrealized_pnl
 from domain.matching import Side
-from domain.money import ZERO
+from domain.money import AMOUNT_STEP, ZERO
 
 # How far from mark a liquidation order may trade: what the book does not take within it is deleveraged.
 PROTECTION_BAND = Decimal("0.05")
 # A warning is due when margin is no more than so many times the maintenance margin.
 WARNING_FACTOR = Decimal("1.5")
+# Every fill rounds its fee, its share of the margin and of the entry notional to 8 decimals. So much (quote) is kept
+# back for each lot that is closed, should each be a fill of its own: the insurance fund does not pay for it.
+ROUNDING_PER_LOT = 20 * AMOUNT_STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +92,15 @@ def worst_price(
     insurance: Decimal,
     fee_rate: Decimal,
     tick_size: Decimal,
+    lot_size: Decimal,
 ) -> Decimal:
     """The worst price at which `closing` may be traded: whole ticks, rounded to the safe side.
 
     There the loss and the trading fee use up what stands behind this part of the position, and what the insurance
-    fund grants it; but never beyond PROTECTION_BAND of mark.
+    fund grants it (`insurance_needed`); but never beyond PROTECTION_BAND of mark. ROUNDING_PER_LOT is kept back.
     """
     share = closing / abs(holding.signed_quantity)
-    backing = holding.margin * share + insurance
+    backing = holding.margin * share + insurance - closing / lot_size * ROUNDING_PER_LOT
     entry = holding.entry_notional * share
     if holding.signed_quantity > 0:
         price = max((entry - backing) / (closing * (1 - fee_rate)), mark * (1 - PROTECTION_BAND))
@@ -105,23 +109,22 @@ def worst_price(
     return (price / tick_size).to_integral_value(ROUND_FLOOR) * tick_size
 
 
-def insurance_needed(holding: Holding, closing: Decimal, mark: Decimal, fee_rate: Decimal) -> Decimal:
-    """What the fund could have to add (>= 0) if `closing` trades at the far end of the protection band."""
-    share = closing / abs(holding.signed_quantity)
-    side = 1 if holding.signed_quantity > 0 else -1
-    worst = mark * (1 - side * PROTECTION_BAND)
-    loss = side * (holding.entry_notional * share - closing * worst) + closing * worst * fee_rate
-    return max(ZERO, loss - holding.margin * share)
+def insurance_needed(holding: Holding, closing: Decimal, mark: Decimal) -> Decimal:
+    """What the fund may be asked for (>= 0): what `closing` of the position is worth below zero at `mark`, no more.
+
+    With equity at the mark it is nothing: then the position is sold no worse than where its own margin ends.
+    """
+    return max(ZERO, -holding.equity(mark) * closing / abs(holding.signed_quantity))
 
 
 def deleverage_price(holding: Holding, tick_size: Decimal) -> Decimal:
-    """The bankruptcy price in whole ticks, rounded in favour of the counterparties; one tick at least.
+    """The bankruptcy price in whole ticks, rounded so that the insurance fund pays nothing for it; one tick at least.
 
-    What the rounding costs, less than a tick times the quantity, the insurance fund pays.
+    The counterparties lose less than a tick by it.
     Source: dYdX v4, contract loss mechanism (deleveraging at the bankruptcy price of the loser).
     """
     price = bankruptcy_price(holding.signed_quantity, holding.entry_notional, holding.margin) or ZERO
-    rounding = ROUND_FLOOR if holding.signed_quantity > 0 else ROUND_CEILING
+    rounding = ROUND_CEILING if holding.signed_quantity > 0 else ROUND_FLOOR
     return max((price / tick_size).to_integral_value(rounding) * tick_size, tick_size)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from domain.margin import initial_margin
-from domain.money import ZERO, round_down, round_up
+from domain.money import AMOUNT_STEP, ZERO, round_down, round_up
 
 # What a liquidation costs beside the trading fees, as a fraction of the notional it closes.
 LIQUIDATION_FEE_RATE = Decimal("0.005")
@@ -157,11 +157,14 @@ def liquidate(wallet: Wallet, fill: BookedFill) -> Settled:
     """Book a liquidation's fill on an isolated position: of its margin, the closed part's share bears the result.
 
     What is left of that share stays with the position while there is one, and goes to the insurance fund when there is
-    none; what is missing the fund pays. The rest of the margin is not touched, so that the rest of the position does
-    not become bankrupt at a price at which the whole was not; nor is the user's other money.
+    none; what is missing the fund pays. The rest of the margin is not touched (but for rounding), so that the rest of
+    the position does not become bankrupt at a price at which the whole was not; nor is the user's other money.
     """
     kept = margin_after(wallet.position_margin, fill)
     left = wallet.position_margin - kept + fill.cash
+    if -AMOUNT_STEP <= left < ZERO:
+        # No more than rounding: the shares of margin and entry notional are rounded each by itself.
+        kept, left = (kept - AMOUNT_STEP, ZERO) if kept else (kept, left)
     if left <= ZERO:
         return Settled(replace(wallet, position_margin=kept), insurance=-left)
     fee = liquidation_fee(fill.closed_notional, left)

@@ -87,15 +87,15 @@ async def test_the_book_takes_what_it_can_and_the_rest_of_the_margin_goes_to_the
 async def test_beyond_the_bankruptcy_price_the_fund_pays_and_no_other_money_of_the_user(
     world: LiquidationWorld,
 ) -> None:
-    await world.place(limit(3, "BUY", "2", 53_000))
+    await world.place(limit(3, "BUY", "2", 53_100))
     await world.settle()
-    [opened] = await world.marked(53_500)
+    [opened] = await world.marked(53_000)
     await world.liquidate(opened.liquidation_id)
     assert await world.balance(1) == (D("93970"), D(0))
-    # The loss is 7 000 and a fee of 26.5; the margin was 6 000.
-    assert await world.system(FUND) == D("998973.5")
+    # The loss is 6 900 and a fee of 26.55; the margin was 6 000. At the mark the position was worth 1 000 below zero.
+    assert await world.system(FUND) == D("999073.45")
     [needed] = await outbox_events(world.pool, "InsuranceFundRequired")
-    assert needed["amount"] == "1026.5"
+    assert needed["amount"] == "926.55"
     assert await world.pool.fetchval("SELECT bool_or(is_open) FROM ledger.insurance_claims") is False
     await assert_clean(world)
 
@@ -213,6 +213,7 @@ async def test_a_margin_change_that_was_planned_before_the_takeover_moves_nothin
     change = world.change_margin(world.margin_change(1, kind, value))
     assert await anext(change) == "planned"
     await world.marked(54_200)
+    await world.settle()
     before = await world.balance(1)
     async for _ in change:
         pass
@@ -345,7 +346,10 @@ async def test_the_liquidation_price_of_a_cross_position_is_where_its_account_is
         prices[name] = D(view["liquidationPrice"])
     for name, price in prices.items():
         assert await world.marks(marks | {name: price + D("0.001")}) == []
-        assert await cross_backing(world.pool, {name: price}, 1) == {}
+        # The other one is valued at its last mark, which is what it was traded at.
+        other = await cross_backing(world.pool, {name: price}, 1)
+        last = {BTC.instrument_id: D(60_000), ETH.instrument_id: D(3_000)} | {name: price}
+        assert other == await cross_backing(world.pool, last, 1) != {}
     [opened] = await world.marks(marks | {BTC.instrument_id: prices[BTC.instrument_id] - D("0.001")})
     assert opened.user_id == 1
 

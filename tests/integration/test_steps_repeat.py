@@ -224,8 +224,6 @@ async def test_a_crash_between_any_two_statements_leaves_no_trace(pool: Pool, ot
                 # These are several transactions, of which each changes nothing when it comes again.
                 several = name in ("acknowledge", "confirm_funding")
                 assert several or await dump(pool) == before, f"{name} after {fuse.left} statements"
-                    f"{name} after {fuse.left} statements"
-                )
             else:
                 break
         fuse.left = None

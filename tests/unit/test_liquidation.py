@@ -97,33 +97,51 @@ def test_a_fill_at_the_worst_price_costs_the_fund_no_more_than_it_granted(
     holding: Holding, mark: Decimal, insurance: Decimal
 ) -> None:
     quantity = abs(holding.signed_quantity)
-    price = worst_price(holding, quantity, mark, insurance, FEE, TICK)
+    price = worst_price(holding, quantity, mark, insurance, FEE, TICK, LOT)
     settled = liquidate(Wallet(position_margin=holding.margin), close(holding, quantity, price))
-    assert settled.insurance <= insurance + Decimal("1e-8")
+    assert settled.insurance <= insurance
     low, high = mark * (1 - PROTECTION_BAND), mark * (1 + PROTECTION_BAND)
     assert price >= low if holding.signed_quantity > 0 else price <= high
     assert price % TICK == 0
 
 
 @given(holdings(), PRICES)
-def test_with_the_insurance_it_may_need_the_order_goes_to_the_end_of_the_band(holding: Holding, mark: Decimal) -> None:
+def test_the_fund_is_asked_for_no_more_than_the_position_is_worth_below_zero_at_the_mark(
+    holding: Holding, mark: Decimal
+) -> None:
     quantity = abs(holding.signed_quantity)
-    needed = insurance_needed(holding, quantity, mark, FEE)
+    needed = insurance_needed(holding, quantity, mark)
+    assert needed == max(ZERO, -holding.equity(mark))
+    price = worst_price(holding, quantity, mark, needed, FEE, TICK, LOT)
     side = 1 if holding.signed_quantity > 0 else -1
-    end = mark * (1 - side * PROTECTION_BAND)
-    assert abs(worst_price(holding, quantity, mark, needed, FEE, TICK) - end) <= TICK
-    assert needed >= 0
+    exact = bankruptcy_price(holding.signed_quantity, holding.entry_notional, holding.margin) or ZERO
+    # Neither beyond where its margin ends nor, if that is beyond the mark, beyond the mark.
+    assert side * (price - (exact if not needed else mark)) >= -Decimal("1e-8") or exact == 0
 
 
 @given(holdings())
-def test_deleveraging_leaves_counterparties_no_worse_than_the_bankruptcy_price(holding: Holding) -> None:
+def test_deleveraging_costs_the_fund_nothing_and_its_counterparties_less_than_a_tick(holding: Holding) -> None:
     exact = bankruptcy_price(holding.signed_quantity, holding.entry_notional, holding.margin) or ZERO
     price = deleverage_price(holding, TICK)
     if holding.signed_quantity > 0:
         # They buy.
-        assert exact - TICK < price <= max(exact, TICK)
+        assert exact <= price < exact + TICK or price == TICK
     else:
-        assert exact <= price < exact + TICK
+        assert exact - TICK < price <= exact
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_position_that_has_equity_is_sold_no_worse_than_where_its_margin_ends(side: int) -> None:
+    """Long 4 BTC at 60000 and 100x: bankrupt at 59400, due at 59690, where it is worth 1160. And its mirror image."""
+    holding = Holding(side * Decimal(4), Decimal(240_000), Decimal(2_400))
+    mark = 60_000 - side * Decimal(310)
+    assert holding.equity(mark) == 1_160
+    assert must_liquidate(holding, mark, TIERS)
+    assert insurance_needed(holding, Decimal(4), mark) == 0
+    price = worst_price(holding, Decimal(4), mark, ZERO, FEE, TICK, LOT)
+    # 30 more for the trading fee.
+    assert price == Decimal("59429.8" if side > 0 else "60569.7")
+    assert deleverage_price(holding, TICK) == 60_000 - side * 600
 
 
 @given(holdings(), st.lists(SHARES, min_size=1, max_size=4), PRICES)

@@ -1,0 +1,179 @@
+"""What a liquidation may cost the insurance fund, and which accounts are liquidated: `docs/architecture.md`."""
+
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, cast
+
+import pytest
+from redis.asyncio import Redis
+from temporalio.client import Client
+
+from activities.ledger import transfer_external
+from activities.liquidation import Opened
+from domain.instruments import Instrument
+from domain.liquidation_saga import PlanRequest
+from monitors.liquidations import LiquidationMonitor
+from storage.db import Pool
+from tests.integration.ledger_world import BTC, SOL, advance, assert_audit_is_clean, limit
+from tests.integration.liquidation_world import LiquidationWorld, publish_mark
+
+D = Decimal
+FUND = "exchange:insurance_fund"
+
+
+@pytest.mark.parametrize("side", ["BUY", "SELL"])
+async def test_a_position_that_has_equity_at_the_mark_costs_the_fund_nothing(
+    pool: Pool, redis: Redis, side: Any
+) -> None:
+    """A10: 4 BTC at 100x, bankrupt at 59400; the only bid is 56900 and comes from the winner. And its mirror image."""
+    sign = 1 if side == "BUY" else -1
+    world = LiquidationWorld(pool, redis)
+    await world.fund(1_000_000)
+    await world.deposit(40_000, 1, 2, 3)
+    assert await world.lever(1, 100) is None
+    buyer, seller = (1, 2) if side == "BUY" else (2, 1)
+    await world.trade(buyer, seller, "4", 60_000)
+    mark, far = 60_000 - sign * 310, 60_000 - sign * 3_100
+    await world.mark(mark)
+    await world.place(limit(3, side, "4", far))
+    await world.settle()
+    [opened] = await world.marked(mark)
+    steps = await world.liquidate(opened.liquidation_id)
+    assert steps == ["begun", "claimed", "submitted", "deleveraged", "released", "finished"]
+    assert await world.system(FUND) == 1_000_000
+    assert await pool.fetchval("SELECT sum(amount) FROM ledger.insurance_claims") == 0
+    assert await pool.fetchval("SELECT array_agg(price) FROM matching.deleveragings") == [60_000 - sign * 600]
+    # Its margin is used up, no other money of its user.
+    assert await world.balance(1) == (40_000 - 2_400 - D(240_000) * await _fee_rate(pool, 1), D(0))
+    assert await world.position(1) == (D(0), D(0), "CLOSED")
+    await assert_audit_is_clean(world)
+
+
+async def _fee_rate(pool: Pool, user_id: int) -> Decimal:
+    """What the user paid for the trade that opened the position."""
+    rate: Decimal = await pool.fetchval(
+        "SELECT fee / (price * quantity) FROM positions.v_fills WHERE user_id = $1 ORDER BY seq LIMIT 1", user_id
+    )
+    return rate
+
+
+async def two_cross_accounts(
+    pool: Pool, redis: Redis, sign: int, sol: str = "0.1", money: int = 2_000
+) -> LiquidationWorld:
+    """Users 1 and 2 have so much money each and a cross position of 1 BTC at 60000; user 1 holds SOL at 150, too."""
+    world = LiquidationWorld(pool, redis)
+    await world.fund(1_000_000)
+    await world.deposit(100_000, 1, 2, 3, 4)
+    for user in (1, 2):
+        assert await world.lever(user, 50) is None
+        assert await world.lever(user, 50, SOL) is None
+        await world.trade(*((user, 3) if sign > 0 else (3, user)), "1", 60_000)
+    if sol != "0":
+        await world.trade(*((1, 3) if sign > 0 else (3, 1)), sol, 150, SOL)
+    for user in (1, 2):
+        await world.make_cross(user, [BTC, SOL])
+        available, reserved = await world.balance(user)
+        async with pool.acquire() as conn, conn.transaction():
+            leaves = money - available - reserved
+            assert await transfer_external(conn, "WITHDRAWAL", f"w{user}", user, "USDT", leaves)
+    return world
+
+
+async def look(world: LiquidationWorld) -> list[Opened]:
+    """What the monitor opens by the marks that are published."""
+    async with world.pool.acquire() as conn:
+        return await LiquidationMonitor(world.redis, cast(Client, None)).look(conn, datetime.now(UTC))
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["long", "short"])
+@pytest.mark.parametrize("stands", ["halted", "frozen", "gone"])
+@pytest.mark.parametrize("moved", [1_800, 4_000])
+async def test_a_position_that_does_not_trade_keeps_nobody_from_being_liquidated_in_what_does(
+    pool: Pool, redis: Redis, sign: int, stands: str, moved: int
+) -> None:
+    """A9, and its mirror images."""
+    world = await two_cross_accounts(pool, redis, sign)
+    mark = 60_000 - sign * moved
+    if stands == "halted":
+        await pool.execute(
+            "UPDATE matching.instruments SET state = 'HALTED' WHERE instrument_id = $1", SOL.instrument_id
+        )
+    if stands != "gone":
+        await publish_mark(redis, 150, SOL, is_frozen=stands == "frozen")
+    await publish_mark(redis, 60_000 - sign * 1_600)
+    assert await look(world) == []
+    # It has warned of it, though.
+    assert await pool.fetchval("SELECT count(*) FROM positions.positions WHERE warned") == 3
+    await world.mark(mark)
+    # Somebody takes the positions at a price that pays the fee, too.
+    await world.place(limit(4, "BUY" if sign > 0 else "SELL", "2", mark + sign * 100))
+    await world.settle()
+    await publish_mark(redis, mark)
+    opened = await look(world)
+    assert [(found.user_id, found.instrument_id) for found in opened] == [
+        (1, BTC.instrument_id),
+        (2, BTC.instrument_id),
+    ]
+    for found in opened:
+        assert "deleveraged" not in await world.liquidate(found.liquidation_id)
+        assert (await world.position(found.user_id))[2] == "CLOSED"
+    assert (await world.position(1, SOL))[2] == "OPEN"
+    # Nothing but SOL is left, which stands: nobody is due by what cannot be closed.
+    await publish_mark(redis, mark + 1)
+    assert await look(world) == []
+    await assert_audit_is_clean(world)
+
+
+async def test_what_never_had_a_mark_is_valued_at_entry_and_the_plan_says_so(pool: Pool, redis: Redis) -> None:
+    world = await two_cross_accounts(pool, redis, 1)
+    await pool.execute("DELETE FROM market.mark_prices WHERE instrument_id = $1", SOL.instrument_id)
+    await publish_mark(redis, 58_200)
+    opened = await look(world)
+    assert [found.user_id for found in opened] == [1, 2]
+    said = []
+    for found in opened:
+        await world.liquidations.begin(found.liquidation_id)
+        plan = await world.liquidations.plan(PlanRequest(found.liquidation_id))
+        assert plan.action == "ORDER"
+        said.append(plan.why.partition(", ")[2])
+    assert said == ["with SOL-USDT-PERP at entry", ""]
+
+
+@pytest.mark.parametrize("instrument", [BTC, SOL], ids=["smaller halted", "larger halted"])
+async def test_a_halt_after_the_takeover_makes_room_for_what_still_trades(
+    pool: Pool, redis: Redis, instrument: Instrument
+) -> None:
+    """The position with the larger maintenance margin is taken over first; if it comes to stand, the other one is."""
+    world = await two_cross_accounts(pool, redis, 1, sol="600", money=5_000)
+    marks = {BTC.instrument_id: D(57_500), SOL.instrument_id: D(147)}
+    await world.mark(147, SOL)
+    await world.settle(SOL)
+    [opened] = [found for found in await world.marks(marks) if found.user_id == 1]
+    assert opened.instrument_id == SOL.instrument_id
+    steps = world.liquidation(opened.liquidation_id)
+    await advance(steps, "cancelled")
+    await pool.execute(
+        "UPDATE matching.instruments SET state = 'HALTED' WHERE instrument_id = $1", instrument.instrument_id
+    )
+    if instrument is BTC:
+        assert await anext(steps) == "claimed"
+        return
+    assert [step async for step in steps] == ["released", "finished"]
+    assert (await world.position(1, SOL))[2] == "OPEN"
+    [again] = [found for found in await look(world) if found.user_id == 1]
+    assert again.instrument_id == BTC.instrument_id
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["long", "short"])
+async def test_the_fund_advances_nothing_to_an_account_that_has_equity(pool: Pool, redis: Redis, sign: int) -> None:
+    """The loss of one position is covered by the profit of another: that is taken first, and nothing claimed."""
+    world = await two_cross_accounts(pool, redis, sign, sol="600", money=5_000)
+    mark, profit = 60_000 - sign * 8_000, 150 + sign * 6
+    opened = await world.marks({BTC.instrument_id: D(mark), SOL.instrument_id: D(profit)})
+    chosen = {found.user_id: found for found in opened}
+    assert chosen[1].instrument_id == SOL.instrument_id
+    await world.liquidations.begin(chosen[1].liquidation_id)
+    assert (await world.liquidations.plan(PlanRequest(chosen[1].liquidation_id))).insurance == "0"
+    # The other account is worth 3000 below zero at this mark, and no more is asked for.
+    await world.liquidations.begin(chosen[2].liquidation_id)
+    assert (await world.liquidations.plan(PlanRequest(chosen[2].liquidation_id))).insurance == "3000"
