@@ -106,7 +106,8 @@ STRICT_CHECKS = {
               SELECT f.trade_id::text, sum(f.fee) FROM positions.v_fills f
               JOIN matching.v_pruned p USING (instrument_id) WHERE f.seq <= p.event_seq GROUP BY f.trade_id) t
         FULL JOIN (SELECT reference_id AS trade_id, sum(delta_available) AS fee FROM ledger.ledger_entries
-                   WHERE account = 'exchange:fees' AND reference_type = 'TRADE' GROUP BY reference_id) e
+                   WHERE account = 'exchange:fees' AND reference_type IN ('TRADE', 'LIQUIDATION')
+                   GROUP BY reference_id) e
         USING (trade_id) WHERE coalesce(t.fee, 0) <> coalesce(e.fee, 0)
         UNION ALL
         SELECT p.instrument_id || ' fees of deleted trades', p.fees - coalesce(sum(f.fee), 0)
@@ -143,9 +144,35 @@ STRICT_CHECKS = {
     "liquidations_are_between_user_and_fund": """
         SELECT reference_type || ' ' || reference_id || ' ' || entry_type, sum(delta_available)
         FROM ledger.ledger_entries
-        WHERE entry_type IN ('INSURANCE_FUND', 'LIQUIDATION_FEE', 'LIQUIDATION_SURPLUS')
+        WHERE entry_type IN ('INSURANCE_FUND', 'LIQUIDATION_FEE', 'LIQUIDATION_SURPLUS', 'SHORTFALL')
         GROUP BY reference_type, reference_id, entry_type
-        HAVING sum(delta_available) <> 0 OR bool_or(user_id IS NULL AND account <> 'exchange:insurance_fund')""",
+        HAVING sum(delta_available) <> 0 OR bool_or(user_id IS NULL AND account <>
+            CASE entry_type WHEN 'SHORTFALL' THEN 'exchange:shortfall' ELSE 'exchange:insurance_fund' END)""",
+    "insurance_fund_is_not_negative": """
+        SELECT account || ' ' || asset, balance FROM ledger.system_balances
+        WHERE account = 'exchange:insurance_fund' AND balance < 0""",
+    "nothing_is_in_shortfall": """
+        SELECT account || ' ' || asset, balance FROM ledger.system_balances
+        WHERE account = 'exchange:shortfall' AND balance <> 0""",
+    # What the fund paid is written down with the liquidation it was for, and is no more than what was closed was worth
+    # below zero at the mark of that moment. A funding payment needs no liquidation.
+    "draws_are_justified": """
+        SELECT reference_type || ' ' || reference_id || ' user:' || user_id, amount FROM ledger.insurance_draws
+        WHERE liquidation_id IS NULL AND reference_type <> 'FUNDING_FEE'
+        UNION ALL
+        SELECT 'liquidation ' || d.liquidation_id || ' round ' || coalesce(d.round, 0), sum(d.amount)
+        FROM ledger.insurance_draws d LEFT JOIN ledger.insurance_claims k USING (liquidation_id, round)
+        WHERE d.liquidation_id IS NOT NULL GROUP BY d.liquidation_id, d.round
+        HAVING sum(d.amount) > coalesce(max(abs(k.quantity)
+            * greatest(0, sign(k.quantity) * (d.bankruptcy_price - d.mark_price))), 0)
+        UNION ALL
+        SELECT 'INSURANCE_FUND ' || reference_id || ' user:' || user_id, coalesce(e.amount, 0) - coalesce(d.amount, 0)
+        FROM (SELECT reference_id, user_id, sum(delta_available) AS amount FROM ledger.ledger_entries
+              WHERE reference_type = 'INSURANCE_FUND' AND entry_type IN ('INSURANCE_FUND', 'SHORTFALL')
+                AND user_id IS NOT NULL GROUP BY reference_id, user_id) e
+        FULL JOIN (SELECT reference_id, user_id, sum(amount) AS amount FROM ledger.insurance_draws
+                   GROUP BY reference_id, user_id) d USING (reference_id, user_id)
+        WHERE coalesce(e.amount, 0) <> coalesce(d.amount, 0)""",
     "nobody_is_negative": """
         SELECT 'user:' || user_id || ' ' || asset, least(available, reserved) FROM ledger.ledger_balances
         WHERE available < 0 OR reserved < 0""",

@@ -6,7 +6,7 @@ from decimal import Decimal
 import asyncpg
 from temporalio import activity
 
-from activities.ledger import DEPOSITS, INSURANCE_FUND, Book, write_book
+from activities.ledger import DEPOSITS, INSURANCE_FUND, SHORTFALL, Book, write_book
 from domain.liquidation_saga import CLAIM_INSURANCE, RELEASE_INSURANCE, Claim
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
@@ -53,11 +53,15 @@ async def _claim(conn: Connection, claim: Claim) -> Decimal:
     )
     granted = round_down(max(ZERO, min(Decimal(claim.amount), balance - promised)))
     await conn.execute(
-        "INSERT INTO ledger.insurance_claims (liquidation_id, round, asset, amount) VALUES ($1, $2, $3, $4)",
+        "INSERT INTO ledger.insurance_claims (liquidation_id, round, asset, amount, quantity, mark_price,"
+        " bankruptcy_price) VALUES ($1, $2, $3, $4, $5, $6, $7)",
         claim.liquidation_id,
         claim.round,
         claim.asset,
         granted,
+        Decimal(claim.quantity),
+        Decimal(claim.mark),
+        Decimal(claim.bankruptcy_price),
     )
     return granted
 
@@ -69,6 +73,18 @@ async def _lock_fund(conn: Connection, asset: str) -> Decimal:
     return ZERO if balance is None else balance
 
 
+async def _lock_shortfall(conn: Connection, asset: str) -> Decimal:
+    """What the fund could not pay so far (>= 0)."""
+    # Locked in the order in which `write_book` does it.
+    rows = await conn.fetch(
+        "SELECT account, balance FROM ledger.system_balances WHERE account = ANY($1::text[]) AND asset = $2"
+        " ORDER BY account FOR UPDATE",
+        [INSURANCE_FUND, SHORTFALL],
+        asset,
+    )
+    return -sum((row["balance"] for row in rows if row["account"] == SHORTFALL), ZERO)
+
+
 async def _release(conn: Connection, liquidation_id: int) -> None:
     await conn.execute(
         "UPDATE ledger.insurance_claims SET is_open = FALSE, updated_at = now() WHERE liquidation_id = $1 AND is_open",
@@ -78,6 +94,8 @@ async def _release(conn: Connection, liquidation_id: int) -> None:
 
 async def deposit_to_fund(conn: Connection, reference: str, asset: str, amount: Decimal) -> bool:
     """Put the exchange's own money into the fund, once per reference; False when it was done before.
+
+    What the fund could not pay before is made good with it first.
 
     Raises Problem VALIDATION_FAILED when `amount` is not above 0 or has more than 8 decimals, or the reference was used
     for something else.
@@ -96,6 +114,10 @@ async def deposit_to_fund(conn: Connection, reference: str, asset: str, amount: 
     book.open_journal(DEPOSIT, reference)
     book.post_system(INSURANCE_FUND, asset, DEPOSIT, amount)
     book.post_system(DEPOSITS, asset, DEPOSIT, -amount)
+    covered = min(amount, await _lock_shortfall(conn, asset))
+    if covered:
+        book.post_system(INSURANCE_FUND, asset, "SHORTFALL_COVERED", -covered)
+        book.post_system(SHORTFALL, asset, "SHORTFALL_COVERED", covered)
     await write_book(conn, book, {})
     await store_result(conn, "ledger", step_id, (asset, amount))
     return True

@@ -6,7 +6,7 @@ transaction, from the same rows.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import TypeVar
@@ -49,6 +49,7 @@ from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import NotYetError, advance_cursor, first_result, store_result
 from storage.outbox import UserPush
+from telemetry.alerts import INSURANCE_SHORTFALL, alert
 
 T = TypeVar("T")
 
@@ -58,9 +59,13 @@ CLEARING = "exchange:clearing"
 DEPOSITS = "external:deposits"
 FUNDING = "exchange:funding"
 ROUNDING = "exchange:rounding"
+# What the insurance fund could not pay: below zero as long as nobody has made it good.
+SHORTFALL = "exchange:shortfall"
 FUNDING_FEE = "FUNDING_FEE"
 # No user id is greater.
 ALL_USERS = 2**63 - 1
+SETTLEMENT = "SETTLEMENT"
+INSURANCE = "INSURANCE_FUND"
 
 ENTRY_COLUMNS = [
     "reference_type",
@@ -164,6 +169,16 @@ class Book:
         self.system[account, asset] = self.system.get((account, asset), ZERO) + amount
         self._sums[asset] = self._sums.get(asset, ZERO) + amount
         self.entries.append((*self._reference, entry_type, account, None, asset, None, amount, ZERO, None))
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """What makes users need the insurance fund, or pay to it: SETTLEMENT or FUNDING_FEE, and in what."""
+
+    reference_type: str
+    reference_id: str
+    instrument_id: str
+    asset: str
 
 
 class LedgerActivities:
@@ -420,9 +435,10 @@ async def _settle(conn: Connection, events: EventRange) -> None:
         settled[user_id] = settle_fills(wallet, booked[user_id], order_margins.get(user_id, ZERO))
     await _keep_back(conn, asset, settled, {user_id: holds[user_id, instrument_id] for user_id in users})
     _post_trades(book, fills, asset, instrument_id)
-    book.open_journal("SETTLEMENT", f"{instrument_id}:{events.to_seq}")
+    cause = Cause(SETTLEMENT, f"{instrument_id}:{events.to_seq}", instrument_id, asset)
+    await _post_insurance(conn, book, cause, settled, {r["user_id"] for r in fills if r["cause"] == "LIQUIDATION"})
+    book.open_journal(SETTLEMENT, cause.reference_id)
     for user_id in users:
-        _post_insurance(book, user_id, asset, instrument_id, settled[user_id])
         _move(book, (user_id, instrument_id), holds[user_id, instrument_id], settled[user_id].wallet)
     book.events += [FundsUnfrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in risk.ended if m.amount]
     await write_book(conn, book, holds)
@@ -509,6 +525,7 @@ async def _book_funding(
     touched: dict[tuple[int, str], Hold] = {}
     book.open_journal(FUNDING_FEE, reference_id)
     paid = received = insurance = ZERO
+    drawn: dict[int, Settled] = {}
     for user_id, payment in payments:
         if payment > ZERO:
             received += payment
@@ -519,13 +536,14 @@ async def _book_funding(
         source = charge(-payment, book.accounts[user_id, asset].available, run.instrument_id, holdings)
         paid -= payment
         insurance += source.insurance
-        _post_insurance(book, user_id, asset, run.instrument_id, Settled(Wallet(), source.insurance))
+        drawn[user_id] = Settled(Wallet(), source.insurance)
         for draw in source.draws:
             _draw(book, (user_id, draw.instrument_id), held[draw.instrument_id], draw)
             touched[user_id, draw.instrument_id] = held[draw.instrument_id]
         book.post_user(user_id, asset, "FUNDING", payment, instrument_id=run.instrument_id)
     if paid != received:
         book.post_system(FUNDING, asset, "FUNDING", paid - received)
+    await _post_insurance(conn, book, Cause(FUNDING_FEE, reference_id, run.instrument_id, asset), drawn)
     await conn.execute(
         "UPDATE ledger.funding_runs SET paid = paid + $3, received = received + $4, insurance = insurance + $5,"
         " updated_at = now() WHERE instrument_id = $1 AND funding_time = $2",
@@ -627,11 +645,12 @@ async def _advance_funding(conn: Connection, instrument_id: str) -> None:
 
 
 def _post_trades(book: Book, fills: Sequence[asyncpg.Record], asset: str, instrument_id: str) -> None:
+    forced = {row["trade_id"] for row in fills if row["cause"] == "LIQUIDATION"}
     trade_id = None
     for row in fills:
         if row["trade_id"] != trade_id:
             trade_id = row["trade_id"]
-            book.open_journal("TRADE", str(trade_id))
+            book.open_journal("LIQUIDATION" if trade_id in forced else "TRADE", str(trade_id))
         user_id, pnl, fee = row["user_id"], row["realized_pnl"], row["fee"]
         if pnl:
             book.post_user(user_id, asset, "REALIZED_PNL", pnl, instrument_id=instrument_id)
@@ -656,18 +675,75 @@ def _booked_fill(row: asyncpg.Record) -> BookedFill:
     )
 
 
-def _post_insurance(book: Book, user_id: int, asset: str, instrument_id: str, settled: Settled) -> None:
-    """What the insurance fund gave to a user and got from them."""
-    for entry_type, amount in (
-        ("INSURANCE_FUND", settled.insurance),
-        ("LIQUIDATION_FEE", -settled.liquidation_fee),
-        ("LIQUIDATION_SURPLUS", -settled.surplus),
-    ):
-        if amount:
-            book.post_user(user_id, asset, entry_type, amount, instrument_id=instrument_id)
-            book.post_system(INSURANCE_FUND, asset, entry_type, -amount)
-    if settled.insurance:
-        book.events.append(InsuranceFundRequired(str(user_id), instrument_id, asset, plain(settled.insurance)))
+async def _post_insurance(
+    conn: Connection, book: Book, cause: Cause, settled: Mapping[int, Settled], liquidated: Collection[int] = ()
+) -> None:
+    """A journal of what the insurance fund gave to users and got from them.
+
+    The fund gives no more than it has; what is missing the account SHORTFALL gives, and an operator is called. Each
+    draw is written down with the liquidation that justifies it, which only those who are `liquidated` have.
+    """
+    asset, instrument_id = cause.asset, cause.instrument_id
+    book.open_journal(INSURANCE, cause.reference_id)
+    for user_id, of_user in settled.items():
+        for entry_type, amount in (
+            ("LIQUIDATION_FEE", of_user.liquidation_fee),
+            ("LIQUIDATION_SURPLUS", of_user.surplus),
+        ):
+            _between(book, user_id, INSURANCE_FUND, cause, entry_type, -amount)
+    draws = {user_id: of_user.insurance for user_id, of_user in settled.items() if of_user.insurance}
+    if not draws:
+        return
+    left = await _lock_fund(conn, asset) + book.system.get((INSURANCE_FUND, asset), ZERO)
+    for user_id, amount in draws.items():
+        given = min(amount, max(ZERO, left))
+        left -= given
+        _between(book, user_id, INSURANCE_FUND, cause, "INSURANCE_FUND", given)
+        _between(book, user_id, SHORTFALL, cause, "SHORTFALL", amount - given)
+        book.events.append(InsuranceFundRequired(str(user_id), instrument_id, asset, plain(amount)))
+        if given < amount:
+            alert(INSURANCE_SHORTFALL, "insurance fund lacks %s %s for user %d", plain(amount - given), asset, user_id)
+    await _write_draws(conn, cause, draws, liquidated)
+
+
+def _between(book: Book, user_id: int, account: str, cause: Cause, entry_type: str, amount: Decimal) -> None:
+    """Give `amount` from a system account to a user; below zero the other way."""
+    if amount:
+        book.post_user(user_id, cause.asset, entry_type, amount, instrument_id=cause.instrument_id)
+        book.post_system(account, cause.asset, entry_type, -amount)
+
+
+async def _lock_fund(conn: Connection, asset: str) -> Decimal:
+    """What the insurance fund has, locked; so are the accounts that `write_book` locks before it."""
+    rows = await conn.fetch(
+        "SELECT account, balance FROM ledger.system_balances WHERE account <= $1 AND asset = $2"
+        " ORDER BY account FOR UPDATE",
+        INSURANCE_FUND,
+        asset,
+    )
+    return sum((row["balance"] for row in rows if row["account"] == INSURANCE_FUND), ZERO)
+
+
+async def _write_draws(
+    conn: Connection, cause: Cause, draws: Mapping[int, Decimal], liquidated: Collection[int]
+) -> None:
+    await conn.execute(
+        "INSERT INTO ledger.insurance_draws (reference_type, reference_id, user_id, instrument_id, asset, amount,"
+        " liquidation_id, round, mark_price, bankruptcy_price)"
+        " SELECT $1, $2, d.user_id, $3, $4, d.amount, q.liquidation_id, k.round, k.mark_price, k.bankruptcy_price"
+        " FROM unnest($5::bigint[], $6::numeric[]) AS d (user_id, amount)"
+        " LEFT JOIN risk.v_liquidations q ON q.user_id = d.user_id AND q.instrument_id = $3"
+        "   AND q.status = 'PROCESSING' AND q.user_id = ANY($7::bigint[])"
+        " LEFT JOIN LATERAL (SELECT round, mark_price, bankruptcy_price FROM ledger.insurance_claims c"
+        "   WHERE c.liquidation_id = q.liquidation_id ORDER BY round DESC LIMIT 1) k ON TRUE",
+        cause.reference_type,
+        cause.reference_id,
+        cause.instrument_id,
+        cause.asset,
+        list(draws),
+        list(draws.values()),
+        list(liquidated),
+    )
 
 
 def _move(book: Book, key: tuple[int, str], hold: Hold, wallet: Wallet, entry_type: str = "MARGIN") -> None:

@@ -29,6 +29,7 @@ from domain.liquidation import (
     deleverage_price,
     deleverage_score,
     insurance_needed,
+    justifying_price,
     must_liquidate,
     quantity_to_close,
     worst_price,
@@ -581,6 +582,7 @@ async def _plan(conn: Connection, request: PlanRequest, marks: Marks, rules: Rul
         plain(needed),
         plain(abs(holding.signed_quantity) - closing),
         fell_short,
+        plain(justifying_price(holding, closing, mark, needed)),
     )
 
 

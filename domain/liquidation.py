@@ -9,7 +9,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 from domain.margin import Tier, bankruptcy_price, liquidation_price, maintenance_margin, tier_of, unrealized_pnl
 from domain.matching import Side
-from domain.money import AMOUNT_STEP, ZERO
+from domain.money import AMOUNT_STEP, ZERO, round_down, round_up
 
 # How far from mark a liquidation order may trade: what the book does not take within it is deleveraged.
 PROTECTION_BAND = Decimal("0.05")
@@ -115,6 +115,17 @@ def insurance_needed(holding: Holding, closing: Decimal, mark: Decimal) -> Decim
     With equity at the mark it is nothing: then the position is sold no worse than where its own margin ends.
     """
     return max(ZERO, -holding.equity(mark) * closing / abs(holding.signed_quantity))
+
+
+def justifying_price(holding: Holding, closing: Decimal, mark: Decimal, needed: Decimal) -> Decimal:
+    """The price at which what is closed is worth nothing any more: where `needed` ends, seen from `mark`, or without
+    need the bankruptcy price (0 if there is none). 8 decimals, rounded away from the mark."""
+    long = holding.signed_quantity > 0
+    if needed:
+        price = mark + needed / closing if long else mark - needed / closing
+    else:
+        price = bankruptcy_price(holding.signed_quantity, holding.entry_notional, holding.margin) or ZERO
+    return round_up(price) if long else round_down(price)
 
 
 def deleverage_price(holding: Holding, tick_size: Decimal) -> Decimal:

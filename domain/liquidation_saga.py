@@ -58,8 +58,9 @@ class Plan:
     ORDER, DELEVERAGE, or DONE. `why` is for people.
 
     For an order or a deleveraging: the position (signed, base), its entry notional and what backs it (quote), the mark
-    price, how much to close (base), what the insurance fund could have to add (quote, `asset`), and what is meant to
-    stay open (`target`, base). `fell_short`: more is open than the round before was meant to leave.
+    price, how much to close (base), what the insurance fund could have to add (quote, `asset`), what is meant to stay
+    open (`target`, base), and the price at which what is closed is worth nothing any more. `fell_short`: more is open
+    than the round before was meant to leave.
     """
 
     action: str
@@ -73,16 +74,31 @@ class Plan:
     insurance: str = "0"
     target: str = "0"
     fell_short: bool = False
+    bankruptcy_price: str = "0"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Asks the insurance fund for up to `amount` of `asset` for one round; earlier rounds' claims end with it."""
+    """Asks the insurance fund for up to `amount` of `asset` for one round; earlier rounds' claims end with it.
+
+    What justifies it: how much is closed (base, with the sign of the position), the mark price, and the price at which
+    that is worth nothing any more.
+    """
 
     liquidation_id: int
     round: int
     asset: str
     amount: str
+    quantity: str = "0"
+    mark: str = "0"
+    bankruptcy_price: str = "0"
+
+
+def claim_of(plan: Plan, liquidation_id: int, number: int) -> Claim:
+    """The claim of a planned order."""
+    sign = "-" if plan.signed_quantity.startswith("-") else ""
+    justification = (sign + plan.closing, plan.mark, plan.bankruptcy_price)
+    return Claim(liquidation_id, number, plan.asset, plan.insurance, *justification)
 
 
 @dataclass(frozen=True)

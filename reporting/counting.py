@@ -56,10 +56,11 @@ ADD_RESULTS = """
         coalesce(sum(amount) FILTER (WHERE entry_type = 'FEE'), 0),
         coalesce(sum(amount) FILTER (WHERE entry_type = 'FUNDING'), 0),
         coalesce(sum(amount) FILTER (WHERE entry_type IN ('LIQUIDATION_FEE', 'LIQUIDATION_SURPLUS')), 0),
-        coalesce(sum(amount) FILTER (WHERE entry_type = 'INSURANCE_FUND'), 0)
+        coalesce(sum(amount) FILTER (WHERE entry_type IN ('INSURANCE_FUND', 'SHORTFALL')), 0)
     FROM ({results}) results
     WHERE entry_type IN
-        ('REALIZED_PNL', 'FEE', 'FUNDING', 'LIQUIDATION_FEE', 'LIQUIDATION_SURPLUS', 'INSURANCE_FUND') AND amount <> 0
+        ('REALIZED_PNL', 'FEE', 'FUNDING', 'LIQUIDATION_FEE', 'LIQUIDATION_SURPLUS', 'INSURANCE_FUND', 'SHORTFALL')
+      AND amount <> 0
     GROUP BY user_id, day, instrument_id, asset
     ON CONFLICT (user_id, day, instrument_id, asset) DO UPDATE SET
         realized_pnl = d.realized_pnl + excluded.realized_pnl, fees = d.fees + excluded.fees,

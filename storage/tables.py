@@ -526,11 +526,35 @@ insurance_claims = Table(
     Column("round", Integer, primary_key=True, autoincrement=False),
     _col("asset", Text()),
     _col("amount", AMOUNT),
+    # What justifies it: how much is closed (signed, base), the mark, and the price at which there is nothing left.
+    _col("quantity", AMOUNT, default="0"),
+    _col("mark_price", AMOUNT, default="0"),
+    _col("bankruptcy_price", AMOUNT, default="0"),
     _col("is_open", Boolean(), default="true"),
     _created(),
     _updated(),
     CheckConstraint("amount >= 0", name="amount"),
     Index("ix_insurance_claims_open", "asset", postgresql_where=text("is_open")),
+    schema="ledger",
+)
+
+# What users lacked and the fund paid (or `exchange:shortfall`, when it could not), and what it was for: SETTLEMENT or
+# FUNDING_FEE. `reference_id` is also that of the journal, which is of type INSURANCE_FUND.
+insurance_draws = Table(
+    "insurance_draws",
+    metadata,
+    Column("reference_type", Text, primary_key=True),
+    Column("reference_id", Text, primary_key=True),
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    _col("instrument_id", Text()),
+    _col("asset", Text()),
+    _col("amount", AMOUNT),
+    Column("liquidation_id", BigInteger, nullable=True),
+    Column("round", Integer, nullable=True),
+    Column("mark_price", AMOUNT, nullable=True),
+    Column("bankruptcy_price", AMOUNT, nullable=True),
+    _created(),
+    CheckConstraint("amount > 0", name="amount"),
     schema="ledger",
 )
 

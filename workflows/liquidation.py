@@ -20,13 +20,13 @@ with workflow.unsafe.imports_passed_through():
         SETTLED_SIGNAL,
         STOP,
         SUBMIT,
-        Claim,
         Ending,
         LiquidationInput,
         Plan,
         PlanRequest,
         Submission,
         Takeover,
+        claim_of,
     )
     from workflows.steps import pause_before, run_step
 
@@ -115,7 +115,7 @@ class LiquidationWorkflow:
         if plan.action == "DELEVERAGE":
             await run_step(DELEVERAGE, Submission(liquidation_id, number, plan), int, plan.why)
             return
-        claim = Claim(liquidation_id, number, plan.asset, plan.insurance)
+        claim = claim_of(plan, liquidation_id, number)
         insurance = await run_step(CLAIM_INSURANCE, claim, str, f"up to {plan.insurance} {plan.asset}")
         await run_step(SUBMIT, Submission(liquidation_id, number, plan, insurance), bool, plan.why)
 

@@ -14,7 +14,7 @@ from activities.insurance import InsuranceActivities, deposit_to_fund
 from activities.liquidation import LiquidationActivities, Opened, trigger
 from domain.clock import iso
 from domain.instruments import SHIPPED, Instrument
-from domain.liquidation_saga import Claim, Ending, Plan, PlanRequest, Submission, Takeover
+from domain.liquidation_saga import Ending, Plan, PlanRequest, Submission, Takeover, claim_of
 from storage.db import Pool
 from storage.market_keys import mark_key, snapshot_key
 from tests.integration.ledger_world import BTC, World, finish
@@ -124,7 +124,7 @@ class LiquidationWorld(World):
             await self.liquidations.deleverage(Submission(liquidation_id, number, plan))
             yield "deleveraged"
             return
-        granted = await self.insurance.claim(Claim(liquidation_id, number, plan.asset, plan.insurance))
+        granted = await self.insurance.claim(claim_of(plan, liquidation_id, number))
         yield "claimed"
         await self.liquidations.submit(Submission(liquidation_id, number, plan, granted))
         yield "submitted"

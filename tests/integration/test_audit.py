@@ -17,6 +17,19 @@ from tests.integration.ledger_world import BTC, ETH, World, advance, finish, lim
 NOON = datetime(2099, 1, 1, 12, tzinfo=UTC)
 CHECKS = audit.STRICT_CHECKS.keys() | audit.SETTLED_CHECKS.keys()
 
+DRAW = (
+    "INSERT INTO ledger.insurance_draws (user_id, instrument_id, asset, reference_type, reference_id, amount,"
+    " liquidation_id, round, mark_price, bankruptcy_price) VALUES (1, 'BTC-USDT-PERP', 'USDT', {});"
+)
+CLAIM = (
+    "INSERT INTO ledger.insurance_claims (liquidation_id, round, asset, amount, quantity, mark_price, bankruptcy_price,"
+    " is_open) VALUES (1, 1, 'USDT', 4, 1, 54000, 54004, FALSE);"
+)
+BOOKED = (
+    "INSERT INTO ledger.ledger_entries (reference_type, reference_id, entry_type, account, user_id, asset,"
+    " delta_available) VALUES ('INSURANCE_FUND', 'BTC-USDT-PERP:1', 'INSURANCE_FUND', 'user:1', 1, 'USDT', 5)"
+)
+
 # One thing wrong each, and the check that has to see it (others may, too).
 CORRUPTIONS = [
     (
@@ -109,6 +122,21 @@ CORRUPTIONS = [
         "liquidations_are_between_user_and_fund",
         "UPDATE ledger.ledger_entries SET entry_type = 'LIQUIDATION_FEE' WHERE account = 'exchange:fees'",
     ),
+    (
+        "insurance_fund_is_not_negative",
+        "INSERT INTO ledger.system_balances (account, asset, balance) VALUES ('exchange:insurance_fund', 'USDT', -1)"
+        " ON CONFLICT (account, asset) DO UPDATE SET balance = -1",
+    ),
+    (
+        "nothing_is_in_shortfall",
+        "INSERT INTO ledger.system_balances (account, asset, balance) VALUES ('exchange:shortfall', 'USDT', -1)",
+    ),
+    ("draws_are_justified", DRAW.format("'SETTLEMENT', 'BTC-USDT-PERP:1', 5, NULL, NULL, NULL, NULL")),
+    # Nobody claimed it; more than the position was worth below zero; not booked.
+    ("draws_are_justified", DRAW.format("'SETTLEMENT', 'BTC-USDT-PERP:1', 5, 1, 1, 53000, 54000") + BOOKED),
+    ("draws_are_justified", CLAIM + DRAW.format("'SETTLEMENT', 'BTC-USDT-PERP:1', 5, 1, 1, 54000, 54004") + BOOKED),
+    ("draws_are_justified", DRAW.format("'FUNDING_FEE', 'BTC-USDT-PERP:1', 5, NULL, NULL, NULL, NULL")),
+    ("draws_are_justified", BOOKED),
     (
         "nobody_is_negative",
         "ALTER TABLE ledger.ledger_balances DROP CONSTRAINT ck_ledger_balances_available;"

@@ -92,6 +92,7 @@ async def assert_equity_is_conserved(pool: Pool, marks: dict[str, Decimal]) -> N
             mark,
         )
     kept = system.get("exchange:fees", ZERO) + system.get("exchange:insurance_fund", ZERO)
+    kept += system.get("exchange:shortfall", ZERO)
     assert users + profit + kept == -system["external:deposits"]
 
 

@@ -8,13 +8,14 @@ import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client
 
-from activities.ledger import transfer_external
+from activities.audit import run_audit
+from activities.ledger import DEPOSITS, INSURANCE_FUND, Book, transfer_external, write_book
 from activities.liquidation import Opened
 from domain.instruments import Instrument
 from domain.liquidation_saga import PlanRequest
 from monitors.liquidations import LiquidationMonitor
 from storage.db import Pool
-from tests.integration.ledger_world import BTC, SOL, advance, assert_audit_is_clean, limit
+from tests.integration.ledger_world import BTC, SOL, advance, assert_audit_is_clean, limit, outbox_events
 from tests.integration.liquidation_world import LiquidationWorld, publish_mark
 
 D = Decimal
@@ -60,7 +61,7 @@ async def _fee_rate(pool: Pool, user_id: int) -> Decimal:
 async def two_cross_accounts(
     pool: Pool, redis: Redis, sign: int, sol: str = "0.1", money: int = 2_000
 ) -> LiquidationWorld:
-    """Users 1 and 2 have so much money each and a cross position of 1 BTC at 60000; user 1 holds SOL at 150, too."""
+    """Users 1 and 2 have `money` each and a cross position of 1 BTC at 60000; user 1 holds SOL at 150, too."""
     world = LiquidationWorld(pool, redis)
     await world.fund(1_000_000)
     await world.deposit(100_000, 1, 2, 3, 4)
@@ -177,3 +178,69 @@ async def test_the_fund_advances_nothing_to_an_account_that_has_equity(pool: Poo
     # The other account is worth 3000 below zero at this mark, and no more is asked for.
     await world.liquidations.begin(chosen[2].liquidation_id)
     assert (await world.liquidations.plan(PlanRequest(chosen[2].liquidation_id))).insurance == "3000"
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["long", "short"])
+async def test_a_draw_names_the_liquidation_the_mark_and_the_bankruptcy_price(
+    pool: Pool, redis: Redis, sign: int
+) -> None:
+    world = await bankrupt(pool, redis, sign)
+    [opened] = await world.marked(60_000 - sign * 7_000)
+    await world.liquidate(opened.liquidation_id)
+    [draw] = await pool.fetch("SELECT * FROM ledger.insurance_draws")
+    named = ("user_id", "instrument_id", "asset", "liquidation_id", "round", "mark_price", "bankruptcy_price")
+    justification = (1, BTC.instrument_id, "USDT", opened.liquidation_id, 1, 60_000 - sign * 7_000)
+    assert tuple(draw[name] for name in named) == (*justification, 60_000 - sign * 6_000)
+    assert 0 < draw["amount"] <= 1_000
+    assert await world.system(FUND) == 1_000_000 - draw["amount"]
+    # What consumers of the ledger's events go by.
+    kinds = {(e["referenceType"], e["entryType"]) for e in await outbox_events(pool, "LedgerEntryCreated")}
+    assert {("LIQUIDATION", "REALIZED_PNL"), ("LIQUIDATION", "FEE"), ("INSURANCE_FUND", "INSURANCE_FUND")} <= kinds
+    assert {entry for reference, entry in kinds if reference == "TRADE"} == {"FEE"}
+    assert "INSURANCE_FUND" not in {entry for reference, entry in kinds if reference != "INSURANCE_FUND"}
+    [trade_id] = [
+        row[0]
+        for row in await pool.fetch("SELECT reference_id FROM ledger.journals WHERE reference_type = 'LIQUIDATION'")
+    ]
+    causes = await pool.fetch("SELECT cause FROM positions.v_fills WHERE trade_id = $1 ORDER BY 1", int(trade_id))
+    assert [row["cause"] for row in causes] == ["LIQUIDATION", "TRADE"]
+    await assert_audit_is_clean(world)
+
+
+async def test_what_the_fund_does_not_have_it_does_not_give_and_the_audit_says_so(pool: Pool, redis: Redis) -> None:
+    world = await bankrupt(pool, redis, 1)
+    [opened] = await world.marked(53_000)
+    steps = world.liquidation(opened.liquidation_id)
+    await advance(steps, "submitted")
+    # As if somebody had emptied it in the meantime.
+    book = Book()
+    book.open_journal("INSURANCE_FUND_DEPOSIT", "taken")
+    book.post_system(INSURANCE_FUND, "USDT", "INSURANCE_FUND_DEPOSIT", D(-999_900))
+    book.post_system(DEPOSITS, "USDT", "INSURANCE_FUND_DEPOSIT", D(999_900))
+    async with pool.acquire() as conn, conn.transaction():
+        await write_book(conn, book, {})
+    await world.settle()
+    async for step in steps:
+        if step == "waits":
+            await world.settle()
+    [drawn] = [row["amount"] for row in await pool.fetch("SELECT amount FROM ledger.insurance_draws")]
+    assert await world.system(FUND) == 0
+    assert await world.system("exchange:shortfall") == 100 - drawn
+    report = await run_audit(pool)
+    assert [check.name for check in report.checks if not check.ok] == ["nothing_is_in_shortfall"]
+    # A deposit makes it good first.
+    await world.fund(5_000, "more")
+    assert await world.system("exchange:shortfall") == 0
+    assert await world.system(FUND) == 5_100 - drawn
+    await assert_audit_is_clean(world)
+
+
+async def bankrupt(pool: Pool, redis: Redis, sign: int) -> LiquidationWorld:
+    """User 1 has 1 BTC at 60000 and 10x, bankrupt 6000 from there; at 6900 somebody takes it."""
+    world = LiquidationWorld(pool, redis)
+    await world.fund(1_000_000)
+    await world.deposit(100_000, 1, 2, 3)
+    await world.trade(*((1, 2) if sign > 0 else (2, 1)), "1", 60_000)
+    await world.place(limit(3, "BUY" if sign > 0 else "SELL", "1", 60_000 - sign * 6_900))
+    await world.settle()
+    return world

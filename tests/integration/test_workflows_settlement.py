@@ -298,6 +298,16 @@ BREAKAGES = {
     "liquidations_are_between_user_and_fund": (
         "UPDATE ledger.ledger_entries SET entry_type = 'LIQUIDATION_FEE' WHERE account = 'exchange:fees'"
     ),
+    "insurance_fund_is_not_negative": (
+        "INSERT INTO ledger.system_balances (account, asset, balance) VALUES ('exchange:insurance_fund', 'BTC', -1)"
+    ),
+    "nothing_is_in_shortfall": (
+        "INSERT INTO ledger.system_balances (account, asset, balance) VALUES ('exchange:shortfall', 'USDT', -1)"
+    ),
+    "draws_are_justified": (
+        "INSERT INTO ledger.insurance_draws (reference_type, reference_id, user_id, instrument_id, asset, amount)"
+        " VALUES ('SETTLEMENT', 'BTC-USDT-PERP:1', 1, 'BTC-USDT-PERP', 'USDT', 1)"
+    ),
     "ledger_holds_what_positions_need": "UPDATE positions.positions SET margin = margin + 1 WHERE user_id = 1",
     "ledger_holds_what_orders_need": "UPDATE risk.exposures SET order_margin = order_margin + 1 WHERE user_id = 1",
     "accepted_orders_are_backed": "UPDATE orders.orders SET status = 'PLACED' WHERE user_id = 1",
