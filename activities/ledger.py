@@ -39,7 +39,7 @@ from domain.funding import (
     charge,
 )
 from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved
-from domain.matching import MoveMargin, margin_units
+from domain.matching import AnyCommand, MoveMargin, margin_units
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
 from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest, Uncovered
@@ -351,7 +351,7 @@ async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
     _move(book, key, holds[key], moved)
     await write_book(conn, book, holds)
     if added > ZERO:
-        await _tell_more(conn, key, added)
+        await _tell_engine(conn, {key: added})
     return MarginMoved(is_uncovered=moved.order_short > 0)
 
 
@@ -370,17 +370,22 @@ async def _await_engine(conn: Connection, instrument_id: str, command_seq: int) 
         raise NotYetError(f"Command {command_seq} of {instrument_id} is not settled: the engine is at {row[0]}")
 
 
-async def _tell_more(conn: Connection, key: tuple[int, str], amount: Decimal) -> None:
-    """Tell the engine of margin that has been put behind a position, in the transaction that does it."""
-    row = await conn.fetchrow(
-        "SELECT i.tick_size * i.lot_size AS unit, c.applied_seq, now() AS now FROM matching.v_instruments i"
-        " JOIN ledger.cursors c USING (instrument_id) WHERE instrument_id = $1",
-        key[1],
+async def _tell_engine(conn: Connection, moved: Mapping[tuple[int, str], Decimal]) -> None:
+    """Tell the engine, in the caller's transaction, by how much the margin of positions has changed."""
+    rows = await conn.fetch(
+        "SELECT instrument_id, i.tick_size * i.lot_size AS unit, c.applied_seq, now() AS now"
+        " FROM matching.v_instruments i JOIN ledger.cursors c USING (instrument_id) WHERE instrument_id = ANY($1)",
+        sorted({instrument_id for _, instrument_id in moved}),
     )
-    assert row is not None, f"Expected an instrument {key[1]}"
-    units = margin_units(amount, row["unit"])
-    command = MoveMargin(at=to_ms(row["now"]), user_id=key[0], amount=units, after_seq=row["applied_seq"])
-    await append_commands(conn, {key[1]: [command]})
+    known = {row["instrument_id"]: row for row in rows}
+    commands: defaultdict[str, list[AnyCommand]] = defaultdict(list)
+    for (user_id, instrument_id), amount in sorted(moved.items()):
+        row = known[instrument_id]
+        units = margin_units(amount, row["unit"])
+        commands[instrument_id].append(
+            MoveMargin(at=to_ms(row["now"]), user_id=user_id, amount=units, after_seq=row["applied_seq"])
+        )
+    await append_commands(conn, commands)
 
 
 async def _why_outdated(conn: Connection, key: tuple[int, str], plan: MarginPlan, hold: Hold) -> str | None:
@@ -523,6 +528,7 @@ async def _book_funding(
     short = [user_id for user_id, owed in payers.items() if owed > book.accounts[user_id, asset].available]
     holds = await _holds_of(conn, short, asset)
     touched: dict[tuple[int, str], Hold] = {}
+    lowered: dict[tuple[int, str], Decimal] = {}
     book.open_journal(FUNDING_FEE, reference_id)
     paid = received = insurance = ZERO
     drawn: dict[int, Settled] = {}
@@ -540,6 +546,8 @@ async def _book_funding(
         for draw in source.draws:
             _draw(book, (user_id, draw.instrument_id), held[draw.instrument_id], draw)
             touched[user_id, draw.instrument_id] = held[draw.instrument_id]
+            if draw.position_margin:
+                lowered[user_id, draw.instrument_id] = -draw.position_margin
         book.post_user(user_id, asset, "FUNDING", payment, instrument_id=run.instrument_id)
     if paid != received:
         book.post_system(FUNDING, asset, "FUNDING", paid - received)
@@ -554,6 +562,8 @@ async def _book_funding(
         insurance,
     )
     await write_book(conn, book, touched)
+    if lowered:
+        await _tell_engine(conn, lowered)
 
 
 async def _funding_uncovered(conn: Connection, page: FundingPage) -> list[Uncovered]:

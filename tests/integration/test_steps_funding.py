@@ -12,6 +12,7 @@ from activities.audit import run_audit
 from activities.insurance import deposit_to_fund
 from domain.funding import FundingPage, FundingRun, FundingSnapshot, FundingTotals, LogPosition, funding_payment
 from domain.money import plain
+from engine.guards import ONE
 from storage.db import Pool
 from storage.once import NotYetError
 from tests.integration.ledger_world import BTC, World, advance, assert_conserved, dump, finish, limit, outbox_events
@@ -179,6 +180,12 @@ async def test_who_has_nothing_available_pays_from_the_position_s_margin_and_com
     after, realized, nearer = await position(world, ALICE)
     assert (after, realized) == (margin - 600, D(-600))
     assert nearer > liquidation
+    # The engine closes no further than what is left.
+    backing = world.matchers[BTC.instrument_id].book.accounts[ALICE].backing
+    await world.match()
+    account = world.matchers[BTC.instrument_id].book.accounts[ALICE]
+    taken = D(abs(account.backing - backing)) / ONE * BTC.tick_size * BTC.lot_size
+    assert taken == 600
     assert D((await outbox_events(world.pool, "RiskUpdate"))[-1]["liquidationPrice"]) == nearer
     await assert_clean(world)
 

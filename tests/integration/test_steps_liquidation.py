@@ -346,9 +346,9 @@ async def test_the_liquidation_price_of_a_cross_position_is_where_its_account_is
         prices[name] = D(view["liquidationPrice"])
     for name, price in prices.items():
         assert await world.marks(marks | {name: price + D("0.001")}) == []
-        # The other one is valued at its last mark, which is what it was traded at.
+        # The other one is valued at its last mark.
         other = await cross_backing(world.pool, {name: price}, 1)
-        last = {BTC.instrument_id: D(60_000), ETH.instrument_id: D(3_000)} | {name: price}
+        last = marks | {name: price}
         assert other == await cross_backing(world.pool, last, 1) != {}
     [opened] = await world.marks(marks | {BTC.instrument_id: prices[BTC.instrument_id] - D("0.001")})
     assert opened.user_id == 1
