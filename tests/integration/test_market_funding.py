@@ -202,3 +202,13 @@ async def test_rates_are_listed_newest_first_page_by_page(pool: Pool, exchange: 
     for broken, status in (("DOGE", 404), (f"{BTC}?cursor=x", 422), (f"{BTC}?limit=0", 422)):
         response = await exchange.client.get(f"/api/market/funding-rates/{broken}")
         assert response.status_code == status
+
+
+async def test_when_funding_falls_due_and_what_it_may_come_to_is_known_before_any_rate(pool: Pool) -> None:
+    terms = "SELECT instrument_id, interval_seconds, rate_cap FROM market.v_funding_schedules"
+    await rates(pool).update(START)
+    # 75 % of 1 / 100 less 0.5 %.
+    assert [tuple(row) for row in await pool.fetch(terms)] == [(BTC, 8 * 3600, D("0.00375"))]
+    # A process that starts with another interval says so.
+    await rates(pool, HOUR).update(START)
+    assert [tuple(row) for row in await pool.fetch(terms)] == [(BTC, 3600, D("0.00375"))]

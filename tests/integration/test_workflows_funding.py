@@ -23,6 +23,7 @@ from domain.funding import (
     EVENTS_OF,
     FIX_FUNDING_POSITIONS,
     FUNDING_SETTLEMENT,
+    FUNDING_UNCOVERED,
     LAST_COMMAND,
     OPEN_FUNDING,
     SETTLE_FUNDING,
@@ -37,6 +38,7 @@ from tests.integration.ledger_world import publish_rate
 from tests.replay import save_history
 from tests.sagas import (
     BTC,
+    ETH,
     Desk,
     Gate,
     StepwiseEngine,
@@ -60,6 +62,7 @@ STEPS = [
     FIX_FUNDING_POSITIONS,
     SETTLE_FUNDING,
     CONFIRM_FUNDING,
+    FUNDING_UNCOVERED,
     CLOSE_FUNDING,
 ]
 
@@ -137,6 +140,24 @@ async def test_a_run_started_by_hand_settles_its_time_and_a_second_one_pays_noth
     assert await exchange.payments() == {moment: D("0.006")}
     await exchange.desk.assert_clean()
     await save_history(handle, "funding")
+
+
+async def test_orders_whose_money_pays_for_funding_are_cancelled(exchange: Exchange) -> None:
+    desk = exchange.desk
+    async with workers(desk.temporal, exchange.pool, exchange.redis):
+        orders = await desk.place(order(BOB, "BUY", "0.001", "50000"), order(BOB, "BUY", "0.01", "3000", ETH))
+        await exchange.settle(await exchange.engine.match())
+        available, reserved = await desk.balance(BOB)
+        await desk.deposit(BOB, str(-available))
+        moment = past()
+        # Of what is held behind the position and for two orders, Bob keeps 1.
+        await exchange.publish_rate(moment, str((reserved - 1) / 60))
+        handle = await exchange.start(moment)
+        totals = await handle.result()
+    assert (D(totals.paid), totals.insurance) == (reserved - 1, "0")
+    assert await desk.balance(BOB) == (D(0), D(1))
+    assert await desk.states(orders) == [("CANCEL_REQUESTED", None)] * 2
+    await save_history(handle, "funding_uncovered")
 
 
 async def test_runs_of_one_time_at_the_same_time_pay_once(exchange: Exchange) -> None:

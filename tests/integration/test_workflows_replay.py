@@ -73,6 +73,7 @@ def test_every_way_through_the_sagas_has_a_saved_history() -> None:
         "funding_retried",
         "funding_scheduled",
         "funding_cancelled",
+        "funding_uncovered",
         "settlement_liquidating",
         "liquidation",
         "liquidation_late",
