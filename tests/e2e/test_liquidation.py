@@ -1,8 +1,8 @@
 """A crash on the real processes: 200 leveraged accounts, the mark price falls by 30 %, worker and engine are killed.
 
-The bids and the insurance fund are too small on purpose, so that the book, the fund and deleveraging all have their
-part: bids above the bankruptcy price cost nobody anything, bids below it cost the fund, and once the fund has nothing
-left to promise, the rest is deleveraged at the bankruptcy price.
+The bids are too few on purpose, so that the book, the fund and deleveraging all have their part: bids above the
+bankruptcy price cost nobody anything, bids below it cost the fund, which pays for what the mark fell below it, and
+whoever still has equity at the mark when no bid is left is deleveraged at the bankruptcy price.
 """
 
 import asyncio
@@ -22,16 +22,18 @@ from tests.waiting import until
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 D = Decimal
-# Not enough for everybody who is liquidated at leverage 10.
 SETTINGS = {"insurance_fund_seed": 17_000}
 EACH = D("0.1")
 BOLD, CALM = 60, 140
 # Bankrupt at 57,000 and 54,000, without the fees.
 BANKRUPTCY_PRICE = {20: D(57_000), 10: D(54_000)}
-# Bids: for half of the bold above their bankruptcy price, for the others below it; for the calm below theirs.
-BIDS = ((D(57_100), BOLD // 2), (D(56_000), BOLD // 2), (D(51_600), CALM))
+# The mark at which the bold are liquidated: it has jumped over their bankruptcy price.
+JUMPED_TO = "56500"
+# Bids: for half of the bold above their bankruptcy price, for the others between it and that mark; for the calm far
+# below theirs.
+BIDS = ((D(57_100), BOLD // 2), (D(56_600), BOLD // 2), (D(51_600), CALM))
 # The higher the leverage of the same profit, the earlier one is deleveraged.
-SHORTS, SHORT_LEVERAGES = (D(4), D(8), D(8)), (20, 10, 5)
+SHORTS, SHORT_LEVERAGES = (D(4), D(12), D(4)), (20, 10, 5)
 AT_ONCE = 12
 
 
@@ -66,7 +68,7 @@ async def test_a_crash_with_worker_and_engine_killed_is_absorbed_by_book_then_fu
 ) -> None:
     market = await open_positions(exchange, admin)
 
-    for price in ("58500", "57200"):
+    for price in ("58500", JUMPED_TO):
         await fall_to(exchange, admin, price)
     await until_closed(exchange, market.longs[20])
     for price in ("55500", "54200"):
