@@ -59,6 +59,9 @@ class FundedTrading(Trading):
             while run in self.due:
                 self.fundings.setdefault(run, self.world.funding(run))
                 await self.take_funding_step(run)
+                # A payment that takes of a margin has told the engine.
+                for instrument in INSTRUMENTS:
+                    await self.world.settle(instrument)
 
 
 async def assert_positions_were_those_of_the_tape(pool: Pool) -> None:
