@@ -95,8 +95,13 @@ _CROSSED = f"""
     ORDER BY p.user_id
 """
 # Equity of everybody with cross positions at $1, $2: what is available or held for them, and unrealised profit. A
-# position in an instrument that never had a mark price is valued at what was paid for it.
+# position in an instrument that never had a mark price is valued at what was paid for it. `unsettled`: fills of the
+# user are in the positions, and perhaps not in the ledger yet.
 _CROSS_POSITIONS = """
+    WITH fresh AS MATERIALIZED (
+        SELECT DISTINCT f.user_id FROM positions.v_cursors c CROSS JOIN LATERAL (
+            SELECT user_id FROM positions.v_fills
+            WHERE instrument_id = c.instrument_id AND seq > c.confirmed_seq ORDER BY seq OFFSET 0) f)
     SELECT p.position_id, p.user_id, p.instrument_id, p.signed_quantity, p.entry_notional, p.status, p.warned, m.mark,
            i.quote_asset, i.state, b.available,
            coalesce(h.order_margin, 0) + coalesce(h.position_margin, 0) AS held,
@@ -118,11 +123,7 @@ _CROSS_POSITIONS = """
         JOIN risk.exposures e USING (user_id, instrument_id)
         WHERE o.user_id = p.user_id AND o.asset = i.quote_asset AND e.margin_mode = 'CROSS'
           AND e.signed_quantity = 0) idle ON TRUE
-    LEFT JOIN (
-        SELECT DISTINCT f.user_id FROM positions.v_cursors c CROSS JOIN LATERAL (
-            SELECT user_id FROM positions.v_fills
-            WHERE instrument_id = c.instrument_id AND seq > c.confirmed_seq ORDER BY seq OFFSET 0) f
-        ) fresh ON fresh.user_id = p.user_id
+    LEFT JOIN fresh ON fresh.user_id = p.user_id
     WHERE p.margin_mode = 'CROSS' AND p.signed_quantity <> 0 AND ($3::bigint IS NULL OR p.user_id = $3)
     ORDER BY p.user_id, p.instrument_id
 """
