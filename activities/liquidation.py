@@ -18,7 +18,7 @@ from activities.instruments import RuleBook, Rules, read_instruments
 from activities.market import latest_marks
 from activities.matching import append_commands
 from activities.orders import submit_liquidation_order
-from activities.positions import change_status, mark_warned, position_view
+from activities.positions import change_status, lock_confirmed, mark_warned, position_view
 from activities.risk import lock_exposures, take_in_liquidation_order
 from domain.clock import iso, to_ms
 from domain.events import BusinessEvent, LiquidationTriggered, RiskUpdate
@@ -96,14 +96,19 @@ _CROSSED = f"""
     ORDER BY p.user_id
 """
 # Equity of everybody with cross positions at $1, $2: what is available or held for them, and unrealised profit. A
-# position in an instrument that never had a mark price is valued at what was paid for it.
+# position in an instrument that never had a mark price is valued at what was paid for it. `unsettled`: fills of the
+# user are in the positions, and perhaps not in the ledger yet.
 _CROSS_POSITIONS = """
+    WITH fresh AS MATERIALIZED (
+        SELECT DISTINCT f.user_id FROM positions.v_cursors c CROSS JOIN LATERAL (
+            SELECT user_id FROM positions.v_fills
+            WHERE instrument_id = c.instrument_id AND seq > c.confirmed_seq ORDER BY seq OFFSET 0) f)
     SELECT p.position_id, p.user_id, p.instrument_id, p.signed_quantity, p.entry_notional, p.status, p.warned, m.mark,
            i.quote_asset, i.state, b.available,
            coalesce(h.order_margin, 0) + coalesce(h.position_margin, 0) AS held,
            coalesce(p.signed_quantity * m.mark - sign(p.signed_quantity) * p.entry_notional, 0) AS pnl,
            n.notional * t.maintenance_margin_rate - t.cumulative AS maintenance,
-           coalesce(idle.held, 0) AS idle_held
+           coalesce(idle.held, 0) AS idle_held, fresh.user_id IS NOT NULL AS unsettled
     FROM positions.v_positions p
     JOIN matching.v_instruments i USING (instrument_id)
     JOIN ledger.v_balances b ON b.user_id = p.user_id AND b.asset = i.quote_asset
@@ -119,6 +124,7 @@ _CROSS_POSITIONS = """
         JOIN risk.exposures e USING (user_id, instrument_id)
         WHERE o.user_id = p.user_id AND o.asset = i.quote_asset AND e.margin_mode = 'CROSS'
           AND e.signed_quantity = 0) idle ON TRUE
+    LEFT JOIN fresh ON fresh.user_id = p.user_id
     WHERE p.margin_mode = 'CROSS' AND p.signed_quantity <> 0 AND ($3::bigint IS NULL OR p.user_id = $3)
     ORDER BY p.user_id, p.instrument_id
 """
@@ -349,14 +355,19 @@ async def trigger(conn: Connection, marks: Marks, rules: Rules) -> list[Opened]:
 
 
 async def warn(conn: Connection, marks: Marks, rules: Rules) -> int:
-    """Tell users whose margin comes near the maintenance margin, once per crossing; how many positions it was."""
+    """Tell users whose margin comes near the maintenance margin, once per crossing; how many positions it was.
+
+    What settlement has not confirmed yet waits for the next look: position and margin do not fit together before.
+    """
     names, prices = list(marks), list(marks.values())
     async with conn.transaction():
         near = await conn.fetch(_NEAR, names, prices, WARNED_MAX)
         recovered = await conn.fetch(_RECOVERED, names, prices, WARNED_MAX, WARNING_RESET)
         cross_near, cross_recovered = await _cross_warnings(conn, marks)
         await mark_warned(conn, [row["position_id"] for row in recovered] + cross_recovered, warned=False)
-        warned = await mark_warned(conn, [row["position_id"] for row in near] + cross_near, warned=True)
+        confirmed = await lock_confirmed(conn, [row["position_id"] for row in near] + cross_near)
+        adopted = [row["position_id"] for row in confirmed if row["is_adopted"]]
+        warned = await mark_warned(conn, adopted, warned=True)
         if not warned:
             return 0
         await _record(conn, warned, marks, rules, "WARNING")
@@ -434,6 +445,11 @@ class Account:
         return sum((row["maintenance"] for row in self.rows), ZERO)
 
     @property
+    def is_unsettled(self) -> bool:
+        """Whether its equity is in between: fills are in the positions, and perhaps not in the ledger yet."""
+        return any(row["unsettled"] for row in self.rows)
+
+    @property
     def is_due(self) -> bool:
         """Whether equity is down to the maintenance margin."""
         return self.equity <= self.maintenance
@@ -498,6 +514,8 @@ async def _cross_warnings(conn: Connection, marks: Marks) -> tuple[list[int], li
     near: list[int] = []
     recovered: list[int] = []
     for account in (await _accounts(conn, marks)).values():
+        if account.is_unsettled:
+            continue
         is_near = account.equity <= account.maintenance * WARNING_FACTOR
         for row in account.rows:
             if row["warned"] and not is_near:
@@ -511,7 +529,9 @@ async def _open(conn: Connection, due: Sequence[Endangered], rules: Rules) -> li
     by_id = {endangered.row["position_id"]: endangered for endangered in due}
     # A check that holds these locks counts its orders before we do; one that comes later sees the row.
     await lock_exposures(conn, sorted((e.row["user_id"], e.row["instrument_id"]) for e in due))
-    taken = await change_status(conn, list(by_id), "OPEN", "LIQUIDATION_PENDING")
+    # What was filled since it was found due waits for the next look, with the margin that belongs to it.
+    confirmed = [row["position_id"] for row in await lock_confirmed(conn, list(by_id))]
+    taken = await change_status(conn, confirmed, "OPEN", "LIQUIDATION_PENDING")
     if not taken:
         return []
     chosen = [by_id[position["position_id"]] for position in taken]

@@ -368,9 +368,9 @@ async def _adopt(
     )
     business: list[BusinessEvent] = []
     pushes: list[UserPush] = []
-    unconfirmed = await _unconfirmed(conn, instrument_id)
+    unconfirmed = await _unconfirmed(conn, [instrument_id])
     for row, change in zip(rows, changes, strict=True):
-        if row["user_id"] in unconfirmed:
+        if (row["user_id"], instrument_id) in unconfirmed:
             # More is applied already than the margin knows of: settlement tells of both together.
             continue
         view = position_view(
@@ -390,14 +390,17 @@ async def _adopt(
     await outbox.emit(conn, business, pushes)
 
 
-async def _unconfirmed(conn: Connection, instrument_id: str) -> set[int]:
-    """Users with fills whose margin is not taken over from the ledger yet."""
+async def _unconfirmed(conn: Connection, instrument_ids: Sequence[str]) -> set[tuple[int, str]]:
+    """Users, each with an instrument, who have fills whose margin is not taken over from the ledger yet."""
+    # In the order of the index: a few rows at its end, where a join could read all fills there ever were.
     rows = await conn.fetch(
-        "SELECT DISTINCT e.user_id FROM positions.position_events e JOIN positions.cursors c USING (instrument_id)"
-        " WHERE instrument_id = $1 AND e.seq > c.confirmed_seq",
-        instrument_id,
+        "SELECT DISTINCT e.user_id, c.instrument_id FROM positions.cursors c CROSS JOIN LATERAL ("
+        "  SELECT user_id FROM positions.position_events"
+        "  WHERE instrument_id = c.instrument_id AND seq > c.confirmed_seq ORDER BY seq OFFSET 0) e"
+        " WHERE c.instrument_id = ANY($1)",
+        instrument_ids,
     )
-    return {row["user_id"] for row in rows}
+    return {(row["user_id"], row["instrument_id"]) for row in rows}
 
 
 async def _fix_funding_positions(conn: Connection, snapshot: FundingSnapshot) -> None:
@@ -644,27 +647,29 @@ async def tell_moved(
         )
         moved = [row["position_id"] for row in rows if row["signed_quantity"] and _has_moved(row, mark)]
         if moved:
-            await _tell(conn, instrument_id, await _lock_confirmed(conn, instrument_id, moved), mark, tiers)
+            confirmed = [row for row in await lock_confirmed(conn, moved) if row["is_adopted"]]
+            await _tell(conn, instrument_id, confirmed, mark, tiers)
     return rows[-1]["user_id"] if len(rows) == limit else None
 
 
-async def _lock_confirmed(conn: Connection, instrument_id: str, position_ids: list[int]) -> list[asyncpg.Record]:
-    """Of these positions, those that are open and confirmed, by user; all of them are locked."""
+async def lock_confirmed(conn: Connection, position_ids: Sequence[int]) -> list[asyncpg.Record]:
+    """Lock these positions; those that are open and have no fill that is not confirmed yet, by user.
+
+    With POSITION_COLUMNS, and `is_adopted`: whether the margin is what the ledger holds.
+    """
     await conn.execute(
-        "SELECT FROM positions.positions WHERE position_id = ANY($1) ORDER BY user_id FOR UPDATE", position_ids
+        "SELECT FROM positions.positions WHERE position_id = ANY($1) ORDER BY user_id, instrument_id FOR UPDATE",
+        position_ids,
     )
     # Looked at once they are locked: no fill is applied to them from here on, none is confirmed.
-    return await conn.fetch(
-        f"SELECT {_of_p(POSITION_COLUMNS)} FROM positions.positions p"
-        " LEFT JOIN ledger.v_margin_holds h USING (user_id, instrument_id)"
-        " WHERE p.position_id = ANY($1) AND p.signed_quantity <> 0"
-        " AND p.margin_version = coalesce(h.margin_version, 0) AND NOT EXISTS (SELECT"
-        "  FROM positions.position_events e JOIN positions.cursors c ON c.instrument_id = e.instrument_id"
-        "  WHERE e.instrument_id = $2 AND e.seq > c.confirmed_seq AND e.user_id = p.user_id)"
-        " ORDER BY p.user_id",
+    rows = await conn.fetch(
+        f"SELECT {_of_p(POSITION_COLUMNS)}, p.margin_version = coalesce(h.margin_version, 0) AS is_adopted"
+        " FROM positions.positions p LEFT JOIN ledger.v_margin_holds h USING (user_id, instrument_id)"
+        " WHERE p.position_id = ANY($1) AND p.signed_quantity <> 0 ORDER BY p.user_id, p.instrument_id",
         position_ids,
-        instrument_id,
     )
+    unconfirmed = await _unconfirmed(conn, sorted({row["instrument_id"] for row in rows}))
+    return [row for row in rows if (row["user_id"], row["instrument_id"]) not in unconfirmed]
 
 
 async def _tell(

@@ -10,7 +10,7 @@ from temporalio.client import Client
 
 from activities.audit import run_audit
 from activities.ledger import transfer_external
-from activities.liquidation import ABORT_PAUSE, cross_backing, deleverage_ranks, warn
+from activities.liquidation import ABORT_PAUSE, LiquidationActivities, cross_backing, deleverage_ranks, warn
 from activities.positions import position_view, tell_moved
 from activities.risk import pre_check
 from domain.liquidation_saga import Claim, Ending
@@ -301,6 +301,23 @@ async def test_a_liquidation_an_operator_has_aborted_is_not_triggered_again_for_
     await world.pool.execute("UPDATE risk.liquidation_queue SET updated_at = now() - $1::interval", ABORT_PAUSE)
     [again] = await world.marked(54_000)
     assert again.position_id == opened.position_id
+
+
+@pytest.mark.parametrize(("user_id", "mark"), [(1, 54_200), (2, 65_800)])
+async def test_a_liquidation_ends_without_redis(world: LiquidationWorld, user_id: int, mark: int) -> None:
+    """What its user is told is at the last mark in the tables; the mirror image is the short."""
+    [opened] = await world.marked(mark)
+    await world.liquidations.begin(opened.liquidation_id)
+    async with Redis.from_url("redis://127.0.0.1:1", retry=None) as away:
+        await LiquidationActivities(world.pool, away).finish(Ending(opened.liquidation_id, "ABORTED"))
+    assert (await world.position(user_id))[2] == "OPEN"
+    told = (await outbox_events(world.pool, "RiskUpdate"))[-1]
+    assert (told["userId"], told["status"]) == (str(user_id), "OPEN")
+    # 6 000 less the loss of 5 800, of what the position is worth.
+    assert D(told["marginRatio"]) == (200 / D(mark)).quantize(D("1e-8"))
+    snapshot = await world.pool.fetchrow("SELECT * FROM risk.risk_snapshots ORDER BY snapshot_id DESC LIMIT 1")
+    assert snapshot is not None
+    assert (snapshot["user_id"], snapshot["mark_price"]) == (user_id, mark)
 
 
 async def test_a_cross_account_is_liquidated_by_its_equity(world: LiquidationWorld) -> None:

@@ -7,10 +7,10 @@ import importlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
-import pytest
 from temporalio.workflow import _Definition
 
 from tests.replay import every_workflow
@@ -21,9 +21,14 @@ DEFINITIONS = [_Definition.must_from_class(found) for found in every_workflow()]
 
 
 class Importing:
-    """Garbage that imports a module never loaded before when it is collected, and leaves more of its kind."""
+    """Garbage that imports a module never loaded before when it is collected, and leaves more of its kind.
+
+    Not while it does so already: importing in the midst of its own import, it would wait for itself for ever.
+    """
 
     is_left = True
+    names = count()
+    thread = threading.local()
 
     def __init__(self) -> None:
         self.myself = self
@@ -31,29 +36,33 @@ class Importing:
     def __del__(self) -> None:
         if self.is_left:
             Importing()
-        with suppress(ModuleNotFoundError):
-            importlib.import_module("gc.nothing")
+        if not getattr(self.thread, "is_importing", False):
+            self.thread.is_importing = True
+            with suppress(ModuleNotFoundError):
+                importlib.import_module(f"gc.nothing{next(self.names)}")
+            self.thread.is_importing = False
 
 
-@pytest.fixture
+@contextmanager
 def littered() -> Iterator[None]:
-    """A process in which garbage that imports is collected all the time."""
+    """A process in which garbage that imports is collected all the time; not while pytest tells what failed."""
     before = gc.get_threshold()
     Importing.is_left = True
     gc.set_threshold(1, 1, 1)
     Importing()
-    yield
-    Importing.is_left = False
-    gc.set_threshold(*before)
-    gc.collect()
+    try:
+        yield
+    finally:
+        Importing.is_left = False
+        gc.set_threshold(*before)
+        gc.collect()
 
 
-@pytest.mark.usefixtures("littered")
 def test_garbage_that_imports_does_not_disturb_the_sandbox() -> None:
     async def validate(definition: _Definition) -> None:
         CalmSandbox().prepare_workflow(definition)
 
-    with ThreadPoolExecutor(2) as threads:
+    with littered(), ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda definition: asyncio.run(validate(definition)), DEFINITIONS))
 
 
