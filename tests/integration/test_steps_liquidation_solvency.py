@@ -23,20 +23,26 @@ FUND = "exchange:insurance_fund"
 
 
 @pytest.mark.parametrize("side", ["BUY", "SELL"])
+@pytest.mark.parametrize("mode", ["ISOLATED", "CROSS"])
 async def test_a_position_that_has_equity_at_the_mark_costs_the_fund_nothing(
-    pool: Pool, redis: Redis, side: Any
+    pool: Pool, redis: Redis, side: Any, mode: str
 ) -> None:
-    """A10: 4 BTC at 100x, bankrupt at 59400; the only bid is 56900 and comes from the winner. And its mirror image."""
+    """A10: 4 BTC at 100x, bankrupt at 59400; the only bid is 56900 and comes from the winner. And its mirror images."""
     sign = 1 if side == "BUY" else -1
     world = LiquidationWorld(pool, redis)
     await world.fund(1_000_000)
-    await world.deposit(40_000, 1, 2, 3)
+    await world.deposit(40_000, 1, 2)
     assert await world.lever(1, 100) is None
     buyer, seller = (1, 2) if side == "BUY" else (2, 1)
     await world.trade(buyer, seller, "4", 60_000)
+    kept = 40_000 - D(240_000) * await _fee_rate(pool, 1) - 2_400
+    if mode == "CROSS":
+        await world.make_cross(1, [BTC])
+        await leave(world, 1, 2_400)
+        kept = D(0)
     mark, far = 60_000 - sign * 310, 60_000 - sign * 3_100
     await world.mark(mark)
-    await world.place(limit(3, side, "4", far))
+    await world.place(limit(2, side, "4", far))
     await world.settle()
     [opened] = await world.marked(mark)
     steps = await world.liquidate(opened.liquidation_id)
@@ -45,9 +51,17 @@ async def test_a_position_that_has_equity_at_the_mark_costs_the_fund_nothing(
     assert await pool.fetchval("SELECT sum(amount) FROM ledger.insurance_claims") == 0
     assert await pool.fetchval("SELECT array_agg(price) FROM matching.deleveragings") == [60_000 - sign * 600]
     # Its margin is used up, no other money of its user.
-    assert await world.balance(1) == (40_000 - 2_400 - D(240_000) * await _fee_rate(pool, 1), D(0))
+    assert await world.balance(1) == (kept, D(0))
     assert await world.position(1) == (D(0), D(0), "CLOSED")
     await assert_audit_is_clean(world)
+
+
+async def leave(world: LiquidationWorld, user_id: int, money: int) -> None:
+    """The user withdraws all but so much."""
+    available, reserved = await world.balance(user_id)
+    async with world.pool.acquire() as conn, conn.transaction():
+        leaves = money - available - reserved
+        assert await transfer_external(conn, "WITHDRAWAL", f"w{user_id}", user_id, "USDT", leaves)
 
 
 async def _fee_rate(pool: Pool, user_id: int) -> Decimal:
@@ -73,10 +87,7 @@ async def two_cross_accounts(
         await world.trade(*((1, 3) if sign > 0 else (3, 1)), sol, 150, SOL)
     for user in (1, 2):
         await world.make_cross(user, [BTC, SOL])
-        available, reserved = await world.balance(user)
-        async with pool.acquire() as conn, conn.transaction():
-            leaves = money - available - reserved
-            assert await transfer_external(conn, "WITHDRAWAL", f"w{user}", user, "USDT", leaves)
+        await leave(world, user, money)
     return world
 
 
@@ -163,6 +174,30 @@ async def test_a_halt_after_the_takeover_makes_room_for_what_still_trades(
     assert (await world.position(1, SOL))[2] == "OPEN"
     [again] = [found for found in await look(world) if found.user_id == 1]
     assert again.instrument_id == BTC.instrument_id
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["long", "short"])
+@pytest.mark.parametrize("recovers", [True, False])
+async def test_a_cross_account_that_recovers_while_its_position_stands_is_given_back(
+    pool: Pool, redis: Redis, sign: int, recovers: bool
+) -> None:
+    """What was taken over comes to stand, the other one cannot be closed either: only who is still due is kept."""
+    world = await two_cross_accounts(pool, redis, sign, sol="600", money=5_000)
+    lost = {BTC.instrument_id: D(60_000 - sign * 2_500), SOL.instrument_id: D(150 - sign * 3)}
+    await world.mark(lost[SOL.instrument_id], SOL)
+    await world.settle(SOL)
+    [opened] = [found for found in await world.marks(lost) if found.user_id == 1]
+    steps = world.liquidation(opened.liquidation_id)
+    await advance(steps, "cancelled")
+    await pool.execute("UPDATE matching.instruments SET state = 'HALTED'")
+    assert await anext(steps) == "pauses"
+    assert await anext(steps) == "cancelled"
+    if recovers:
+        await publish_mark(redis, 60_000)
+        assert [step async for step in steps] == ["released", "finished"]
+        assert (await world.position(1, SOL))[2] == "OPEN"
+    else:
+        assert await anext(steps) == "pauses"
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["long", "short"])
