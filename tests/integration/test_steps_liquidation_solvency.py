@@ -1,5 +1,6 @@
 """What a liquidation may cost the insurance fund, and which accounts are liquidated: `docs/architecture.md`."""
 
+import asyncio
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, cast
@@ -14,12 +15,16 @@ from activities.liquidation import Opened
 from domain.instruments import Instrument
 from domain.liquidation_saga import PlanRequest
 from monitors.liquidations import LiquidationMonitor
-from storage.db import Pool
+from storage.db import Connection, Pool
 from tests.integration.ledger_world import BTC, SOL, advance, assert_audit_is_clean, limit, outbox_events
 from tests.integration.liquidation_world import LiquidationWorld, publish_mark
+from tests.waiting import until
 
 D = Decimal
 FUND = "exchange:insurance_fund"
+WAITS_FOR_A_ROW = (
+    "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock')"
+)
 
 
 @pytest.mark.parametrize("side", ["BUY", "SELL"])
@@ -216,6 +221,19 @@ async def test_the_fund_advances_nothing_to_an_account_that_has_equity(pool: Poo
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["long", "short"])
+async def test_nor_when_the_profit_that_covers_the_loss_stands(pool: Pool, redis: Redis, sign: int) -> None:
+    """The account has equity, though its own money does not pay for what is closed: that is not the fund's to pay."""
+    world = await two_cross_accounts(pool, redis, sign, sol="600", money=5_000)
+    marks = {BTC.instrument_id: D(60_000 - sign * 8_000), SOL.instrument_id: D(150 + sign * 6)}
+    await pool.execute("UPDATE matching.instruments SET state = 'HALTED' WHERE instrument_id = $1", SOL.instrument_id)
+    [opened] = [found for found in await world.marks(marks) if found.user_id == 1]
+    assert opened.instrument_id == BTC.instrument_id
+    await world.liquidations.begin(opened.liquidation_id)
+    plan = await world.liquidations.plan(PlanRequest(opened.liquidation_id))
+    assert (plan.action, plan.insurance) == ("ORDER", "0")
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["long", "short"])
 async def test_a_draw_names_the_liquidation_the_mark_and_the_bankruptcy_price(
     pool: Pool, redis: Redis, sign: int
 ) -> None:
@@ -242,19 +260,25 @@ async def test_a_draw_names_the_liquidation_the_mark_and_the_bankruptcy_price(
     await assert_audit_is_clean(world)
 
 
-async def test_what_the_fund_does_not_have_it_does_not_give_and_the_audit_says_so(pool: Pool, redis: Redis) -> None:
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["before", "at the same time"])
+async def test_what_the_fund_does_not_have_it_does_not_give_and_the_audit_says_so(
+    pool: Pool, redis: Redis, meanwhile: bool
+) -> None:
     world = await bankrupt(pool, redis, 1)
     [opened] = await world.marked(53_000)
     steps = world.liquidation(opened.liquidation_id)
     await advance(steps, "submitted")
-    # As if somebody had emptied it in the meantime.
-    book = Book()
-    book.open_journal("INSURANCE_FUND_DEPOSIT", "taken")
-    book.post_system(INSURANCE_FUND, "USDT", "INSURANCE_FUND_DEPOSIT", D(-999_900))
-    book.post_system(DEPOSITS, "USDT", "INSURANCE_FUND_DEPOSIT", D(999_900))
-    async with pool.acquire() as conn, conn.transaction():
-        await write_book(conn, book, {})
-    await world.settle()
+    async with pool.acquire() as conn:
+        # As if the settlement of another instrument had emptied it.
+        emptying = conn.transaction()
+        await emptying.start()
+        await take_from_fund(conn, 999_900)
+        settling = asyncio.create_task(world.settle()) if meanwhile else None
+        if settling is not None:
+            await until(lambda: pool.fetchval(WAITS_FOR_A_ROW), 10, "settlement to wait for the fund")
+            assert not settling.done()
+        await emptying.commit()
+    await (settling or world.settle())
     async for step in steps:
         if step == "waits":
             await world.settle()
@@ -268,6 +292,23 @@ async def test_what_the_fund_does_not_have_it_does_not_give_and_the_audit_says_s
     assert await world.system("exchange:shortfall") == 0
     assert await world.system(FUND) == 5_100 - drawn
     await assert_audit_is_clean(world)
+
+
+async def test_a_settlement_that_draws_nothing_does_not_wait_for_the_fund(pool: Pool, redis: Redis) -> None:
+    world = await bankrupt(pool, redis, 1)
+    async with pool.acquire() as conn, conn.transaction():
+        await conn.execute("SELECT FROM ledger.system_balances WHERE account = $1 FOR UPDATE", FUND)
+        async with asyncio.timeout(5):
+            await world.trade(1, 2, "0.1", 60_000)
+    assert (await world.position(1))[0] == D("1.1")
+
+
+async def take_from_fund(conn: Connection, amount: int) -> None:
+    book = Book()
+    book.open_journal("INSURANCE_FUND_DEPOSIT", "taken")
+    book.post_system(INSURANCE_FUND, "USDT", "INSURANCE_FUND_DEPOSIT", D(-amount))
+    book.post_system(DEPOSITS, "USDT", "INSURANCE_FUND_DEPOSIT", D(amount))
+    await write_book(conn, book, {})
 
 
 async def bankrupt(pool: Pool, redis: Redis, sign: int) -> LiquidationWorld:
