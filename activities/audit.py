@@ -154,17 +154,21 @@ STRICT_CHECKS = {
     "nothing_is_in_shortfall": """
         SELECT account || ' ' || asset, balance FROM ledger.system_balances
         WHERE account = 'exchange:shortfall' AND balance <> 0""",
-    # What the fund paid is written down with the liquidation it was for, and is no more than what was closed was worth
-    # below zero at the mark of that moment. A funding payment needs no liquidation.
+    # What the fund paid is written down with the liquidation it was for (of that user and instrument, with the mark and
+    # the bankruptcy price that were claimed with), and is no more than what was closed was worth below zero at that
+    # mark. A funding payment needs no liquidation.
     "draws_are_justified": """
         SELECT reference_type || ' ' || reference_id || ' user:' || user_id, amount FROM ledger.insurance_draws
         WHERE liquidation_id IS NULL AND reference_type <> 'FUNDING_FEE'
         UNION ALL
-        SELECT 'liquidation ' || d.liquidation_id || ' round ' || coalesce(d.round, 0), sum(d.amount)
+        SELECT 'liquidation ' || liquidation_id || ' round ' || coalesce(round, 0), sum(d.amount)
         FROM ledger.insurance_draws d LEFT JOIN ledger.insurance_claims k USING (liquidation_id, round)
-        WHERE d.liquidation_id IS NOT NULL GROUP BY d.liquidation_id, d.round
+        LEFT JOIN risk.v_liquidations q USING (liquidation_id)
+        WHERE liquidation_id IS NOT NULL GROUP BY liquidation_id, round
         HAVING sum(d.amount) > coalesce(max(abs(k.quantity)
-            * greatest(0, sign(k.quantity) * (d.bankruptcy_price - d.mark_price))), 0)
+                * greatest(0, sign(k.quantity) * (k.bankruptcy_price - k.mark_price))), 0)
+            OR bool_or((d.user_id, d.instrument_id, d.mark_price, d.bankruptcy_price)
+                IS DISTINCT FROM (q.user_id, q.instrument_id, k.mark_price, k.bankruptcy_price))
         UNION ALL
         SELECT 'INSURANCE_FUND ' || reference_id || ' user:' || user_id, coalesce(e.amount, 0) - coalesce(d.amount, 0)
         FROM (SELECT reference_id, user_id, sum(delta_available) AS amount FROM ledger.ledger_entries

@@ -102,19 +102,25 @@ _CROSS_POSITIONS = """
     WITH fresh AS MATERIALIZED (
         SELECT DISTINCT f.user_id FROM positions.v_cursors c CROSS JOIN LATERAL (
             SELECT user_id FROM positions.v_fills
-            WHERE instrument_id = c.instrument_id AND seq > c.confirmed_seq ORDER BY seq OFFSET 0) f)
-    SELECT p.position_id, p.user_id, p.instrument_id, p.signed_quantity, p.entry_notional, p.status, p.warned, m.mark,
+            WHERE instrument_id = c.instrument_id AND seq > c.confirmed_seq ORDER BY seq OFFSET 0) f),
+    valued AS MATERIALIZED (
+        SELECT i.instrument_id, i.quote_asset, i.state, coalesce(live.mark, last.mark_price) AS mark
+        FROM matching.v_instruments i
+        LEFT JOIN unnest($1::text[], $2::numeric[]) AS live (instrument_id, mark) USING (instrument_id)
+        LEFT JOIN LATERAL (SELECT mark_price FROM market.v_mark_prices p
+            WHERE p.instrument_id = i.instrument_id AND live.mark IS NULL
+            ORDER BY calculated_at DESC LIMIT 1) last ON TRUE)
+    SELECT p.position_id, p.user_id, p.instrument_id, p.signed_quantity, p.entry_notional, p.status, p.warned, i.mark,
            i.quote_asset, i.state, b.available,
            coalesce(h.order_margin, 0) + coalesce(h.position_margin, 0) AS held,
-           coalesce(p.signed_quantity * m.mark - sign(p.signed_quantity) * p.entry_notional, 0) AS pnl,
+           coalesce(p.signed_quantity * i.mark - sign(p.signed_quantity) * p.entry_notional, 0) AS pnl,
            n.notional * t.maintenance_margin_rate - t.cumulative AS maintenance,
            coalesce(idle.held, 0) AS idle_held, fresh.user_id IS NOT NULL AS unsettled
     FROM positions.v_positions p
-    JOIN matching.v_instruments i USING (instrument_id)
+    JOIN valued i USING (instrument_id)
     JOIN ledger.v_balances b ON b.user_id = p.user_id AND b.asset = i.quote_asset
     LEFT JOIN ledger.v_margin_holds h ON h.user_id = p.user_id AND h.instrument_id = p.instrument_id
-    LEFT JOIN unnest($1::text[], $2::numeric[]) AS m (instrument_id, mark) ON m.instrument_id = p.instrument_id
-    CROSS JOIN LATERAL (SELECT coalesce(abs(p.signed_quantity) * m.mark, p.entry_notional) AS notional) n
+    CROSS JOIN LATERAL (SELECT coalesce(abs(p.signed_quantity) * i.mark, p.entry_notional) AS notional) n
     LEFT JOIN LATERAL (
         SELECT maintenance_margin_rate, cumulative FROM risk.leverage_tiers
         WHERE instrument_id = p.instrument_id AND notional_from <= n.notional
@@ -499,10 +505,8 @@ async def cross_backing(conn: Connection | Pool, marks: Marks, user_id: int) -> 
 async def _accounts(
     conn: Connection | Pool, marks: Marks, user_id: int | None = None
 ) -> dict[tuple[int, str], Account]:
-    """Cross accounts by user and asset; `marks` are live."""
-    last = await latest_marks(conn, list(await read_instruments(conn)))
-    prices = {name: mark.price for name, mark in last.items()} | dict(marks)
-    rows = await conn.fetch(_CROSS_POSITIONS, list(prices), list(prices.values()), user_id)
+    """Cross accounts by user and asset; `marks` are live, what they leave out is valued at its last mark."""
+    rows = await conn.fetch(_CROSS_POSITIONS, list(marks), list(marks.values()), user_id)
     found: defaultdict[tuple[int, str], list[asyncpg.Record]] = defaultdict(list)
     for row in rows:
         found[row["user_id"], row["quote_asset"]].append(row)
@@ -576,10 +580,7 @@ async def _plan(conn: Connection, request: PlanRequest, marks: Marks, rules: Rul
         account = (await _accounts(conn, marks, row["user_id"]))[row["user_id"], row["quote_asset"]]
     standing = _why_it_stands(row, marks)
     if standing is not None:
-        if account is not None and account.is_due and account.next_to_close() is not None:
-            # The next look at the marks takes up what can be closed.
-            return Plan("DONE", f"another position of the account is closed first: {standing}")
-        return Plan("PAUSE", standing)
+        return _while_it_stands(account, standing)
     name = row["instrument_id"]
     mark, tiers = marks[name], rules.tiers[name]
     holding = _holding(row, row["margin"]) if account is None else account.holding(name)
@@ -622,6 +623,16 @@ def _why_it_stands(row: asyncpg.Record, marks: Marks) -> str | None:
     if row["state"] != "TRADING":
         return f"{row['instrument_id']} is {row['state']}"
     return None if row["instrument_id"] in marks else "there is no live mark price"
+
+
+def _while_it_stands(account: Account | None, why: str) -> Plan:
+    """The plan when nothing can be closed in the position's instrument: it is kept only as long as that is of use."""
+    if account is not None and not account.is_due:
+        return Plan("DONE", f"the account has recovered: {why}")
+    if account is not None and account.next_to_close() is not None:
+        # The next look at the marks takes up what can be closed.
+        return Plan("DONE", f"another position of the account is closed first: {why}")
+    return Plan("PAUSE", why)
 
 
 def _valued(account: Account | None) -> str:

@@ -21,10 +21,14 @@ DRAW = (
     "INSERT INTO ledger.insurance_draws (user_id, instrument_id, asset, reference_type, reference_id, amount,"
     " liquidation_id, round, mark_price, bankruptcy_price) VALUES (1, 'BTC-USDT-PERP', 'USDT', {});"
 )
-CLAIM = (
+LIQUIDATION = (
+    "INSERT INTO risk.liquidation_queue (liquidation_id, position_id, user_id, instrument_id, reason, status)"
+    " OVERRIDING SYSTEM VALUE VALUES (1, 999, {}, {}, 'MARGIN_RATIO', 'PROCESSED');"
     "INSERT INTO ledger.insurance_claims (liquidation_id, round, asset, amount, quantity, mark_price, bankruptcy_price,"
-    " is_open) VALUES (1, 1, 'USDT', 4, 1, 54000, 54004, FALSE);"
+    " is_open) VALUES (1, 1, 'USDT', 4, {}, 54000, {}, FALSE);"
 )
+JUSTIFIED = DRAW.format("'SETTLEMENT', 'BTC-USDT-PERP:1', 5, 1, 1, {}")
+OF_USER_1 = (1, "'BTC-USDT-PERP'")
 BOOKED = (
     "INSERT INTO ledger.ledger_entries (reference_type, reference_id, entry_type, account, user_id, asset,"
     " delta_available) VALUES ('INSURANCE_FUND', 'BTC-USDT-PERP:1', 'INSURANCE_FUND', 'user:1', 1, 'USDT', 5)"
@@ -132,9 +136,24 @@ CORRUPTIONS = [
         "INSERT INTO ledger.system_balances (account, asset, balance) VALUES ('exchange:shortfall', 'USDT', -1)",
     ),
     ("draws_are_justified", DRAW.format("'SETTLEMENT', 'BTC-USDT-PERP:1', 5, NULL, NULL, NULL, NULL")),
-    # Nobody claimed it; more than the position was worth below zero; not booked.
+    # Nobody claimed it.
     ("draws_are_justified", DRAW.format("'SETTLEMENT', 'BTC-USDT-PERP:1', 5, 1, 1, 53000, 54000") + BOOKED),
-    ("draws_are_justified", CLAIM + DRAW.format("'SETTLEMENT', 'BTC-USDT-PERP:1', 5, 1, 1, 54000, 54004") + BOOKED),
+    # More than the position, long or short, was worth below zero; somebody else's; in another instrument; at a mark and
+    # a bankruptcy price that were not claimed with. Then not booked, and booked only.
+    *(
+        ("draws_are_justified", LIQUIDATION.format(*OF_USER_1, quantity, bankruptcy) + draw + BOOKED)
+        for quantity, bankruptcy, draw in (
+            (1, 54_004, JUSTIFIED.format("54000, 54004")),
+            (-1, 53_996, JUSTIFIED.format("54000, 53996")),
+            (-1, 54_005, JUSTIFIED.format("54000, 54005")),
+            (1, 54_005, JUSTIFIED.format("53999, 54005")),
+            (1, 54_005, JUSTIFIED.format("54000, 54006")),
+        )
+    ),
+    *(
+        ("draws_are_justified", LIQUIDATION.format(*other, 1, 54_005) + JUSTIFIED.format("54000, 54005") + BOOKED)
+        for other in ((2, "'BTC-USDT-PERP'"), (1, "'ETH-USDT-PERP'"))
+    ),
     ("draws_are_justified", DRAW.format("'FUNDING_FEE', 'BTC-USDT-PERP:1', 5, NULL, NULL, NULL, NULL")),
     ("draws_are_justified", BOOKED),
     (
@@ -212,6 +231,16 @@ async def test_each_corruption_fails_the_check_that_is_there_for_it(world: World
             await transaction.rollback()
         assert name in failed, corruption
     assert await failed_checks(pool) == set()
+
+
+@pytest.mark.parametrize(("quantity", "bankruptcy"), [(1, 54_005), (-1, 53_995)])
+async def test_a_draw_of_all_that_was_missing_at_the_mark_is_no_offence(
+    world: World, pool: Pool, quantity: int, bankruptcy: int
+) -> None:
+    draw = LIQUIDATION.format(*OF_USER_1, quantity, bankruptcy) + JUSTIFIED.format(f"54000, {bankruptcy}") + BOOKED
+    async with pool.acquire() as conn:
+        await conn.execute(draw)
+        assert "draws_are_justified" not in [check.name for check in await _look_inside(conn) if not check.ok]
 
 
 async def _look_inside(conn: Connection) -> list[AuditCheck]:

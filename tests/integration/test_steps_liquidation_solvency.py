@@ -1,5 +1,6 @@
 """What a liquidation may cost the insurance fund, and which accounts are liquidated: `docs/architecture.md`."""
 
+import asyncio
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, cast
@@ -14,29 +15,39 @@ from activities.liquidation import Opened
 from domain.instruments import Instrument
 from domain.liquidation_saga import PlanRequest
 from monitors.liquidations import LiquidationMonitor
-from storage.db import Pool
+from storage.db import Connection, Pool
 from tests.integration.ledger_world import BTC, SOL, advance, assert_audit_is_clean, limit, outbox_events
 from tests.integration.liquidation_world import LiquidationWorld, publish_mark
+from tests.waiting import until
 
 D = Decimal
 FUND = "exchange:insurance_fund"
+WAITS_FOR_A_ROW = (
+    "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock')"
+)
 
 
 @pytest.mark.parametrize("side", ["BUY", "SELL"])
+@pytest.mark.parametrize("mode", ["ISOLATED", "CROSS"])
 async def test_a_position_that_has_equity_at_the_mark_costs_the_fund_nothing(
-    pool: Pool, redis: Redis, side: Any
+    pool: Pool, redis: Redis, side: Any, mode: str
 ) -> None:
-    """A10: 4 BTC at 100x, bankrupt at 59400; the only bid is 56900 and comes from the winner. And its mirror image."""
+    """A10: 4 BTC at 100x, bankrupt at 59400; the only bid is 56900 and comes from the winner. And its mirror images."""
     sign = 1 if side == "BUY" else -1
     world = LiquidationWorld(pool, redis)
     await world.fund(1_000_000)
-    await world.deposit(40_000, 1, 2, 3)
+    await world.deposit(40_000, 1, 2)
     assert await world.lever(1, 100) is None
     buyer, seller = (1, 2) if side == "BUY" else (2, 1)
     await world.trade(buyer, seller, "4", 60_000)
+    kept = 40_000 - D(240_000) * await _fee_rate(pool, 1) - 2_400
+    if mode == "CROSS":
+        await world.make_cross(1, [BTC])
+        await leave(world, 1, 2_400)
+        kept = D(0)
     mark, far = 60_000 - sign * 310, 60_000 - sign * 3_100
     await world.mark(mark)
-    await world.place(limit(3, side, "4", far))
+    await world.place(limit(2, side, "4", far))
     await world.settle()
     [opened] = await world.marked(mark)
     steps = await world.liquidate(opened.liquidation_id)
@@ -45,9 +56,17 @@ async def test_a_position_that_has_equity_at_the_mark_costs_the_fund_nothing(
     assert await pool.fetchval("SELECT sum(amount) FROM ledger.insurance_claims") == 0
     assert await pool.fetchval("SELECT array_agg(price) FROM matching.deleveragings") == [60_000 - sign * 600]
     # Its margin is used up, no other money of its user.
-    assert await world.balance(1) == (40_000 - 2_400 - D(240_000) * await _fee_rate(pool, 1), D(0))
+    assert await world.balance(1) == (kept, D(0))
     assert await world.position(1) == (D(0), D(0), "CLOSED")
     await assert_audit_is_clean(world)
+
+
+async def leave(world: LiquidationWorld, user_id: int, money: int) -> None:
+    """The user withdraws all but so much."""
+    available, reserved = await world.balance(user_id)
+    async with world.pool.acquire() as conn, conn.transaction():
+        leaves = money - available - reserved
+        assert await transfer_external(conn, "WITHDRAWAL", f"w{user_id}", user_id, "USDT", leaves)
 
 
 async def _fee_rate(pool: Pool, user_id: int) -> Decimal:
@@ -73,10 +92,7 @@ async def two_cross_accounts(
         await world.trade(*((1, 3) if sign > 0 else (3, 1)), sol, 150, SOL)
     for user in (1, 2):
         await world.make_cross(user, [BTC, SOL])
-        available, reserved = await world.balance(user)
-        async with pool.acquire() as conn, conn.transaction():
-            leaves = money - available - reserved
-            assert await transfer_external(conn, "WITHDRAWAL", f"w{user}", user, "USDT", leaves)
+        await leave(world, user, money)
     return world
 
 
@@ -166,6 +182,30 @@ async def test_a_halt_after_the_takeover_makes_room_for_what_still_trades(
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["long", "short"])
+@pytest.mark.parametrize("recovers", [True, False])
+async def test_a_cross_account_that_recovers_while_its_position_stands_is_given_back(
+    pool: Pool, redis: Redis, sign: int, recovers: bool
+) -> None:
+    """What was taken over comes to stand, the other one cannot be closed either: only who is still due is kept."""
+    world = await two_cross_accounts(pool, redis, sign, sol="600", money=5_000)
+    lost = {BTC.instrument_id: D(60_000 - sign * 2_500), SOL.instrument_id: D(150 - sign * 3)}
+    await world.mark(lost[SOL.instrument_id], SOL)
+    await world.settle(SOL)
+    [opened] = [found for found in await world.marks(lost) if found.user_id == 1]
+    steps = world.liquidation(opened.liquidation_id)
+    await advance(steps, "cancelled")
+    await pool.execute("UPDATE matching.instruments SET state = 'HALTED'")
+    assert await anext(steps) == "pauses"
+    assert await anext(steps) == "cancelled"
+    if recovers:
+        await publish_mark(redis, 60_000)
+        assert [step async for step in steps] == ["released", "finished"]
+        assert (await world.position(1, SOL))[2] == "OPEN"
+    else:
+        assert await anext(steps) == "pauses"
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["long", "short"])
 async def test_the_fund_advances_nothing_to_an_account_that_has_equity(pool: Pool, redis: Redis, sign: int) -> None:
     """The loss of one position is covered by the profit of another: that is taken first, and nothing claimed."""
     world = await two_cross_accounts(pool, redis, sign, sol="600", money=5_000)
@@ -178,6 +218,19 @@ async def test_the_fund_advances_nothing_to_an_account_that_has_equity(pool: Poo
     # The other account is worth 3000 below zero at this mark, and no more is asked for.
     await world.liquidations.begin(chosen[2].liquidation_id)
     assert (await world.liquidations.plan(PlanRequest(chosen[2].liquidation_id))).insurance == "3000"
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["long", "short"])
+async def test_nor_when_the_profit_that_covers_the_loss_stands(pool: Pool, redis: Redis, sign: int) -> None:
+    """The account has equity, though its own money does not pay for what is closed: that is not the fund's to pay."""
+    world = await two_cross_accounts(pool, redis, sign, sol="600", money=5_000)
+    marks = {BTC.instrument_id: D(60_000 - sign * 8_000), SOL.instrument_id: D(150 + sign * 6)}
+    await pool.execute("UPDATE matching.instruments SET state = 'HALTED' WHERE instrument_id = $1", SOL.instrument_id)
+    [opened] = [found for found in await world.marks(marks) if found.user_id == 1]
+    assert opened.instrument_id == BTC.instrument_id
+    await world.liquidations.begin(opened.liquidation_id)
+    plan = await world.liquidations.plan(PlanRequest(opened.liquidation_id))
+    assert (plan.action, plan.insurance) == ("ORDER", "0")
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["long", "short"])
@@ -207,19 +260,25 @@ async def test_a_draw_names_the_liquidation_the_mark_and_the_bankruptcy_price(
     await assert_audit_is_clean(world)
 
 
-async def test_what_the_fund_does_not_have_it_does_not_give_and_the_audit_says_so(pool: Pool, redis: Redis) -> None:
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["before", "at the same time"])
+async def test_what_the_fund_does_not_have_it_does_not_give_and_the_audit_says_so(
+    pool: Pool, redis: Redis, meanwhile: bool
+) -> None:
     world = await bankrupt(pool, redis, 1)
     [opened] = await world.marked(53_000)
     steps = world.liquidation(opened.liquidation_id)
     await advance(steps, "submitted")
-    # As if somebody had emptied it in the meantime.
-    book = Book()
-    book.open_journal("INSURANCE_FUND_DEPOSIT", "taken")
-    book.post_system(INSURANCE_FUND, "USDT", "INSURANCE_FUND_DEPOSIT", D(-999_900))
-    book.post_system(DEPOSITS, "USDT", "INSURANCE_FUND_DEPOSIT", D(999_900))
-    async with pool.acquire() as conn, conn.transaction():
-        await write_book(conn, book, {})
-    await world.settle()
+    async with pool.acquire() as conn:
+        # As if the settlement of another instrument had emptied it.
+        emptying = conn.transaction()
+        await emptying.start()
+        await take_from_fund(conn, 999_900)
+        settling = asyncio.create_task(world.settle()) if meanwhile else None
+        if settling is not None:
+            await until(lambda: pool.fetchval(WAITS_FOR_A_ROW), 10, "settlement to wait for the fund")
+            assert not settling.done()
+        await emptying.commit()
+    await (settling or world.settle())
     async for step in steps:
         if step == "waits":
             await world.settle()
@@ -233,6 +292,23 @@ async def test_what_the_fund_does_not_have_it_does_not_give_and_the_audit_says_s
     assert await world.system("exchange:shortfall") == 0
     assert await world.system(FUND) == 5_100 - drawn
     await assert_audit_is_clean(world)
+
+
+async def test_a_settlement_that_draws_nothing_does_not_wait_for_the_fund(pool: Pool, redis: Redis) -> None:
+    world = await bankrupt(pool, redis, 1)
+    async with pool.acquire() as conn, conn.transaction():
+        await conn.execute("SELECT FROM ledger.system_balances WHERE account = $1 FOR UPDATE", FUND)
+        async with asyncio.timeout(5):
+            await world.trade(1, 2, "0.1", 60_000)
+    assert (await world.position(1))[0] == D("1.1")
+
+
+async def take_from_fund(conn: Connection, amount: int) -> None:
+    book = Book()
+    book.open_journal("INSURANCE_FUND_DEPOSIT", "taken")
+    book.post_system(INSURANCE_FUND, "USDT", "INSURANCE_FUND_DEPOSIT", D(-amount))
+    book.post_system(DEPOSITS, "USDT", "INSURANCE_FUND_DEPOSIT", D(amount))
+    await write_book(conn, book, {})
 
 
 async def bankrupt(pool: Pool, redis: Redis, sign: int) -> LiquidationWorld:

@@ -242,30 +242,43 @@ def test_a_position_is_due_exactly_when_its_margin_ratio_is_down_to_the_maintena
     st.integers(1, 10**12),
     st.integers(-600, 600),
     st.lists(st.tuples(st.integers(1, 3_000), st.integers(0, 30)), max_size=12),
+    st.booleans(),
+    st.integers(1, 6_000),
 )
 def test_whatever_the_book_the_fund_pays_no_more_than_the_position_is_worth_below_zero(
-    side: int, lots: int, entry_ticks: int, margin_steps: int, moved: int, book: list[tuple[int, int]]
+    side: int,
+    lots: int,
+    entry_ticks: int,
+    margin_steps: int,
+    moved: int,
+    book: list[tuple[int, int]],
+    is_cross: bool,
+    closing_lots: int,
 ) -> None:
-    """Every fill of the order is at its worst price, or some ticks better; with equity at the mark the fund is
-    untouched."""
+    """Every fill of the order, for all or a part, is at its worst price, or some ticks better; with equity at the mark
+    the fund is untouched. Of a cross position, what is available stands behind it, too."""
     quantity, entry = lots * BTC.lot_size, D(entry_ticks) / 10
     notional = quantity * entry
     margin = min(margin_steps * FEE_STEP, notional)
     holding = Holding(side * quantity, notional, margin)
     mark = (entry * (10_000 + moved) / 10_000).quantize(BTC.tick_size)
-    below_zero = max(ZERO, -holding.equity(mark))
-    granted = round_down(insurance_needed(holding, quantity, mark))
-    worst = worst_price(holding, quantity, mark, granted, BTC.taker_fee_rate, BTC.tick_size, BTC.lot_size)
-    position, wallet, drawn = Position(side * quantity, notional), Wallet(position_margin=margin), ZERO
+    closing = min(closing_lots, lots) * BTC.lot_size
+    below_zero = max(ZERO, -holding.equity(mark) * closing / quantity)
+    granted = round_down(insurance_needed(holding, closing, mark))
+    worst = worst_price(holding, closing, mark, granted, BTC.taker_fee_rate, BTC.tick_size, BTC.lot_size)
+    position, drawn = Position(side * quantity, notional), ZERO
+    free = round_down(margin / 3) if is_cross else ZERO
+    wallet = Wallet(free, position_margin=margin - free)
     for taken, better in [*book, (lots, 0)]:
-        filled = min(abs(position.signed_quantity), taken * BTC.lot_size)
+        filled = min(closing, taken * BTC.lot_size)
+        closing -= filled
         if not filled:
             break
         price = worst + side * better * BTC.tick_size
         fill = apply_fill(position, -side * filled, price)
         fee = round_up(filled * price * BTC.taker_fee_rate)
-        after = fill.position.signed_quantity
-        booked = BookedFill(position.signed_quantity, after, price, 10, fill.realized_pnl, fee, is_liquidation=True)
+        before, after = position.signed_quantity, fill.position.signed_quantity
+        booked = BookedFill(before, after, price, 10, fill.realized_pnl, fee, is_liquidation=True, is_cross=is_cross)
         settled = settle_fills(wallet, [booked], ZERO)
         position, wallet, drawn = fill.position, settled.wallet, drawn + settled.insurance
     assert drawn <= below_zero
