@@ -176,7 +176,8 @@ def liquidate(wallet: Wallet, fill: BookedFill) -> Settled:
 def settle_fills(wallet: Wallet, fills: Iterable[BookedFill], order_margin_delta: Decimal) -> Settled:
     """Book fills in their order, then divide anew (see `settle`).
 
-    A liquidation of a cross position is like any other fill, all of the user's money stands behind it, but for its fee.
+    A liquidation of a cross position is like any other fill, all of the user's money stands behind it, but for its fee,
+    which is taken from what is left of the closed part's share of that money.
     """
     cash, position_margin = ZERO, wallet.position_margin
     insurance = fee = surplus = ZERO
@@ -190,11 +191,13 @@ def settle_fills(wallet: Wallet, fills: Iterable[BookedFill], order_margin_delta
             fee += forced.liquidation_fee
             surplus += forced.surplus
             continue
+        before = wallet.available + wallet.order_margin + wallet.position_margin + cash
         cash += fill.cash
         position_margin = margin_after(position_margin, fill)
         if fill.is_liquidation:
-            left = wallet.available + wallet.order_margin + wallet.position_margin + cash
-            charged = liquidation_fee(fill.closed_notional, left)
+            # No more than the closed part's share leaves: the next fills of the same order need the rest.
+            share = before if not fill.after else round_down(before * (1 - fill.after / fill.before))
+            charged = liquidation_fee(fill.closed_notional, share + fill.cash)
             cash -= charged
             fee += charged
     settled = settle(wallet, cash, position_margin, order_margin_delta)

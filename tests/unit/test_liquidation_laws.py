@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from activities.positions import sides_of
@@ -235,6 +235,8 @@ def test_a_position_is_due_exactly_when_its_margin_ratio_is_down_to_the_maintena
 
 
 @settings(max_examples=300, deadline=None)
+# The fee of the first fill took what the second one needed.
+@example(1, 2, 400_000, 2_040, 0, [(1, 0)], True, 2)  # noqa: FBT003
 @given(
     st.sampled_from([1, -1]),
     st.integers(1, 6_000),
