@@ -273,15 +273,16 @@ class Matcher:
         self, new: New, quantity: int, at: int, refused: type[Rejected | Expired], events: list[AnyEvent]
     ) -> None:
         """Let `quantity` lots of an order trade and rest. What its terms forbid to enter ends as `refused`."""
-        book, price = self.book, new.price
-        opposite = book.asks if new.side == "BUY" else book.bids
-        crosses = opposite.best is not None and opposite.best.key <= opposite.sign * price
-        refusal = self._entry_refusal(new, quantity, at, crosses=crosses)
-        if refusal:
-            if refusal == "REDUCE_ONLY" and refused is Rejected:
-                refusal = "REDUCE_ONLY_REJECTED"
-            events.append(_ended(refused, new, quantity, at, refusal))
-            return
+        book, price, buys = self.book, new.price, new.side == "BUY"
+        opposite = book.asks if buys else book.bids
+        best = opposite.best
+        crosses = best is not None and (best.price <= price if buys else best.price >= price)
+        guarded = book.accounts[new.user_id].leverage
+        if guarded or new.post_only or new.reduce_only:
+            refusal = self._entry_refusal(new, quantity, at, refused, crosses=crosses)
+            if refusal:
+                events.append(_ended(refused, new, quantity, at, refusal))
+                return
         if new.reduce_only:
             room = self.reductions.reducible(new.user_id, new.side)
             new, quantity = _shrunk(new, quantity, room, at, events)
@@ -294,7 +295,7 @@ class Matcher:
             quantity = self._match(new, quantity, at, opposite, events)
             if not quantity:
                 return
-            if self._is_stopped(new, opposite):
+            if guarded and self._is_stopped(new, opposite):
                 events.append(_ended(Expired, new, quantity, at, "MARGIN_AT_MARK"))
                 return
         if new.type not in RESTING:
@@ -308,22 +309,24 @@ class Matcher:
             book.add(Order(new, price, quantity))
             events.append(Placed(at, new.order_id, new.user_id, new.side, price, quantity))
 
-    def _entry_refusal(self, new: New, quantity: int, at: int, *, crosses: bool) -> str:
+    def _entry_refusal(
+        self, new: New, quantity: int, at: int, refused: type[Rejected | Expired], *, crosses: bool
+    ) -> str:
         """Why an order may not enter; empty if it may."""
         if crosses and new.post_only:
             return "POST_ONLY_WOULD_CROSS"
-        account = self.book.accounts.get(new.user_id)
-        closing = 0 if account is None else reducible(account, new.side)
+        account = self.book.accounts[new.user_id]
+        closing = reducible(account, new.side)
         if new.reduce_only:
-            return "" if closing else "REDUCE_ONLY"
-        if account is not None and account.leverage and quantity > closing and at > self.guards.live_until:
+            return "" if closing else "REDUCE_ONLY_REJECTED" if refused is Rejected else "REDUCE_ONLY"
+        if account.leverage and quantity > closing and at > self.guards.live_until:
             return "MARK_PRICE_UNAVAILABLE"
         return ""
 
     def _is_stopped(self, new: New, opposite: BookSide) -> bool:
         """Whether somebody is left whom only its guard kept the order from trading with."""
-        account, best = self.book.accounts[new.user_id], opposite.best
-        return bool(account.leverage) and best is not None and best.key <= opposite.sign * new.price
+        best = opposite.best
+        return best is not None and best.key <= opposite.sign * new.price
 
     def _rest(self, order: Order) -> None:
         self.book.add(order)
@@ -334,14 +337,17 @@ class Matcher:
 
     def _match(self, new: New, remaining: int, at: int, opposite: BookSide, events: list[AnyEvent]) -> int:
         """Trade with the opposite side up to the limit; the lots that remain, 0 if the order has ended."""
-        side, user_id, limit, buys = new.side, new.user_id, new.price, new.side == "BUY"
+        side, user_id, order_id, limit = new.side, new.user_id, new.order_id, new.price
+        liquidation, reduces, buys = new.liquidation, new.reduce_only, side == "BUY"
         accounts, reducing = self.book.accounts, self.reductions.users
         maker_units, taker_units, per = self._fees
         trade_id = self.event_seq * INSTRUMENTS_MAX + self._instrument_number
         taker = accounts[user_id]
+        guarded = taker.leverage and not liquidation
         while (level := opposite.best) is not None:
             price, queue = level.price, level.queue
-            phase = self._phase(taker, new, remaining, price)
+            # How many lots the taker's guard allows at this price.
+            phase = self.guards.lots(taker, new, price, remaining) if guarded else remaining
             if not phase or (buys and price > limit) or (not buys and price < limit):
                 return remaining
             while level.lots and phase:
@@ -363,7 +369,7 @@ class Matcher:
                 phase -= quantity
                 open_lots = maker.remaining - quantity
                 level.lots -= quantity
-                notional = price * quantity
+                maker_fee, taker_fee = price * quantity * maker_units, price * quantity * taker_units
                 events.append(
                     Trade(
                         at,
@@ -374,16 +380,15 @@ class Matcher:
                         maker_new.order_id,
                         maker_new.user_id,
                         open_lots,
-                        -(-notional * maker_units // per),
-                        new.order_id,
+                        maker_fee if per == 1 else -(-maker_fee // per),
+                        order_id,
                         user_id,
                         remaining,
-                        -(-notional * taker_units // per),
+                        taker_fee if per == 1 else -(-taker_fee // per),
                         limit,
-                        new.liquidation,
+                        liquidation,
                         maker_new.reduce_only,
-                        new.reduce_only,
-                        *covers,
+                        reduces,
                     )
                 )
                 self.last_price = price
@@ -391,16 +396,16 @@ class Matcher:
                 taker.position += bought
                 account.position -= bought
                 if covers:
-                    self._back(taker, bought, new, account, maker_new, events)
+                    self._back(taker, bought, new, account, maker_new, covers, events)
                 if open_lots:
                     maker.remaining = open_lots
                 else:
                     self._maker_filled(level, maker, account, opposite, at, events)
                 if reducing:
                     self._position_changed(maker, open_lots, quantity, user_id, at, events)
-                if not remaining:
-                    events.append(Filled(at, new.order_id, user_id))
-                    return 0
+            if not remaining:
+                events.append(Filled(at, order_id, user_id))
+                return 0
         return remaining
 
     def _maker_filled(
@@ -415,12 +420,6 @@ class Matcher:
             opposite.emptied(level)
 
     # Guards
-
-    def _phase(self, taker: Account, new: New, remaining: int, price: int) -> int:
-        """How many of the lots of an order that enters its guard allows at `price`."""
-        if not taker.leverage or new.liquidation:
-            return remaining
-        return self.guards.lots(taker, new, price, remaining)
 
     def _guarded(
         self, maker: Order, account: Account, taker: Account, new: New, price: int, quantity: int
@@ -445,11 +444,21 @@ class Matcher:
         )
 
     def _back(
-        self, taker: Account, bought: int, new: New, maker: Account, maker_new: New, events: list[AnyEvent]
+        self,
+        taker: Account,
+        bought: int,
+        new: New,
+        maker: Account,
+        maker_new: New,
+        covers: tuple[int, ...],
+        events: list[AnyEvent],
     ) -> None:
-        """Fold the trade that was written last into what backs the positions of both sides."""
-        trade = events[-1]
-        assert isinstance(trade, Trade)
+        """Let the trade that was written last tell of the guards, and fold it into what backs the positions of both
+        sides."""
+        plain = events.pop()
+        assert isinstance(plain, Trade)
+        trade = Trade(*structs.astuple(plain)[: -len(covers)], *covers)
+        events.append(trade)
         seq, price = self.event_seq + len(events), trade.price
         for account, lots, terms, open_loss in (
             (taker, bought, new, trade.taker_open_loss),
