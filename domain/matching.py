@@ -129,7 +129,8 @@ class SetTerms(Command, tag="SET_TERMS", frozen=True, kw_only=True, omit_default
     of the largest position that their open orders can lead to. `cross`: all of the account backs the position.
 
     `bankruptcy` is for a position that was opened before the user had terms: its bankruptcy price in millionths of a
-    tick (0: there is none).
+    tick (0: there is none). `cover` is what the account has for a cross position beyond that position's own margin, in
+    millionths of a tick times a lot, as decided up to event `after_seq`; below 0 it lacks as much.
     """
 
     user_id: int
@@ -137,6 +138,8 @@ class SetTerms(Command, tag="SET_TERMS", frozen=True, kw_only=True, omit_default
     maintenance: int
     cross: bool = False
     bankruptcy: int = 0
+    cover: int = 0
+    after_seq: int = 0
 
 
 class MoveMargin(Command, tag="MOVE_MARGIN", frozen=True, kw_only=True):

@@ -132,10 +132,11 @@ class Account:
 
     The rest is for `engine/guards.py`. Terms: `leverage` (0: none, fills are not guarded), `maintenance` and `cross`.
     `backing`: what the position was opened for, less (long) or more (short) its margin, in millionths of a tick times
-    a lot: a price of `backing` / position makes it worth nothing. `fill_seq` is the event of the last fill.
+    a lot: a price of `backing` / position makes it worth nothing. `cover`, in the same unit: what the rest of the
+    account has for a cross position. `fill_seq` is the event of the last fill.
     """
 
-    __slots__ = ("backing", "cross", "fill_seq", "leverage", "maintenance", "orders", "position")
+    __slots__ = ("backing", "cover", "cross", "fill_seq", "leverage", "maintenance", "orders", "position")
 
     def __init__(self) -> None:
         self.position = 0
@@ -144,6 +145,7 @@ class Account:
         self.maintenance = 0
         self.cross = False
         self.backing = 0
+        self.cover = 0
         self.fill_seq = 0
 
 

@@ -15,13 +15,15 @@ The open loss is put behind the position, as far as it is held, when it is more 
 liquidated by the next tick.
 
 What *closes* an isolated position may cost what backs it, the taker fee included, and nothing else: the price is no
-worse than the bankruptcy price. A cross position is backed by the whole account, of which the engine knows no more than
-that its equity is above the maintenance margin; so what closes may be worse than the mark by that, and by `New.loss`.
+worse than the bankruptcy price. A cross position is backed by the whole account: by its own margin, and by what the
+risk service tells of the rest (`SetTerms.cover`). What closes may be worse than the mark by the maintenance margin, as
+long as the account has that much, and by `New.loss`. Once the account would be empty at the mark, only the mark or
+better will do.
 
 Prices are ticks, quantities lots, rates millionths. What is kept of a user rounds against them.
 """
 
-from domain.matching import New, Side
+from domain.matching import New, SetTerms, Side
 from engine.book import Account
 
 ONE = 1_000_000
@@ -48,11 +50,20 @@ class Guards:
             return self._bankruptcy_price(account)
         if not self.mark:
             return 0 if buys else NO_SALE
-        slack = (self.mark * account.maintenance) // ONE if closes else self._slack(account, new.side)
+        spare = self._cross_spare(account, new) if closes else new.loss + self._slack(account, new.side)
         if not buys:
-            return self.ceiling - new.loss - slack
-        worst = self.mark + new.loss + slack
+            return self.ceiling - spare
+        worst = self.mark + spare
         return worst if closes or not new.basis else min(worst, new.basis)
+
+    def _cross_spare(self, account: Account, new: New) -> int:
+        """How many ticks worse than the mark a cross position may be closed."""
+        held = abs(account.position)
+        fee = self.ceiling * self.taker_fee // ONE + 1
+        spare = (_equity(account, self.mark, self.ceiling) + account.cover) // (held * ONE) - fee
+        if spare < 0:
+            return 0
+        return min(spare, max(0, self.mark * account.maintenance // ONE - fee)) + new.loss
 
     def open_loss(self, account: Account, new: New, price: int) -> int:
         """By how many ticks a fill that opens is worse than the mark, at most what is held for that; 0 if initial
@@ -102,20 +113,48 @@ class Guards:
         return account.backing // (held * (ONE + self.taker_fee))
 
 
+def set_terms(account: Account, terms: SetTerms) -> None:
+    """The terms on which `account` is guarded from here on.
+
+    More `cover` counts only if nothing was filled after event `terms.after_seq`, up to which it was decided.
+    """
+    if not account.leverage:
+        account.backing = terms.bankruptcy * abs(account.position)
+    account.leverage, account.maintenance, account.cross = terms.leverage, terms.maintenance, terms.cross
+    if account.fill_seq <= terms.after_seq or terms.cover < account.cover:
+        account.cover = terms.cover
+
+
 def reducible(account: Account, side: Side) -> int:
     """How many lots an order on `side` can take off the position."""
     return max(0, -account.position if side == "BUY" else account.position)
 
 
-def book_fill(account: Account, bought: int, price: int, basis: int, open_loss: int, seq: int) -> None:
-    """Fold a fill of `bought` lots (below 0: sold) into what backs the position, which has it already."""
+def _equity(account: Account, mark: int, ceiling: int) -> int:
+    """What the margin of a position is worth at the mark, in millionths of a tick times a lot."""
+    held = account.position
+    return held * mark * ONE - account.backing if held > 0 else account.backing + held * ceiling * ONE
+
+
+def book_fill(
+    account: Account, bought: int, price: int, basis: int, open_loss: int, seq: int, loss: int = 0, taker_fee: int = 0
+) -> None:
+    """Fold a fill of `bought` lots (below 0: sold) into what backs the position, which has it already.
+
+    `loss` is what the order held per lot (`New.loss`); a cross account pays with it, and with the rest it has, what
+    closing costs beyond the margin of what is closed, and the fee.
+    """
     position = account.position - bought
     account.fill_seq = seq
     if position * bought < 0:
-        held, closed = abs(position), abs(bought)
+        held, closed = abs(position), min(abs(position), abs(bought))
+        shared = account.backing * closed
+        shared = shared // held if position > 0 else -(-shared // held)
+        if account.cross:
+            gain = closed * price * ONE - shared if position > 0 else shared - closed * price * ONE
+            account.cover += min(0, gain + closed * loss * ONE - closed * price * taker_fee)
         if closed < held:
-            shared = account.backing * closed
-            account.backing -= shared // held if position > 0 else -(-shared // held)
+            account.backing -= shared
             return
         account.backing = 0
         bought = account.position
@@ -135,3 +174,5 @@ def move_margin(account: Account, amount: int, after_seq: int) -> None:
     if not account.leverage or not account.position or (amount > 0 and account.fill_seq > after_seq):
         return
     account.backing -= amount if account.position > 0 else -amount
+    if account.cross and amount > 0:
+        account.cover -= amount

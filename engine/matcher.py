@@ -43,7 +43,7 @@ from domain.matching import (
 )
 from engine.book import Account, Book, BookSide, Level, Order
 from engine.fillable import fillable
-from engine.guards import ONE, Guards, book_fill, move_margin, reducible
+from engine.guards import ONE, Guards, book_fill, move_margin, reducible, set_terms
 from engine.reductions import Reductions
 from engine.stops import Stops, waits_for_rise
 
@@ -69,6 +69,7 @@ class Guarded(msgspec.Struct, frozen=True, array_like=True):
     # As text, since it may be beyond 64 bits.
     backing: str
     fill_seq: int
+    cover: str = "0"
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
@@ -141,7 +142,15 @@ class Matcher:
                 self.guards.ceiling,
                 self.guards.live_until,
                 [
-                    Guarded(user_id, own.leverage, own.maintenance, own.cross, str(own.backing), own.fill_seq)
+                    Guarded(
+                        user_id,
+                        own.leverage,
+                        own.maintenance,
+                        own.cross,
+                        str(own.backing),
+                        own.fill_seq,
+                        str(own.cover),
+                    )
                     for user_id, own in sorted(self.book.accounts.items(), key=lambda item: item[0])
                     if own.leverage
                 ],
@@ -166,7 +175,7 @@ class Matcher:
         for kept in snapshot.guarded:
             account = matcher.book.accounts[kept.user_id]
             account.leverage, account.maintenance, account.cross = kept.leverage, kept.maintenance, kept.cross
-            account.backing, account.fill_seq = int(kept.backing), kept.fill_seq
+            account.backing, account.fill_seq, account.cover = int(kept.backing), kept.fill_seq, int(kept.cover)
         for order in snapshot.resting:
             matcher._rest(order)
         for order in snapshot.waiting:
@@ -210,7 +219,7 @@ class Matcher:
                 events.append(StateChanged(at=command.at, state=command.state))
                 self._mark_reached()
         elif isinstance(command, SetTerms):
-            self._set_terms(command)
+            set_terms(self.book.accounts[command.user_id], command)
         elif isinstance(command, MoveMargin):
             move_margin(self.book.accounts[command.user_id], command.amount, command.after_seq)
 
@@ -220,12 +229,6 @@ class Matcher:
             guards.mark, guards.ceiling = command.price, command.ceiling or command.price
             guards.live_until = 0 if command.frozen else command.at + MARK_AGE_MAX_MS
             self._mark_reached()
-
-    def _set_terms(self, terms: SetTerms) -> None:
-        account = self.book.accounts[terms.user_id]
-        if not account.leverage:
-            account.backing = terms.bankruptcy * abs(account.position)
-        account.leverage, account.maintenance, account.cross = terms.leverage, terms.maintenance, terms.cross
 
     # Entry
 
@@ -465,7 +468,8 @@ class Matcher:
             (maker, -bought, maker_new, trade.maker_open_loss),
         ):
             if account.leverage:
-                book_fill(account, lots, price, terms.basis or terms.price, open_loss, seq)
+                basis = terms.basis or terms.price
+                book_fill(account, lots, price, basis, open_loss, seq, terms.loss, self.guards.taker_fee)
 
     def _prevented(self, maker: Order, new: New, remaining: int, at: int, events: list[AnyEvent]) -> bool:
         """Self-trade prevention: end the maker's order, the taker's or both; whether it ended the taker's."""

@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 
 from engine.lease import Lease
-from engine.matcher import SNAPSHOT_VERSION, Matcher
+from engine.matcher import SNAPSHOT_VERSION, SNAPSHOT_VERSIONS, Matcher
 from engine.retention import prune
 from storage.db import DATABASE_ERRORS, Connection, Pool
 
@@ -74,7 +74,7 @@ async def read(conn: Connection, instrument_id: str, command_seq: int) -> Snapsh
     row = await conn.fetchrow(_READ, instrument_id, command_seq)
     if row is None:
         raise BadSnapshotError("it is gone")
-    if row["version"] != SNAPSHOT_VERSION:
+    if row["version"] not in SNAPSHOT_VERSIONS:
         raise BadSnapshotError(f"Expected version {SNAPSHOT_VERSION}, was {row['version']}")
     checksum = await asyncio.to_thread(_checksum, row["payload"])
     if checksum != row["checksum"]:

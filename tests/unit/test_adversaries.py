@@ -149,12 +149,11 @@ def _without_bounds(what: str) -> Any:
     return worst_price
 
 
-def _the_first_terms_for_ever(self: matcher.Matcher, terms: Any) -> None:
-    if not self.book.accounts[terms.user_id].leverage:
-        REAL_SET_TERMS(self, terms)
+def _the_first_terms_for_ever(account: Any, terms: Any) -> None:
+    if not account.leverage:
+        guards.set_terms(account, terms)
 
 
-REAL_SET_TERMS = matcher.Matcher._set_terms
 # Each guard, and what is there instead of it.
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "what opens may be as far from the mark as it likes": (Guards, "worst_price", _without_bounds("opening")),
@@ -162,7 +161,7 @@ MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "open loss is not put behind the position": (Guards, "open_loss", lambda *_: 0),
     "open loss is not held with the order": (Exposure, "open_loss", lambda *_: ZERO),
     "the engine is not told of margin that moves": (matcher, "move_margin", lambda *_: None),
-    "the engine does not hear of other terms": (matcher.Matcher, "_set_terms", _the_first_terms_for_ever),
+    "the engine does not hear of other terms": (matcher, "set_terms", _the_first_terms_for_ever),
     "what backs a position is not counted": (matcher, "book_fill", lambda *_: None),
     "initial margin is believed to be twice what it is": (guards, "ONE", 2 * ONE),
 }
