@@ -16,8 +16,7 @@ import msgspec
 from temporalio import activity
 
 from activities.collateral import free_collateral, read_collateral
-from activities.matching import append_commands
-from domain.clock import to_ms
+from activities.margin_commands import announce, await_engine, await_liquidations, read_announced, tell_engine
 from domain.events import (
     BusinessEvent,
     FundsFrozen,
@@ -32,6 +31,7 @@ from domain.funding import (
     FUNDING_UNCOVERED,
     OPEN_FUNDING,
     SETTLE_FUNDING,
+    Charge,
     FundingPage,
     FundingRun,
     FundingTotals,
@@ -39,12 +39,21 @@ from domain.funding import (
     charge,
 )
 from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved
-from domain.matching import AnyCommand, MoveMargin, margin_units
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
 from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, Refusal, StepRequest, Uncovered
 from domain.steps import CheckResult, MarginMoves, MarginPlan, settle_step
-from domain.wallet import BookedFill, Settled, Wallet, freeze, keep_back, settle, settle_fills, settle_within
+from domain.wallet import (
+    BookedFill,
+    Settled,
+    Wallet,
+    freeze,
+    keep_back,
+    leave_to_user,
+    settle,
+    settle_fills,
+    settle_within,
+)
 from storage import outbox
 from storage.db import Connection, Pool, columns
 from storage.once import NotYetError, advance_cursor, first_result, store_result
@@ -181,6 +190,11 @@ class Cause:
     asset: str
 
 
+@dataclass(frozen=True, slots=True)
+class Untold:
+    """Nothing was paid: the engine had to be told first."""
+
+
 class LedgerActivities:
     """Activities on the ledger service's own tables."""
 
@@ -245,9 +259,17 @@ class LedgerActivities:
 
     @activity.defn(name=SETTLE_FUNDING)
     async def settle_funding(self, page: FundingPage) -> int | None:
-        """Book a page of payments, once; where the next page starts, None when there is none."""
+        """Book a page of payments, once; where the next page starts, None when there is none.
+
+        Raises NotYetError while the engine has not carried out, or settlement not finished with, what the payments wait
+        for: what they take of margins, which it is told here, and orders of liquidations that count on the same money.
+        """
         async with self._pool.acquire() as conn, conn.transaction():
-            return await _settle_funding(conn, page)
+            settled = await _settle_funding(conn, page)
+        if isinstance(settled, Untold):
+            # What was told stays told: this comes after the transaction.
+            raise NotYetError(f"The engine is told what the page after {page.after_user_id} takes of margins")
+        return settled
 
     @activity.defn(name=FUNDING_UNCOVERED)
     async def funding_uncovered(self, page: FundingPage) -> list[Uncovered]:
@@ -331,7 +353,7 @@ async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
     plan = await _risk_step(conn, f"adjust:{change.change_id}", MarginPlan)
     assert plan is not None, f"Expected the plan of {change}, was none"
     key = (change.user_id, change.instrument_id)
-    await _await_engine(conn, change.instrument_id, plan.command_seq)
+    await await_engine(conn, change.instrument_id, plan.command_seq)
     book = await _open_book(conn, [(change.user_id, plan.asset)])
     holds = await _lock_holds(conn, [(*key, plan.asset)])
     wallet = _wallet(book.accounts[change.user_id, plan.asset], holds[key])
@@ -351,41 +373,8 @@ async def _move_margin(conn: Connection, change: MarginChange) -> MarginMoved:
     _move(book, key, holds[key], moved)
     await write_book(conn, book, holds)
     if added > ZERO:
-        await _tell_engine(conn, {key: added})
+        await tell_engine(conn, {key: added})
     return MarginMoved(is_uncovered=moved.order_short > 0)
-
-
-async def _await_engine(conn: Connection, instrument_id: str, command_seq: int) -> None:
-    """Raises NotYetError until the engine has carried out that command, and all that came of it and of those before
-    is booked: until then a fill may still count on the margin that is to be taken away."""
-    row = await conn.fetchrow(
-        "SELECT m.command_seq, c.applied_seq, EXISTS (SELECT FROM matching.v_events e WHERE e.instrument_id = $1"
-        "   AND e.seq > c.applied_seq AND e.command_seq <= $2) AS unbooked"
-        " FROM matching.v_cursors m JOIN ledger.cursors c USING (instrument_id) WHERE instrument_id = $1",
-        instrument_id,
-        command_seq,
-    )
-    assert row is not None, f"Expected cursors of {instrument_id}"
-    if row["command_seq"] < command_seq or row["unbooked"]:
-        raise NotYetError(f"Command {command_seq} of {instrument_id} is not settled: the engine is at {row[0]}")
-
-
-async def _tell_engine(conn: Connection, moved: Mapping[tuple[int, str], Decimal]) -> None:
-    """Tell the engine, in the caller's transaction, by how much the margin of positions has changed."""
-    rows = await conn.fetch(
-        "SELECT instrument_id, i.tick_size * i.lot_size AS unit, c.applied_seq, now() AS now"
-        " FROM matching.v_instruments i JOIN ledger.cursors c USING (instrument_id) WHERE instrument_id = ANY($1)",
-        sorted({instrument_id for _, instrument_id in moved}),
-    )
-    known = {row["instrument_id"]: row for row in rows}
-    commands: defaultdict[str, list[AnyCommand]] = defaultdict(list)
-    for (user_id, instrument_id), amount in sorted(moved.items()):
-        row = known[instrument_id]
-        units = margin_units(amount, row["unit"])
-        commands[instrument_id].append(
-            MoveMargin(at=to_ms(row["now"]), user_id=user_id, amount=units, after_seq=row["applied_seq"])
-        )
-    await append_commands(conn, commands)
 
 
 async def _why_outdated(conn: Connection, key: tuple[int, str], plan: MarginPlan, hold: Hold) -> str | None:
@@ -439,6 +428,7 @@ async def _settle(conn: Connection, events: EventRange) -> None:
         wallet = _wallet(book.accounts[user_id, asset], holds[user_id, instrument_id])
         settled[user_id] = settle_fills(wallet, booked[user_id], order_margins.get(user_id, ZERO))
     await _keep_back(conn, asset, settled, {user_id: holds[user_id, instrument_id] for user_id in users})
+    await _keep_for_funding(conn, asset, settled)
     _post_trades(book, fills, asset, instrument_id)
     cause = Cause(SETTLEMENT, f"{instrument_id}:{events.to_seq}", instrument_id, asset)
     await _post_insurance(conn, book, cause, settled, {r["user_id"] for r in fills if r["cause"] == "LIQUIDATION"})
@@ -462,6 +452,16 @@ async def _keep_back(conn: Connection, asset: str, settled: dict[int, Settled], 
         settled[user_id] = replace(settled[user_id], wallet=wallet)
 
 
+async def _keep_for_funding(conn: Connection, asset: str, settled: dict[int, Settled]) -> None:
+    """Let what a liquidation leaves to the insurance fund pay first for funding that its user owes and else lacks."""
+    leaving = [user_id for user_id, s in settled.items() if s.surplus or s.liquidation_fee]
+    stands = await read_collateral(conn, leaving)
+    for user_id in leaving:
+        before = settled[user_id]
+        lacking = stands[user_id, asset].funding_owed - before.wallet.available - before.wallet.position_margin
+        settled[user_id] = leave_to_user(before, max(ZERO, lacking))
+
+
 async def _open_funding(conn: Connection, run: FundingRun) -> bool:
     await conn.execute(
         "INSERT INTO ledger.funding_runs (instrument_id, funding_time, asset, rate, mark_price)"
@@ -481,7 +481,7 @@ async def _open_funding(conn: Connection, run: FundingRun) -> bool:
     return bool(status == "OPEN")
 
 
-async def _settle_funding(conn: Connection, page: FundingPage) -> int | None:
+async def _settle_funding(conn: Connection, page: FundingPage) -> int | Untold | None:
     run = page.run
     asset = await conn.fetchval(
         "SELECT asset FROM ledger.funding_runs WHERE instrument_id = $1 AND funding_time = $2",
@@ -497,8 +497,8 @@ async def _settle_funding(conn: Connection, page: FundingPage) -> int | None:
         FUNDING_PAGE,
     )
     payments = [(row[0], row[1]) for row in rows if row[1]]
-    if payments:
-        await _book_funding(conn, page, asset, payments)
+    if payments and not await _book_funding(conn, page, asset, payments):
+        return Untold()
     next_user_id: int | None = rows[-1][0] if len(rows) == FUNDING_PAGE else None
     # In the transaction that books the page: no payment counts as owed and as paid, or as neither.
     await conn.execute(
@@ -513,7 +513,8 @@ async def _settle_funding(conn: Connection, page: FundingPage) -> int | None:
 
 async def _book_funding(
     conn: Connection, page: FundingPage, asset: str, payments: Sequence[tuple[int, Decimal]]
-) -> None:
+) -> bool:
+    """Book the payments of a page, once; False when nothing is paid yet, as the engine had to be told of it first."""
     run, reference_id = page.run, f"{page.run.reference}:{page.after_user_id}"
     book = await _open_book(conn, ((user_id, asset) for user_id, _ in payments))
     # Asked for under the locks: a repeat that runs at the same time waits for them and then sees the journal.
@@ -522,35 +523,40 @@ async def _book_funding(
         FUNDING_FEE,
         reference_id,
     ):
-        return
+        return True
     payers = {user_id: -payment for user_id, payment in payments if payment < ZERO}
     # All that is held for whom what is available does not do: it is locked with the balances.
     short = [user_id for user_id, owed in payers.items() if owed > book.accounts[user_id, asset].available]
     holds = await _holds_of(conn, short, asset)
+    sources = {
+        user_id: _source(owed, book.accounts[user_id, asset].available, run.instrument_id, holds.get(user_id, {}))
+        for user_id, owed in payers.items()
+    }
+    lowered = {
+        (user_id, draw.instrument_id): draw.position_margin
+        for user_id, source in sources.items()
+        for draw in source.draws
+        if draw.position_margin
+    }
+    announced = await read_announced(conn, reference_id)
+    if untold := announced.beyond(lowered):
+        await announce(conn, reference_id, announced.times, untold)
+        return False
+    for instrument_id, command_seq in sorted(announced.command_seqs.items()):
+        await await_engine(conn, instrument_id, command_seq)
+    await await_liquidations(conn, payers, lowered)
     touched: dict[tuple[int, str], Hold] = {}
-    lowered: dict[tuple[int, str], Decimal] = {}
     book.open_journal(FUNDING_FEE, reference_id)
-    paid = received = insurance = ZERO
-    drawn: dict[int, Settled] = {}
     for user_id, payment in payments:
-        if payment > ZERO:
-            received += payment
-            book.post_user(user_id, asset, "FUNDING", payment, instrument_id=run.instrument_id)
-            continue
-        held = holds.get(user_id, {})
-        holdings = [Holding(name, hold.order_margin, hold.position_margin) for name, hold in held.items()]
-        source = charge(-payment, book.accounts[user_id, asset].available, run.instrument_id, holdings)
-        paid -= payment
-        insurance += source.insurance
-        drawn[user_id] = Settled(Wallet(), source.insurance)
-        for draw in source.draws:
-            _draw(book, (user_id, draw.instrument_id), held[draw.instrument_id], draw)
-            touched[user_id, draw.instrument_id] = held[draw.instrument_id]
-            if draw.position_margin:
-                lowered[user_id, draw.instrument_id] = -draw.position_margin
+        for draw in sources[user_id].draws if payment < ZERO else ():
+            touched[user_id, draw.instrument_id] = hold = holds[user_id][draw.instrument_id]
+            _draw(book, (user_id, draw.instrument_id), hold, draw)
         book.post_user(user_id, asset, "FUNDING", payment, instrument_id=run.instrument_id)
+    paid = sum(payers.values(), ZERO)
+    received = sum((payment for _, payment in payments if payment > ZERO), ZERO)
     if paid != received:
         book.post_system(FUNDING, asset, "FUNDING", paid - received)
+    drawn = {user_id: Settled(Wallet(), source.insurance) for user_id, source in sources.items()}
     await _post_insurance(conn, book, Cause(FUNDING_FEE, reference_id, run.instrument_id, asset), drawn)
     await conn.execute(
         "UPDATE ledger.funding_runs SET paid = paid + $3, received = received + $4, insurance = insurance + $5,"
@@ -559,11 +565,18 @@ async def _book_funding(
         run.time,
         paid,
         received,
-        insurance,
+        sum((source.insurance for source in sources.values()), ZERO),
     )
     await write_book(conn, book, touched)
-    if lowered:
-        await _tell_engine(conn, lowered)
+    # What was announced and is not needed, as other money has come in since, backs the position again.
+    if spared := announced.spared(lowered):
+        await tell_engine(conn, spared)
+    return True
+
+
+def _source(owed: Decimal, available: Decimal, instrument_id: str, held: Mapping[str, Hold]) -> Charge:
+    holdings = [Holding(name, hold.order_margin, hold.position_margin) for name, hold in held.items()]
+    return charge(owed, available, instrument_id, holdings)
 
 
 async def _funding_uncovered(conn: Connection, page: FundingPage) -> list[Uncovered]:
@@ -790,6 +803,16 @@ async def _open_book(conn: Connection, owners: Iterable[tuple[int, str]]) -> Boo
         *columns(rows, 2),
     )
     return Book({(row[0], row[1]): Account(row[2], row[3]) for row in balances})
+
+
+async def lock_money(
+    conn: Connection, user_id: int, instrument_id: str, asset: str
+) -> tuple[Decimal, Decimal, Decimal]:
+    """What of a user's money is available, and held for orders and for the position in an instrument (quote), locked
+    until the caller's transaction ends: a liquidation counts on it (see `margin_commands.await_liquidations`)."""
+    book = await _open_book(conn, [(user_id, asset)])
+    hold = (await _lock_holds(conn, [(user_id, instrument_id, asset)]))[user_id, instrument_id]
+    return book.accounts[user_id, asset].available, hold.order_margin, hold.position_margin
 
 
 async def _lock_holds(conn: Connection, keys: Sequence[tuple[int, str, str]]) -> dict[tuple[int, str], Hold]:

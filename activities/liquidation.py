@@ -6,7 +6,7 @@ the position's status and the events about it are written in one transaction; ev
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -14,7 +14,9 @@ import asyncpg
 from redis.asyncio import Redis
 from temporalio import activity
 
+from activities.collateral import read_collateral
 from activities.instruments import RuleBook, Rules, read_instruments
+from activities.ledger import lock_money
 from activities.market import latest_marks
 from activities.matching import append_commands
 from activities.orders import submit_liquidation_order
@@ -474,14 +476,15 @@ class Account:
         order = [(self.holding(row["instrument_id"]).margin + row["pnl"] >= ZERO, row["maintenance"]) for row in rows]
         return max(zip(order, rows, strict=True), key=lambda pair: pair[0])[1] if rows else None
 
-    def insurance(self, instrument_id: str, closing: Decimal, mark: Decimal) -> Decimal:
-        """What the fund may be asked for to close so much: no more than the whole account is short of."""
-        return min(insurance_needed(self.holding(instrument_id), closing, mark), max(ZERO, -self.equity))
-
     def backing(self, row: asyncpg.Record) -> Decimal:
         """What one position may lose until the account is due, and its own maintenance margin."""
         own: Decimal = row["pnl"] - row["maintenance"]
         return self.equity - self.maintenance - own
+
+    def money(self, instrument_id: str) -> Decimal:
+        """What the ledger takes from when it books fills of one position: available, and held for the instrument."""
+        [mine] = [row for row in self.rows if row["instrument_id"] == instrument_id]
+        return Decimal(mine["available"] + mine["held"])
 
     def holding(self, instrument_id: str) -> Holding:
         """One position with what its user can lose with it: what the ledger takes from when it books its fills
@@ -584,12 +587,19 @@ async def _plan(conn: Connection, request: PlanRequest, marks: Marks, rules: Rul
     name = row["instrument_id"]
     mark, tiers = marks[name], rules.tiers[name]
     holding = _holding(row, row["margin"]) if account is None else account.holding(name)
+    held = row["margin"] if account is None else account.money(name)
+    money = await _less_funding(conn, row, row["quote_asset"], held)
     is_due = must_liquidate(holding, mark, tiers) if account is None else account.is_due
     if not is_due:
         return Plan("DONE", "the position has recovered")
     instrument = rules.instruments[name]
     closing = quantity_to_close(holding, mark, tiers, instrument.lot_size)
-    needed = insurance_needed(holding, closing, mark) if account is None else account.insurance(name, closing, mark)
+    # Whether it is due goes by what is held; what may be lost goes by what funding leaves of that.
+    holding = replace(holding, margin=max(ZERO, holding.margin - held + money))
+    needed = insurance_needed(holding, closing, mark)
+    if account is not None:
+        # No more than the whole account is short of.
+        needed = min(needed, max(ZERO, held - money - account.equity))
     fell_short = bool(request.after) and abs(holding.signed_quantity) > Decimal(request.target)
     return Plan(
         "DELEVERAGE" if fell_short and request.after == "ORDER" else "ORDER",
@@ -604,6 +614,7 @@ async def _plan(conn: Connection, request: PlanRequest, marks: Marks, rules: Rul
         plain(abs(holding.signed_quantity) - closing),
         fell_short,
         plain(justifying_price(holding, closing, mark, needed)),
+        plain(money),
     )
 
 
@@ -649,7 +660,7 @@ async def _submit(conn: Connection, submission: Submission, rules: Rules) -> boo
     if row is None:
         return False
     instrument = rules.instruments[row["instrument_id"]]
-    holding, mark, closing = _planned(submission.plan)
+    holding, mark, closing = await _planned(conn, row, submission.plan)
     price = worst_price(
         holding,
         closing,
@@ -671,7 +682,7 @@ async def _deleverage(conn: Connection, submission: Submission, rules: Rules) ->
     if row is None:
         return 0
     instrument = rules.instruments[row["instrument_id"]]
-    holding, mark, closing = _planned(submission.plan)
+    holding, mark, closing = await _planned(conn, row, submission.plan)
     price = deleverage_price(holding, instrument.tick_size)
     counterparties = await _rank(conn, instrument, holding, mark, price, closing)
     if counterparties:
@@ -707,7 +718,7 @@ async def _rank(
 
 async def _lock_running(conn: Connection, liquidation_id: int) -> asyncpg.Record | None:
     return await conn.fetchrow(
-        "SELECT user_id, instrument_id FROM risk.liquidation_queue WHERE liquidation_id = $1"
+        "SELECT user_id, instrument_id, margin_mode FROM risk.liquidation_queue WHERE liquidation_id = $1"
         " AND status = 'PROCESSING' AND NOT stopping FOR UPDATE",
         liquidation_id,
     )
@@ -764,10 +775,30 @@ def _holding(row: asyncpg.Record, margin: Decimal) -> Holding:
     return Holding(row["signed_quantity"], row["entry_notional"], margin)
 
 
-def _planned(plan: Plan) -> tuple[Holding, Decimal, Decimal]:
-    """The position, the mark price and how much to close, as planned."""
-    holding = Holding(Decimal(plan.signed_quantity), Decimal(plan.entry_notional), Decimal(plan.margin))
+async def _planned(conn: Connection, row: asyncpg.Record, plan: Plan) -> tuple[Holding, Decimal, Decimal]:
+    """The position, the mark price and how much to close, as planned, but with no more margin than there is now.
+
+    A funding payment may have taken of it since. From here to the end of the transaction none does; then it waits for
+    what is submitted here, as far as that counts on the same money (`margin_commands.await_liquidations`).
+    """
+    # Exposures come before balances wherever both are locked.
+    await lock_exposures(conn, [(row["user_id"], row["instrument_id"])])
+    available, orders, position = await lock_money(conn, row["user_id"], row["instrument_id"], plan.asset)
+    held = available + orders + position if row["margin_mode"] == "CROSS" else position
+    margin = Decimal(plan.margin)
+    if plan.money:
+        gone = Decimal(plan.money) - await _less_funding(conn, row, plan.asset, held)
+        margin = max(ZERO, margin - max(ZERO, gone))
+    holding = Holding(Decimal(plan.signed_quantity), Decimal(plan.entry_notional), margin)
     return holding, Decimal(plan.mark), Decimal(plan.closing)
+
+
+async def _less_funding(conn: Connection, row: asyncpg.Record, asset: str, held: Decimal) -> Decimal:
+    """What is left of what is `held` behind a position (>= 0) once its user has paid the funding that is due: from the
+    margin of an isolated one only what nothing else is available for."""
+    collateral = (await read_collateral(conn, [row["user_id"]]))[row["user_id"], asset]
+    owed = collateral.funding_owed - (ZERO if row["margin_mode"] == "CROSS" else collateral.available)
+    return max(ZERO, held - max(ZERO, owed))
 
 
 def _names(position: asyncpg.Record) -> dict[str, str]:

@@ -59,8 +59,9 @@ class Plan:
 
     For an order or a deleveraging: the position (signed, base), its entry notional and what backs it (quote), the mark
     price, how much to close (base), what the insurance fund could have to add (quote, `asset`), what is meant to stay
-    open (`target`, base), and the price at which what is closed is worth nothing any more. `fell_short`: more is open
-    than the round before was meant to leave.
+    open (`target`, base), and the price at which what is closed is worth nothing any more. `money`: what the ledger
+    held behind it then, the position's margin or, in cross mode, all that is available or held there (quote; "": not
+    known). `fell_short`: more is open than the round before was meant to leave.
     """
 
     action: str
@@ -75,6 +76,7 @@ class Plan:
     target: str = "0"
     fell_short: bool = False
     bankruptcy_price: str = "0"
+    money: str = ""
 
 
 @dataclass(frozen=True)

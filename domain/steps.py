@@ -60,6 +60,22 @@ class MarginPlan(msgspec.Struct, frozen=True):
     command_seq: int = 0
 
 
+class MarginDraw(msgspec.Struct, frozen=True):
+    """What is taken of the margin of a user's position (quote, above 0)."""
+
+    user_id: int
+    instrument_id: str
+    amount: Decimal
+
+
+class FundingDraws(msgspec.Struct, frozen=True):
+    """Of `ledger.settle_funding`, under `funding:{page}:{number}`: what the engine was told that a page's payments will
+    take of margins, and with which command of each instrument's log it was told last."""
+
+    draws: list[MarginDraw]
+    command_seqs: dict[str, int]
+
+
 def settle_step(events: EventRange) -> str:
     """Name of the stored margin moves of a range of engine events."""
     return f"settle:{events.instrument_id}:{events.to_seq}"

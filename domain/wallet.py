@@ -173,6 +173,19 @@ def liquidate(wallet: Wallet, fill: BookedFill) -> Settled:
     return Settled(replace(wallet, position_margin=ZERO), liquidation_fee=fee, surplus=left - fee)
 
 
+def leave_to_user(settled: Settled, amount: Decimal) -> Settled:
+    """Leave up to `amount` (>= 0) of what the fund got from a liquidation available to its user: of what was left of
+    the margin first, then of the fee."""
+    surplus = min(amount, settled.surplus)
+    fee = min(amount - surplus, settled.liquidation_fee)
+    return replace(
+        settled,
+        wallet=replace(settled.wallet, available=settled.wallet.available + surplus + fee),
+        liquidation_fee=settled.liquidation_fee - fee,
+        surplus=settled.surplus - surplus,
+    )
+
+
 def settle_fills(wallet: Wallet, fills: Iterable[BookedFill], order_margin_delta: Decimal) -> Settled:
     """Book fills in their order, then divide anew (see `settle`).
 

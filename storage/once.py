@@ -14,8 +14,8 @@ from storage.db import Connection
 
 T = TypeVar("T")
 
-# Kinds of steps that only their own saga, settlement or liquidation repeats.
-PASSING_STEPS = ["adjust", "check", "freeze", "release", "unfreeze", "settle", "liquidate"]
+# Kinds of steps that only their own saga, settlement, liquidation or funding run repeats.
+PASSING_STEPS = ["adjust", "check", "freeze", "release", "unfreeze", "settle", "liquidate", "funding"]
 
 
 class CursorGapError(ApplicationError):

@@ -39,8 +39,8 @@ VIEWS: dict[str, str] = {
         " FROM risk.leverage_tiers"
     ),
     "risk.v_liquidations": (
-        "SELECT liquidation_id, position_id, user_id, instrument_id, margin_mode, reason, status, created_at,"
-        " updated_at FROM risk.liquidation_queue"
+        "SELECT liquidation_id, position_id, user_id, instrument_id, margin_mode, reason, status, command_seq,"
+        " created_at, updated_at FROM risk.liquidation_queue"
     ),
     "ledger.v_balances": "SELECT user_id, asset, available, reserved FROM ledger.ledger_balances",
     "ledger.v_margin_holds": (

@@ -310,7 +310,15 @@ class World:
             after_user_id: int | None = 0
             while after_user_id is not None:
                 page = FundingPage(run, after_user_id)
-                after_user_id = await self.ledger.settle_funding(page)
+                while True:
+                    try:
+                        after_user_id = await self.ledger.settle_funding(page)
+                        break
+                    except NotYetError:
+                        if not self.settles_by_itself:
+                            raise
+                        yield "waits"
+                        await self.settle_all()
                 yield "paid"
                 await self.positions.confirm_funding(page)
                 yield "confirmed"
@@ -328,6 +336,11 @@ class World:
             if events is None:
                 return
             await finish(self.settlement(events))
+
+    async def settle_all(self) -> None:
+        """Match and settle all instruments."""
+        for instrument in SHIPPED:
+            await self.settle(instrument)
 
     async def trade(self, buyer: int, seller: int, quantity: str, price: object, instrument: Instrument = BTC) -> None:
         """A trade between two users, settled; the seller rests first."""

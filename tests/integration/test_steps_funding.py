@@ -172,6 +172,7 @@ async def test_who_has_nothing_available_pays_from_the_position_s_margin_and_com
     await paid_out(world, ALICE)
     margin, _, liquidation = await position(world, ALICE)
     orders = await world.pool.fetchval("SELECT order_margin FROM ledger.margin_holds WHERE user_id = $1", ALICE)
+    backing = world.matchers[BTC.instrument_id].book.accounts[ALICE].backing
     moment = await now(world)
     await world.publish_rate(moment, "0.01", 60_000)
     await finish(world.funding(due(moment)))
@@ -181,8 +182,6 @@ async def test_who_has_nothing_available_pays_from_the_position_s_margin_and_com
     assert (after, realized) == (margin - 600, D(-600))
     assert nearer > liquidation
     # The engine closes no further than what is left.
-    backing = world.matchers[BTC.instrument_id].book.accounts[ALICE].backing
-    await world.match()
     account = world.matchers[BTC.instrument_id].book.accounts[ALICE]
     taken = D(abs(account.backing - backing)) / ONE * BTC.tick_size * BTC.lot_size
     assert taken == 600

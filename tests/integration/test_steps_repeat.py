@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -10,9 +10,11 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.audit import run_audit
+from activities.ledger import transfer_external
 from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
 from domain.sagas import Acceptance, OrderBatch, Outcome, StepRequest
 from storage.db import Pool, open_pool
+from storage.once import NotYetError
 from tests.conftest import COPY_OF_TEMPLATE
 from tests.integration.ledger_world import BTC, ETH, World, dump, limit, market, settlement_steps
 
@@ -143,6 +145,25 @@ async def script(world: World) -> AsyncIterator[tuple[str, Activity]]:
     for step in funding(world, FundingRun(BTC.instrument_id, NOON.isoformat())):
         yield step
 
+    # User 2, who is short, has nothing but margin to pay with.
+    available, _ = await world.balance(2)
+    async with world.pool.acquire() as conn, conn.transaction():
+        await transfer_external(conn, "WITHDRAWAL", "all", 2, "USDT", -available)
+    evening = NOON + timedelta(hours=8)
+    await world.publish_rate(evening, "-0.05", "50000.01")
+    run = FundingRun(BTC.instrument_id, evening.isoformat())
+
+    async def announce() -> str:
+        with pytest.raises(NotYetError):
+            await world.ledger.settle_funding(FundingPage(run, 0))
+        return "announced"
+
+    for name, activity in funding(world, run):
+        if name == "settle_funding":
+            yield "announce", announce
+            await world.settle(BTC)
+        yield name, activity
+
 
 def placement(world: World, batch: OrderBatch) -> Iterator[tuple[str, Activity]]:
     """As if all passes that risk lets through."""
@@ -202,7 +223,7 @@ async def test_a_step_run_twice_answers_the_same_and_changes_nothing_more(pool: 
         "check_orders", "freeze_funds", "release_orders", "unfreeze_funds", "accept", "request_cancels",
         "apply_trades", "risk.apply_events", "settle", "confirm", "orders.apply_events", "cancel_uncovered",
         "acknowledge", "open_funding", "last_command", "events_of", "fix_funding_positions", "settle_funding",
-        "confirm_funding", "close_funding",
+        "confirm_funding", "close_funding", "announce",
     }  # fmt: skip
     assert (await run_audit(pool)).ok
 

@@ -153,6 +153,10 @@ async def test_orders_whose_money_pays_for_funding_are_cancelled(exchange: Excha
         # Of what is held behind the position and for two orders, Bob keeps 1.
         await exchange.publish_rate(moment, str((reserved - 1) / 60))
         handle = await exchange.start(moment)
+        # What is taken of the margin, the engine has to hear first.
+        await until_pending(handle, SETTLE_FUNDING, "the engine is at")
+        assert await desk.balance(BOB) == (D(0), reserved)
+        await exchange.engine.match()
         totals = await handle.result()
     assert (D(totals.paid), totals.insurance) == (reserved - 1, "0")
     assert await desk.balance(BOB) == (D(0), D(1))

@@ -28,6 +28,7 @@ SERVICE_OF = {
     "activities/liquidation.py": "risk",
     "activities/ledger.py": "ledger",
     "activities/insurance.py": "ledger",
+    "activities/margin_commands.py": "ledger",
     "activities/audit.py": "ledger",
     "activities/positions.py": "positions",
     "activities/matching.py": "matching",

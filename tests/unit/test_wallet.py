@@ -5,7 +5,7 @@ from decimal import Decimal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.wallet import Wallet, freeze, settle
+from domain.wallet import Settled, Wallet, freeze, leave_to_user, settle
 
 MONEY = st.decimals(0, 10**9, places=8)
 CASH = st.decimals(-(10**9), 10**9, places=8)
@@ -103,3 +103,17 @@ def test_a_loss_takes_the_money_of_orders_before_that_of_the_position() -> None:
     assert settled.wallet == Wallet(Decimal(0), Decimal(15), Decimal(30), Decimal(5))
     repaid = settle(settled.wallet, Decimal(7), Decimal(30), Decimal(0))
     assert repaid.wallet == Wallet(Decimal(2), Decimal(20), Decimal(30), Decimal(0))
+
+
+@given(WALLETS, MONEY, MONEY, MONEY)
+def test_what_a_liquidation_leaves_to_the_fund_can_stay_with_its_user(
+    wallet: Wallet, fee: Decimal, surplus: Decimal, amount: Decimal
+) -> None:
+    before = Settled(wallet, liquidation_fee=fee, surplus=surplus)
+    after = leave_to_user(before, amount)
+    left = min(amount, fee + surplus)
+    assert after.wallet.available == wallet.available + left
+    assert after.liquidation_fee + after.surplus == fee + surplus - left
+    # The fee is touched only when nothing else is left.
+    assert 0 <= after.surplus <= surplus
+    assert after.liquidation_fee == fee or not after.surplus
