@@ -11,6 +11,8 @@ mark is not below maintenance. With m = mark, i = initial and u = maintenance ma
     SELL: price >= m - loss - slack    slack = m * (i - u) / (1 + i)    margin = min(price + open loss, basis) * i
                                                                                  + open loss
 
+Nothing opens on the side of an isolated position that is below its maintenance margin already: it is the liquidation's.
+
 The open loss is put behind the position, as far as it is held, when it is more than half of the slack: nobody shall be
 liquidated by the next tick.
 
@@ -53,13 +55,20 @@ class Guards:
         buys = new.side == "BUY"
         if closes and not account.cross:
             return self._bankruptcy_price(account)
-        if not self.mark:
+        if not self.mark or (not closes and self._is_due(account, buys=buys)):
             return 0 if buys else NO_SALE
         spare = self._cross_spare(account, new) if closes else new.loss + self._slack(account, new.side)
         if not buys:
             return self.ceiling - spare
         worst = self.mark + spare
         return worst if closes or not new.basis else min(worst, new.basis)
+
+    def _is_due(self, account: Account, *, buys: bool) -> bool:
+        """Whether an isolated position that an order of this side would add to is below its maintenance margin."""
+        held, mark = (account.position, self.mark) if buys else (-account.position, self.ceiling)
+        if held <= 0 or account.cross:
+            return False
+        return _equity(account, self.mark, self.ceiling) < held * mark * account.maintenance
 
     def _cross_spare(self, account: Account, new: New) -> int:
         """How many ticks worse than the mark a cross position may be closed; below 0, how much better it must be."""

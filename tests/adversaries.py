@@ -83,7 +83,6 @@ class Opened:
     """A fill that opened: the margin it brought, its notional, and the position's equity and maintenance after it."""
 
     user_id: int
-    was_sound: bool
     margin: Decimal
     initial: Decimal
     equity: Decimal
@@ -252,7 +251,6 @@ class Exchange:
             open_loss, fee = trade.taker_open_loss, trade.taker_fee * FEE_STEP
         account = self.accounts[user_id]
         before = account.position
-        was_sound = account.equity(self.mark) >= account.maintenance(self.mark)
         fill = apply_fill(before, quantity if side == "BUY" else -quantity, price)
         exposure = account.exposure
         if not reduces:
@@ -275,7 +273,7 @@ class Exchange:
             added = account.wallet.position_margin - margin
             initial = initial_margin(min(price, BTC.ticks_to_price(basis)) * quantity, leverage)
             equity, maintenance = account.equity(self.mark), account.maintenance(self.mark)
-            self.opened.append(Opened(user_id, was_sound, added, initial, equity, maintenance))
+            self.opened.append(Opened(user_id, added, initial, equity, maintenance))
 
     def _divide(self, account: Account, exposure: Exposure, fills: list[BookedFill]) -> None:
         delta = exposure.order_margin(BTC.taker_fee_rate) - account.exposure.order_margin(BTC.taker_fee_rate)

@@ -110,7 +110,7 @@ class Adversaries(RuleBasedStateMachine):
     def every_fill_that_opened_is_covered(self) -> None:
         for opened in self.exchange.opened:
             assert opened.margin >= opened.initial, opened
-            assert opened.equity >= opened.maintenance or not opened.was_sound, opened
+            assert opened.equity >= opened.maintenance, opened
         self.exchange.opened.clear()
 
     @invariant()
@@ -159,6 +159,7 @@ def _the_first_terms_for_ever(account: Any, terms: Any) -> None:
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "what opens may be as far from the mark as it likes": (Guards, "worst_price", _without_bounds("opening")),
     "what closes may be worse than the bankruptcy price": (Guards, "worst_price", _without_bounds("closing")),
+    "what is due may grow": (Guards, "_is_due", lambda *_, **__: False),
     "open loss is not put behind the position": (Guards, "open_loss", lambda *_: 0),
     "open loss is not held with the order": (Exposure, "open_loss", lambda *_: ZERO),
     "the engine is not told of margin that moves": (matcher, "move_margin", lambda *_: None),
@@ -173,6 +174,7 @@ class KnownAttacks(Adversaries):
 
     @initialize()
     def trade_far_from_the_mark(self) -> None:
+        self._add_to_what_is_due()
         for near, far in ((0, 48), (0, -48)):
             self._begin("1000", "1000000", leverage=100)
             side: Side = "BUY" if far > 0 else "SELL"
@@ -197,6 +199,15 @@ class KnownAttacks(Adversaries):
     def _price(self, offset: int) -> Decimal:
         return self._at(self.exchange.mark, offset)
 
+    def _add_to_what_is_due(self) -> None:
+        attacks: list[tuple[Side, int]] = [("BUY", -320), ("SELL", 320)]
+        for side, moves in attacks:
+            self._begin("1000", "1000000", leverage=100)
+            self._trade(side, OPPOSITE[side], 0)
+            self.exchange.say_mark(self.exchange.mark + moves)
+            self._trade(side, OPPOSITE[side], 0, "0.001")
+            self._check()
+
     def _begin(self, poor: str, rich: str, leverage: int) -> None:
         self.exchange = Exchange()
         self.exchange.deposit(1, Decimal(poor))
@@ -204,10 +215,10 @@ class KnownAttacks(Adversaries):
         self.paid_in = Decimal(poor) + Decimal(rich)
         self.exchange.lever(1, leverage)
 
-    def _trade(self, side: Any, opposite: Any, offset: int) -> None:
+    def _trade(self, side: Any, opposite: Any, offset: int, quantity: str = "1") -> None:
         price = self._price(offset)
         for user, its in ((2, opposite), (1, side)):
-            self.exchange.place(user, OrderRequest(BTC.instrument_id, its, "LIMIT", Decimal(1), price))
+            self.exchange.place(user, OrderRequest(BTC.instrument_id, its, "LIMIT", Decimal(quantity), price))
 
     def _check(self) -> None:
         self.the_fund_pays_for_nobody_s_orders()
