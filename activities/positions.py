@@ -154,7 +154,8 @@ class PositionActivities:
             async with conn.transaction():
                 if await advance_cursor(conn, "positions", events, "confirmed_seq"):
                     await _confirm(conn, events, tiers[events.instrument_id])
-            if await _drew_elsewhere(conn, events):
+                drew_elsewhere = await _drew_elsewhere(conn, events)
+            if drew_elsewhere:
                 # Instrument by instrument, as in `confirm_funding`.
                 for other in sorted(tiers.keys() - {events.instrument_id}):
                     async with conn.transaction():

@@ -125,7 +125,8 @@ async def script(world: World) -> AsyncIterator[tuple[str, Activity]]:
     yield "unfreeze_funds", lambda: world.ledger.unfreeze_funds(undo)
     yield "accept", lambda: world.orders.accept(Acceptance(late.saga_id, frozen.passed, frozen.refused))
 
-    # User 4 loses more than the order at 40 000 leaves over.
+    # User 4 loses more than the order at 40 000 leaves over: with terms, the engine would not let that happen.
+    world.matchers[BTC.instrument_id].book.accounts[4].leverage = 0
     await world.mark(54_000)
     await world.place(limit(3, "BUY", "1", 54_000))
     await world.place(market(4, "SELL", "1", 50_000))
