@@ -15,12 +15,12 @@ TICKS = {BTC: Decimal("0.1"), SOL: Decimal("0.001")}
 LOTS = {BTC: Decimal("0.001"), SOL: Decimal("0.1")}
 CENT = Decimal("0.01")
 KINDS = ("LIMIT",) * 8 + ("MARKET",) * 4 + ("STOP_MARKET", "STOP_LIMIT", "TAKE_PROFIT_MARKET", "TAKE_PROFIT_LIMIT")
-LEVERAGES = (1, 2, 5, 10, 20, 50, 100)
+LEVERAGES = (2, 10, 20, 50, 50, 100, 100)
 # How often each is done, of all.
 WEIGHTS = {
     "order": 34,
     "batch": 10,
-    "meet": 12,
+    "meet": 18,
     "amend": 10,
     "cancel": 7,
     "cancel all": 2,
@@ -28,8 +28,8 @@ WEIGHTS = {
     "leverage": 6,
     "mode": 3,
     "close": 7,
-    "withdraw": 4,
-    "deposit": 3,
+    "withdraw": 2,
+    "deposit": 4,
 }
 ORDERS_KEPT = 30
 # Answers that say nothing of the exchange's books: it had too much to do.

@@ -8,7 +8,7 @@ from tests.adversary_run.actions import TICKS, TRY_AGAIN, Call, Log, send
 
 # In ten-thousandths of the mark: mostly steps, now and then a jump.
 STEPS = (5, 10, 20, 40, 80)
-JUMPS = (150, 300, 600, 1_000)
+JUMPS = (150, 300, 500, 800, 1_200)
 # How far marks may get from where they began.
 RANGE = Decimal("0.6"), Decimal("1.6")
 HALTS = ("halt", "cancel-only")
@@ -51,7 +51,7 @@ class Chaos:
             answer = await send(self._account, Call("POST", path, body), self._log, "operator")
 
     def _next(self, name: str) -> Decimal:
-        reach = self.chance.choice(STEPS if self.chance.random() < 0.75 else JUMPS)
+        reach = self.chance.choice(STEPS if self.chance.random() < 0.6 else JUMPS)
         moved = self.marks[name] * (1 + Decimal(self.chance.choice((-1, 1)) * reach) / 10_000)
         low, high = (self._start[name] * bound for bound in RANGE)
         ticks = (max(low, min(high, moved)) / TICKS[name]).quantize(Decimal(1))

@@ -25,8 +25,20 @@ _UNDER_WAY = {
             ON u.instrument_id = r.instrument_id AND u.funding_time = r.effective_at
         WHERE u.status IS DISTINCT FROM 'DONE'""",
 }
+# With everybody's positions in the instruments of liquidations, for whoever looks into what stands.
+_STANDING_LIQUIDATIONS = """
+    SELECT format('liquidation %s of user %s %s %s', q.liquidation_id, q.user_id, q.instrument_id, q.margin_mode)
+        || string_agg(format(' [user %s %s %s/%s margin %s %s %s]', p.user_id, p.margin_mode, p.signed_quantity,
+                             p.entry_notional, h.position_margin, p.status, b.available), '' ORDER BY p.user_id)
+    FROM risk.liquidation_queue q JOIN positions.positions p ON p.instrument_id = q.instrument_id
+        AND p.signed_quantity <> 0
+    LEFT JOIN ledger.margin_holds h ON h.user_id = p.user_id AND h.instrument_id = p.instrument_id
+    LEFT JOIN ledger.ledger_balances b ON b.user_id = p.user_id
+    WHERE q.status IN ('PENDING', 'PROCESSING')
+    GROUP BY q.liquidation_id, q.user_id, q.instrument_id, q.margin_mode ORDER BY q.liquidation_id
+"""
 # Longer than any liquidation with its back-offs: what is not over by then will not be.
-QUIET_SECONDS = 120
+QUIET_SECONDS = 90
 PAUSE_SECONDS = 0.05
 
 
@@ -50,7 +62,8 @@ async def quiet(pool: Pool, marks: Mapping[str, Decimal]) -> AsyncIterator[Conne
                     yield conn
                     return
             if clock() > end:
-                raise UnquietError("; ".join(busy))
+                rows = await conn.fetch(_STANDING_LIQUIDATIONS)
+                raise UnquietError("; ".join([*busy, *(row[0] for row in rows), f"marks {await read_marks(conn)}"]))
             await asyncio.sleep(PAUSE_SECONDS)
 
 
