@@ -8,6 +8,7 @@ from decimal import Decimal
 from storage.db import Connection, Pool
 from tests.adversary_run.standing import read_marks, read_standing
 
+# A rate of before the schedules of funding were made is settled by nobody; nobody held anything then.
 _UNDER_WAY = {
     "sagas": "SELECT count(*) FROM orders.sagas WHERE NOT done",
     "amendments": "SELECT count(*) FROM orders.amendments WHERE status IN ('PENDING', 'ACCEPTED')",
@@ -23,7 +24,7 @@ _UNDER_WAY = {
     "funding": """
         SELECT count(*) FROM market.funding_rates r LEFT JOIN ledger.funding_runs u
             ON u.instrument_id = r.instrument_id AND u.funding_time = r.effective_at
-        WHERE u.status IS DISTINCT FROM 'DONE'""",
+        WHERE u.status IS DISTINCT FROM 'DONE' AND r.effective_at > (SELECT at FROM witness.started)""",
 }
 # With everybody's positions in the instruments of liquidations, for whoever looks into what stands.
 _STANDING_LIQUIDATIONS = """

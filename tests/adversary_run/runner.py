@@ -8,6 +8,7 @@ from decimal import Decimal
 
 from tests.adversary_run import witness
 from tests.adversary_run.actions import Bank, Colluder, Log
+from tests.adversary_run.ballast import MONEY, Ballast
 from tests.adversary_run.chaos import Chaos
 from tests.adversary_run.findings import Finding
 from tests.adversary_run.laws import Laws
@@ -66,17 +67,22 @@ async def run(
     log = Log()
     chaos = Chaos(admin.session, {name: Decimal(MARKS[name]) for name in (BTC, SOL)}, log)
     bank = Bank(admin.session, log)
-    traders = await asyncio.gather(*(exchange.trader(admin) for _ in SCALES))
-    for number, (trader, scale) in enumerate(zip(traders, SCALES, strict=True)):
+    scales = [*SCALES, MONEY, MONEY]
+    traders = await asyncio.gather(*(exchange.trader(admin) for _ in scales))
+    for number, (trader, scale) in enumerate(zip(traders, scales, strict=True)):
         colluder = Colluder(f"c{number}", trader.session, trader.user_id, bank, chaos.marks, log, scale)
-        bank.colluders.append(colluder)
         await bank.transfer("deposits", colluder, Decimal(scale))
+        if number < len(SCALES):
+            bank.colluders.append(colluder)
+    ballast = Ballast(traders[-2].session, traders[-1].session, log)
+    await ballast.prepare()
     laws = Laws({int(trader.user_id) for trader in traders}, Decimal(FUND))
     report = Report(seed)
     clock = asyncio.get_running_loop().time
     end = clock() + seconds
     try:
         while clock() < end or report.rounds < 2:
+            await ballast.fill_up(chaos.marks)
             await _round(exchange, chaos, bank, laws, report, log)
             say(f"round {report.rounds}: {log.done} actions, {laws.opened} opened, {len(report.findings)} findings")
     except UnquietError as unquiet:

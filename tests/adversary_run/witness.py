@@ -8,6 +8,7 @@ from storage.db import Pool
 
 _SETUP = """
 CREATE SCHEMA witness;
+CREATE TABLE witness.started AS SELECT now() AS at;
 CREATE TABLE witness.ranges (
     tx bigint, instrument_id text, after_seq bigint, to_seq bigint, PRIMARY KEY (tx, instrument_id));
 CREATE TABLE witness.holds (
