@@ -11,11 +11,12 @@ from tests.adversary_run.standing import ZERO, Held, Tiers, read_tiers
 
 # Of each booking of a range of events, what it did to the margin of each position.
 _BOOKINGS = """
-    SELECT h.id, h.user_id, h.instrument_id, h.margin_mode, h.margin_before, h.margin_after, h.at, r.after_seq, r.to_seq
+    SELECT h.id, h.user_id, h.instrument_id, h.margin_mode, h.margin_before, h.margin_after, h.orders_before,
+           h.orders_after, h.short_before, h.short_after, h.at, r.after_seq, r.to_seq
     FROM witness.holds h JOIN witness.ranges r USING (tx, instrument_id) WHERE h.id > $1 ORDER BY h.id
 """
 _FILLS = """
-    SELECT seq, cause, side, price, quantity, leverage, signed_quantity_after AS quantity_after,
+    SELECT seq, order_id, cause, side, price, quantity, leverage, signed_quantity_after AS quantity_after,
            entry_notional_after AS entry_after
     FROM positions.position_events
     WHERE user_id = $1 AND instrument_id = $2 AND seq > $3 AND seq <= $4 ORDER BY seq
@@ -70,7 +71,7 @@ async def broken_fills(conn: Connection, after_id: int) -> tuple[list[Finding], 
         needed = _margin_needed(booking["margin_before"], before[0], fills)
         name = f"user {key[0]} {key[1]} events {booking['after_seq']} to {booking['to_seq']}"
         if booking["margin_after"] < needed - ROUNDING:
-            detail = f"{name}: {booking['margin_after']:f} is held, {needed:f} needed"
+            detail = f"{name}: {booking['margin_after']:f} is held, {needed:f} needed; {_story(booking, before, fills)}"
             found.append(Finding("3", f"initial margin is missing{kind}", detail))
         if booking["margin_mode"] == "ISOLATED" and _opens(fills[-1]):
             mark = await mark_of(conn, key[1], fills[-1]["seq"])
@@ -78,6 +79,19 @@ async def broken_fills(conn: Connection, after_id: int) -> tuple[list[Finding], 
             if short:
                 found.append(Finding("3", f"a fill that opened is below maintenance{kind}", f"{name}: {short}"))
     return found, after_id, opened
+
+
+def _story(booking: asyncpg.Record, before: tuple[Decimal, Decimal], fills: Sequence[asyncpg.Record]) -> str:
+    held = ", ".join(
+        f"{what} {booking[f'{what}_before']:f} -> {booking[f'{what}_after']:f}"
+        for what in ("margin", "orders", "short")
+    )
+    traded = "; ".join(
+        f"{fill['seq']}: {fill['side']} {fill['quantity']:f} at {fill['price']:f}, leverage {fill['leverage']},"
+        f" order {fill['order_id']}"
+        for fill in fills
+    )
+    return f"{booking['margin_mode']} {before[0]:f} at {before[1]:f}, {held}; {traded}"
 
 
 def _opens(fill: asyncpg.Record) -> bool:

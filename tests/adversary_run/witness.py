@@ -13,7 +13,8 @@ CREATE TABLE witness.ranges (
     tx bigint, instrument_id text, after_seq bigint, to_seq bigint, PRIMARY KEY (tx, instrument_id));
 CREATE TABLE witness.holds (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, tx bigint, user_id bigint, instrument_id text,
-    margin_mode text, margin_before numeric, margin_after numeric, at timestamptz);
+    margin_mode text, margin_before numeric, margin_after numeric, orders_before numeric, orders_after numeric,
+    short_before numeric, short_after numeric, at timestamptz);
 CREATE TABLE witness.draws (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, tx bigint, reference_type text, reference_id text,
     user_id bigint, available numeric, holds jsonb, at timestamptz);
@@ -26,11 +27,14 @@ END $$;
 CREATE TRIGGER witness AFTER UPDATE ON ledger.cursors FOR EACH ROW EXECUTE FUNCTION witness.see_range();
 
 CREATE FUNCTION witness.see_hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-    INSERT INTO witness.holds (tx, user_id, instrument_id, margin_mode, margin_before, margin_after, at)
+    INSERT INTO witness.holds (tx, user_id, instrument_id, margin_mode, margin_before, margin_after,
+                               orders_before, orders_after, short_before, short_after, at)
     SELECT pg_current_xact_id()::text::bigint, NEW.user_id, NEW.instrument_id,
            coalesce((SELECT margin_mode FROM risk.exposures e
                      WHERE e.user_id = NEW.user_id AND e.instrument_id = NEW.instrument_id), 'ISOLATED'),
-           CASE TG_OP WHEN 'UPDATE' THEN OLD.position_margin ELSE 0 END, NEW.position_margin, clock_timestamp();
+           CASE TG_OP WHEN 'UPDATE' THEN OLD.position_margin ELSE 0 END, NEW.position_margin,
+           CASE TG_OP WHEN 'UPDATE' THEN OLD.order_margin ELSE 0 END, NEW.order_margin,
+           CASE TG_OP WHEN 'UPDATE' THEN OLD.order_short ELSE 0 END, NEW.order_short, clock_timestamp();
     RETURN NULL;
 END $$;
 CREATE TRIGGER witness AFTER INSERT OR UPDATE ON ledger.margin_holds
