@@ -16,20 +16,23 @@ _BOOKINGS = """
     FROM witness.holds h JOIN witness.ranges r USING (tx, instrument_id) WHERE h.id > $1 ORDER BY h.id
 """
 _FILLS = """
-    SELECT seq, order_id, cause, side, price, quantity, leverage, signed_quantity_after AS quantity_after,
-           entry_notional_after AS entry_after
-    FROM positions.position_events
-    WHERE user_id = $1 AND instrument_id = $2 AND seq > $3 AND seq <= $4 ORDER BY seq
+    SELECT e.seq, e.order_id, e.role, e.cause, e.side, e.price, e.quantity, e.leverage, e.open_loss,
+           e.signed_quantity_after AS quantity_after, e.entry_notional_after AS entry_after,
+           concat_ws(' ', o.type, o.time_in_force, 'price ' || o.price, 'bound ' || o.bound_price,
+                     'margin at ' || o.margin_price, 'holds a loss of ' || o.open_loss, 'stop ' || o.stop_price,
+                     o.working_type, CASE WHEN o.reduce_only THEN 'reduce only' END, o.created_at::text) AS terms
+    FROM positions.position_events e LEFT JOIN orders.orders o USING (order_id)
+    WHERE e.user_id = $1 AND e.instrument_id = $2 AND e.seq > $3 AND e.seq <= $4 ORDER BY e.seq
 """
 _BEFORE = """
     SELECT signed_quantity_after, entry_notional_after FROM positions.position_events
     WHERE user_id = $1 AND instrument_id = $2 AND seq <= $3 ORDER BY seq DESC LIMIT 1
 """
-# The mark that the engine had heard when event $2 happened.
+# The mark that the engine had heard when event $2 happened, which may have come of hearing it.
 _MARK_OF = """
     SELECT (c.payload ->> 'price')::numeric * i.tick_size FROM matching.events e
     JOIN matching.instruments i USING (instrument_id)
-    JOIN matching.commands c ON c.instrument_id = e.instrument_id AND c.seq < e.command_seq
+    JOIN matching.commands c ON c.instrument_id = e.instrument_id AND c.seq <= e.command_seq
     WHERE e.instrument_id = $1 AND e.seq = $2 AND c.payload ->> 'kind' = 'MARK_PRICE' ORDER BY c.seq DESC LIMIT 1
 """
 # Whether something else than a fill took of the margin shortly before: a funding payment that came between the two.
@@ -77,7 +80,13 @@ async def broken_fills(conn: Connection, after_id: int) -> tuple[list[Finding], 
             mark = await mark_of(conn, key[1], fills[-1]["seq"])
             short = _below_maintenance(booking, before, fills[-1], mark, tiers[key[1]])
             if short:
-                found.append(Finding("3", f"a fill that opened is below maintenance{kind}", f"{name}: {short}"))
+                found.append(
+                    Finding(
+                        "3",
+                        f"a fill that opened is below maintenance{kind}",
+                        f"{name}: {short}; {_story(booking, before, fills)}",
+                    )
+                )
     return found, after_id, opened
 
 
@@ -88,7 +97,7 @@ def _story(booking: asyncpg.Record, before: tuple[Decimal, Decimal], fills: Sequ
     )
     traded = "; ".join(
         f"{fill['seq']}: {fill['side']} {fill['quantity']:f} at {fill['price']:f}, leverage {fill['leverage']},"
-        f" order {fill['order_id']}"
+        f" open loss {fill['open_loss']:f}, {fill['role']} order {fill['order_id']} ({fill['terms']})"
         for fill in fills
     )
     return f"{booking['margin_mode']} {before[0]:f} at {before[1]:f}, {held}; {traded}"

@@ -126,9 +126,11 @@ async def _judge(
         _note(report, log, await laws.broken(conn, bank.given, mark_stood=mark_stood))
 
 
-def _note(report: Report, log: Log, found: list[Finding]) -> None:
+def _note(report: Report, log: Log, found: list[Finding], say: Callable[[str], None] = print) -> None:
     # What stays broken is said once.
     new = [finding for finding in found if finding not in report.findings]
     if new and not report.findings:
         report.first_lines = log.lines[-SHOWN:]
     report.findings += new
+    for finding in new:
+        say(f"BROKEN {finding}")
