@@ -155,6 +155,14 @@ class Colluder:
             await asyncio.gather(*(self._actions[kind](chance) for kind, chance in zip(chosen, chances, strict=True)))
             count -= at_once
 
+    async def prepare(self) -> None:
+        """Choose modes and leverages to begin with."""
+        for name in self._marks:
+            mode = {"marginMode": self.chance.choice(("ISOLATED", "CROSS"))}
+            await self._call("PUT", f"/api/positions/{name}/margin-mode", mode)
+            leverage = {"leverage": self.chance.choice((20, 50))}
+            await self._call("PUT", f"/api/positions/{name}/leverage", leverage)
+
     async def _call(self, method: str, path: str, body: Json | None = None, *, wait: bool = False) -> Any:
         return (await send(self.account, Call(method, path, body, wait), self._log, self.name)).body
 
@@ -260,7 +268,10 @@ class Colluder:
             return
         position = chance.choice(held)
         name, side = position["instrumentId"], "SELL" if position["side"] == "LONG" else "BUY"
-        order = {"instrumentId": name, "side": side, "quantity": position["quantity"], "reduceOnly": True}
+        # Or turn it round.
+        times = chance.choice((1, 1, 2))
+        quantity = f"{times * Decimal(position['quantity']):f}"
+        order = {"instrumentId": name, "side": side, "quantity": quantity, "reduceOnly": times == 1}
         if chance.random() < 0.5:
             await self._call("POST", "/api/orders", order | {"type": "MARKET"}, wait=True)
             return

@@ -153,7 +153,9 @@ async def _judge_liquidation(conn: Connection, draws: Sequence[asyncpg.Record]) 
         if is_cross
         else ZERO
     )
-    kind = f"a {first['liquidated_as'].lower()} liquidation drew more than what was worth below zero at its mark"
+    kind = (
+        f"{'a cross' if is_cross else 'an isolated'} liquidation drew more than what was worth below zero at its mark"
+    )
     if elsewhere:
         kind += ", with margin held for other cross positions"
     if await conn.fetchval(_FUNDED, first["user_id"], name, claimed_at, draws[-1]["at"]):

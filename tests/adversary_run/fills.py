@@ -75,7 +75,7 @@ async def broken_fills(conn: Connection, after_id: int) -> tuple[list[Finding], 
         name = f"user {key[0]} {key[1]} events {booking['after_seq']} to {booking['to_seq']}"
         if booking["margin_after"] < needed - ROUNDING:
             detail = f"{name}: {booking['margin_after']:f} is held, {needed:f} needed; {_story(booking, before, fills)}"
-            found.append(Finding("3", f"initial margin is missing{kind}", detail))
+            found.append(Finding("3", f"initial margin is missing ({booking['margin_mode']}){kind}", detail))
         if booking["margin_mode"] == "ISOLATED" and _opens(fills[-1]):
             mark = await mark_of(conn, key[1], fills[-1]["seq"])
             short = _below_maintenance(booking, before, fills[-1], mark, tiers[key[1]])

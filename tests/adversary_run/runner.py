@@ -74,6 +74,8 @@ async def run(
         await bank.transfer("deposits", colluder, Decimal(scale))
         if number < len(SCALES):
             bank.colluders.append(colluder)
+            colluder.chance = random.Random(f"{seed}:{colluder.name}")
+            await colluder.prepare()
     ballast = Ballast(traders[-2].session, traders[-1].session, log)
     await ballast.prepare()
     laws = Laws({int(trader.user_id) for trader in traders}, Decimal(FUND))
