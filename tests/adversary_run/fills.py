@@ -71,7 +71,9 @@ async def broken_fills(conn: Connection, after_id: int) -> tuple[list[Finding], 
         before = await position_at(conn, *key, booking["after_seq"])
         opened += sum(_opens(fill) for fill in fills)
         kind = " (of which funding took some)" if await conn.fetchval(_TAKEN, *key, after_id, booking["at"]) else ""
-        needed = _margin_needed(booking["margin_before"], before[0], fills)
+        # What a cross position loses when part of it is closed may take of the margin of the rest: the account backs it.
+        kept = booking["margin_before"] if booking["margin_mode"] == "ISOLATED" else ZERO
+        needed = _margin_needed(kept, before[0], fills)
         name = f"user {key[0]} {key[1]} events {booking['after_seq']} to {booking['to_seq']}"
         if booking["margin_after"] < needed - ROUNDING:
             detail = f"{name}: {booking['margin_after']:f} is held, {needed:f} needed; {_story(booking, before, fills)}"
@@ -108,7 +110,8 @@ def _opens(fill: asyncpg.Record) -> bool:
 
 
 def _margin_needed(margin: Decimal, quantity: Decimal, fills: Sequence[asyncpg.Record]) -> Decimal:
-    """What has to be held after `fills`: notional / leverage of what they opened, and its share of what was there."""
+    """What has to be held after `fills`: notional / leverage of what they opened, and of `margin` the share of what
+    was not closed."""
     for fill in fills:
         after = fill["quantity_after"]
         if quantity * after < 0:

@@ -55,6 +55,15 @@ class Stands:
         """All that the user has at the marks."""
         return self.balance + sum((held.pnl for held in self.isolated + self.cross), ZERO)
 
+    def __str__(self) -> str:
+        positions = [
+            f"{mode} {h.instrument_id} {h.quantity:f} entered for {h.entry:f}, margin {h.margin:f}, mark {h.mark:f}"
+            for mode, held in (("isolated", self.isolated), ("cross", self.cross))
+            for h in held
+        ]
+        money = f"balance {self.balance:f} ({self.apart:f} apart), cross equity {self.pool:f}"
+        return "; ".join([money, *positions])
+
     def due(self) -> Iterable[str]:
         """What is down to the maintenance margin."""
         for held in self.isolated:
