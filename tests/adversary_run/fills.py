@@ -71,7 +71,7 @@ async def broken_fills(conn: Connection, after_id: int) -> tuple[list[Finding], 
         before = await position_at(conn, *key, booking["after_seq"])
         opened += sum(_opens(fill) for fill in fills)
         kind = " (of which funding took some)" if await conn.fetchval(_TAKEN, *key, after_id, booking["at"]) else ""
-        # What a cross position loses when part of it is closed may take of the margin of the rest: the account backs it.
+        # What closing a part of a cross position loses may take of the margin of the rest: the account backs it.
         kept = booking["margin_before"] if booking["margin_mode"] == "ISOLATED" else ZERO
         needed = _margin_needed(kept, before[0], fills)
         name = f"user {key[0]} {key[1]} events {booking['after_seq']} to {booking['to_seq']}"
