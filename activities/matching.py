@@ -47,8 +47,10 @@ async def change_state(conn: Connection, instrument_id: str, state: TradingState
 
     False when there is no such instrument; one that is in the state already stays in it.
     """
+    # Not FOR UPDATE: who appends twice in a transaction has the sequencer, and then Postgres has it look whether the
+    # instrument is still there (a foreign key's share lock), while we would be waiting for that sequencer.
     before = await conn.fetchval(
-        "SELECT state FROM matching.instruments WHERE instrument_id = $1 FOR UPDATE", instrument_id
+        "SELECT state FROM matching.instruments WHERE instrument_id = $1 FOR NO KEY UPDATE", instrument_id
     )
     if before is None:
         return False

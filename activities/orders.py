@@ -215,9 +215,12 @@ class OrderActivities:
     async def request_cancels(self, batch: OrderBatch) -> Outcome:
         """Append CANCEL commands for the orders the engine has; `busy` are those still on their way to it."""
         async with self._pool.acquire() as conn, conn.transaction():
-            requested = await _request_cancels(conn, batch.order_ids)
+            checked = await _lock_checked(conn, batch.order_ids)
+            requested = await _request_cancels(conn, checked)
             waiting = await conn.fetch(
-                "SELECT order_id FROM orders.orders WHERE order_id = ANY($1) AND status = 'PENDING'", batch.order_ids
+                "SELECT order_id FROM orders.orders WHERE order_id = ANY($1) AND order_id <> ALL($2)",
+                batch.order_ids,
+                checked,
             )
             if not waiting:
                 await _close_saga(conn, batch.saga_id)
@@ -409,6 +412,20 @@ async def _end_amendments(
 async def _lock(conn: Connection, order_ids: Sequence[int]) -> None:
     """Lock in order of ids, so that no two transactions wait for each other."""
     await conn.execute("SELECT 1 FROM orders.orders WHERE order_id = ANY($1) ORDER BY order_id FOR UPDATE", order_ids)
+
+
+async def _lock_checked(conn: Connection, order_ids: Sequence[int]) -> list[int]:
+    """The same for those of `order_ids` whose check is over; answers which these are.
+
+    Others are not waited for: the transaction that ends their check has locked some of them, in no order, and may be
+    about to wait for the rest.
+    """
+    rows = await conn.fetch(
+        "SELECT order_id FROM orders.orders WHERE order_id = ANY($1) AND status <> 'PENDING'"
+        " ORDER BY order_id FOR UPDATE",
+        order_ids,
+    )
+    return [row["order_id"] for row in rows]
 
 
 async def _close_saga(conn: Connection, saga_id: str) -> None:

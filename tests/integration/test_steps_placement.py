@@ -322,6 +322,23 @@ async def test_a_cancellation_waits_for_an_order_on_its_way_to_the_engine(world:
     assert await world.status(batch.order_ids[0]) == ("CANCELLED", "USER_REQUEST")
 
 
+async def test_a_cancellation_does_not_wait_for_the_transaction_that_ends_a_check(world: World, pool: Pool) -> None:
+    # That one locks what it accepts and then what it refuses: a lower id after a higher one.
+    await world.deposit(10_000, 1)
+    (placed,) = await world.place(limit(1, "BUY", "0.1", 60_000))
+    batch = await world.take_in(limit(1, "BUY", "0.1", 60_000), limit(1, "BUY", "0.1", 60_000))
+    refused, accepted = batch.order_ids
+    cancels = await world.take_in_cancels(placed, refused, accepted)
+    status = "UPDATE orders.orders SET status = $2 WHERE order_id = $1"
+    async with pool.acquire() as conn, conn.transaction():
+        await conn.execute(status, accepted, "ACCEPTED")
+        outcome = await asyncio.wait_for(world.orders.request_cancels(cancels), 10)
+        assert (outcome.passed, sorted(outcome.busy)) == ([placed], [refused, accepted])
+        await conn.execute(status, refused, "FAILED")
+    outcome = await world.orders.request_cancels(cancels)
+    assert (outcome.passed, outcome.busy) == ([accepted], [])
+
+
 async def test_a_client_order_id_is_taken_in_once_also_within_a_batch(world: World, pool: Pool) -> None:
     await world.deposit(10_000, 1, 2)
     mine = limit(1, "BUY", "0.1", 60_000, client_order_id="a")

@@ -14,7 +14,14 @@ from tests.servers import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Names that only look like settings: of the tests, of compose, and of the gateway's table, which leaves the prefix out.
-NO_SETTINGS = {"EXCHANGE_SAVE_HISTORIES", "EXCHANGE_JWT_PRIVATE_KEY", "EXCHANGE_API_KEY_SECRETS", "EXCHANGE_"}
+NO_SETTINGS = {
+    "EXCHANGE_SAVE_HISTORIES",
+    "EXCHANGE_ADVERSARY_SEED",
+    "EXCHANGE_ADVERSARY_SECONDS",
+    "EXCHANGE_JWT_PRIVATE_KEY",
+    "EXCHANGE_API_KEY_SECRETS",
+    "EXCHANGE_",
+}
 
 
 def page(name: str) -> str:
