@@ -17,8 +17,8 @@ liquidated by the next tick.
 What *closes* an isolated position may cost what backs it, the taker fee included, and nothing else: the price is no
 worse than the bankruptcy price. A cross position is backed by the whole account: by its own margin, and by what the
 risk service tells of the rest (`SetTerms.cover`). What closes may be worse than the mark by the maintenance margin, as
-long as the account has that much, and by `New.loss`. Once the account would be empty at the mark, only the mark or
-better will do.
+long as the account has that much, and by `New.loss`. Once the account would be empty at the mark, only a price at which
+it is not will do.
 
 Prices are ticks, quantities lots, rates millionths. What is kept of a user rounds against them.
 """
@@ -29,6 +29,8 @@ from engine.book import Account
 ONE = 1_000_000
 # No price: worse than every price that an order can have.
 NO_SALE = 1 << 63
+# The ledger rounds margin and entry notional of what is left to 8 decimals of quote: less than so much of `backing`.
+ROUNDING = 2_000
 
 
 class Guards:
@@ -65,12 +67,11 @@ class Guards:
         return -((held - ceiling * (ONE + account.maintenance)) // ONE) - new.loss
 
     def _cross_spare(self, account: Account, new: New) -> int:
-        """How many ticks worse than the mark a cross position may be closed."""
+        """How many ticks worse than the mark a cross position may be closed; below 0, how much better it has to be:
+        such an account is due for liquidation, and no order of its own is paid for by the fund."""
         held = abs(account.position)
         fee = self.ceiling * self.taker_fee // ONE + 1
         spare = (_equity(account, self.mark, self.ceiling) + account.cover) // (held * ONE) - fee
-        if spare < 0:
-            return 0
         return min(spare, max(0, self.mark * account.maintenance // ONE - fee)) + new.loss
 
     def open_loss(self, account: Account, new: New, price: int) -> int:
@@ -162,7 +163,7 @@ def book_fill(
             gain = closed * price * ONE - shared if position > 0 else shared - closed * price * ONE
             account.cover += min(0, gain + closed * loss * ONE - closed * price * taker_fee)
         if closed < held:
-            account.backing -= shared
+            account.backing -= shared - ROUNDING if position > 0 else shared + ROUNDING
             return
         account.backing = 0
         bought = account.position
