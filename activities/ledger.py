@@ -16,6 +16,7 @@ import msgspec
 from temporalio import activity
 
 from activities.collateral import free_collateral, read_collateral
+from activities.cover import tell_covers_again
 from activities.matching import append_commands
 from domain.clock import to_ms
 from domain.events import (
@@ -37,6 +38,7 @@ from domain.funding import (
     FundingTotals,
     Holding,
     charge,
+    draw_margin_first,
 )
 from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved
 from domain.matching import AnyCommand, MoveMargin, margin_units
@@ -65,6 +67,8 @@ FUNDING_FEE = "FUNDING_FEE"
 # No user id is greater.
 ALL_USERS = 2**63 - 1
 SETTLEMENT = "SETTLEMENT"
+# What a loss in one instrument took of the margin that its cross account had in others.
+CROSS_MARGIN = "CROSS_MARGIN"
 INSURANCE = "INSURANCE_FUND"
 
 ENTRY_COLUMNS = [
@@ -438,8 +442,15 @@ async def _settle(conn: Connection, events: EventRange) -> None:
     for user_id in users:
         wallet = _wallet(book.accounts[user_id, asset], holds[user_id, instrument_id])
         settled[user_id] = settle_fills(wallet, booked[user_id], order_margins.get(user_id, ZERO))
+    crossed = {row["user_id"] for row in fills if row["margin_mode"] == "CROSS" and settled[row["user_id"]].insurance}
+    draws = await _cross_draws(conn, {user_id: settled[user_id].insurance for user_id in crossed}, asset, instrument_id)
+    for user_id, drawn in draws.items():
+        wallet = _wallet(book.accounts[user_id, asset], holds[user_id, instrument_id])
+        wallet = replace(wallet, available=wallet.available + sum(draw.total for _, draw in drawn))
+        settled[user_id] = settle_fills(wallet, booked[user_id], order_margins.get(user_id, ZERO))
     await _keep_back(conn, asset, settled, {user_id: holds[user_id, instrument_id] for user_id in users})
     _post_trades(book, fills, asset, instrument_id)
+    lowered = _post_cross_draws(book, f"{instrument_id}:{events.to_seq}", draws, holds)
     cause = Cause(SETTLEMENT, f"{instrument_id}:{events.to_seq}", instrument_id, asset)
     await _post_insurance(conn, book, cause, settled, {r["user_id"] for r in fills if r["cause"] == "LIQUIDATION"})
     book.open_journal(SETTLEMENT, cause.reference_id)
@@ -447,6 +458,51 @@ async def _settle(conn: Connection, events: EventRange) -> None:
         _move(book, (user_id, instrument_id), holds[user_id, instrument_id], settled[user_id].wallet)
     book.events += [FundsUnfrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in risk.ended if m.amount]
     await write_book(conn, book, holds)
+    if lowered:
+        await _tell_engine(conn, lowered)
+
+
+async def _cross_draws(
+    conn: Connection, short: Mapping[int, Decimal], asset: str, instrument_id: str
+) -> dict[int, list[tuple[Hold, Holding]]]:
+    """What cross accounts that are `short` (quote) in one instrument have in their others, as far as it is needed:
+    margin of cross positions first, then what cross orders hold, which are cancelled for it."""
+    if not short:
+        return {}
+    crossed = {
+        (row["user_id"], row["instrument_id"])
+        for row in await conn.fetch(
+            "SELECT user_id, instrument_id FROM risk.v_exposures"
+            " WHERE user_id = ANY($1) AND instrument_id <> $2 AND margin_mode = 'CROSS'",
+            list(short),
+            instrument_id,
+        )
+    }
+    draws: dict[int, list[tuple[Hold, Holding]]] = {}
+    for user_id, held in (await _holds_of(conn, list(short), asset)).items():
+        others = {name: hold for name, hold in held.items() if (user_id, name) in crossed}
+        holdings = [Holding(name, hold.order_margin, hold.position_margin) for name, hold in others.items()]
+        draws[user_id] = [(others[draw.instrument_id], draw) for draw in draw_margin_first(short[user_id], holdings)]
+    return draws
+
+
+def _post_cross_draws(
+    book: Book,
+    reference_id: str,
+    draws: Mapping[int, Sequence[tuple[Hold, Holding]]],
+    holds: dict[tuple[int, str], Hold],
+) -> dict[tuple[int, str], Decimal]:
+    """A journal of `draws`, which go to `holds`; by how much the margin of positions has changed (below 0)."""
+    book.open_journal(CROSS_MARGIN, reference_id)
+    lowered: dict[tuple[int, str], Decimal] = {}
+    for user_id, drawn in sorted(draws.items()):
+        for hold, draw in drawn:
+            key = (user_id, draw.instrument_id)
+            _draw(book, key, hold, draw)
+            holds[key] = hold
+            if draw.position_margin:
+                lowered[key] = -draw.position_margin
+    return lowered
 
 
 async def _keep_back(conn: Connection, asset: str, settled: dict[int, Settled], holds: Mapping[int, Hold]) -> None:
@@ -589,7 +645,7 @@ def _draw(book: Book, key: tuple[int, str], hold: Hold, draw: Holding) -> None:
     hold.order_short += draw.order_margin
     hold.position_margin -= draw.position_margin
     hold.margin_version += draw.position_margin > ZERO
-    taken = draw.order_margin + draw.position_margin
+    taken = draw.total
     book.post_user(key[0], hold.asset, "MARGIN", taken, -taken, key[1])
 
 
@@ -893,5 +949,7 @@ async def transfer_external(
     book.post_user(user_id, asset, reference_type, amount)
     book.post_system(DEPOSITS, asset, reference_type, -amount)
     await write_book(conn, book, {})
+    if amount < 0:
+        await tell_covers_again(conn, [user_id])
     await store_result(conn, "ledger", step_id, (user_id, asset, amount))
     return True

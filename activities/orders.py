@@ -238,14 +238,7 @@ class OrderActivities:
     async def cancel_uncovered(self, uncovered: Uncovered) -> None:
         """Request the cancellation of all open orders, in one instrument, of users whose money a loss took."""
         async with self._pool.acquire() as conn, conn.transaction():
-            rows = await conn.fetch(
-                "SELECT order_id FROM orders.orders WHERE instrument_id = $1 AND user_id = ANY($2) AND status = ANY($3)"
-                " ORDER BY order_id",
-                uncovered.instrument_id,
-                uncovered.user_ids,
-                IN_ENGINE_STATUSES,
-            )
-            await _request_cancels(conn, [row["order_id"] for row in rows], "INSUFFICIENT_MARGIN")
+            await _cancel_uncovered(conn, [(user_id, uncovered.instrument_id) for user_id in uncovered.user_ids])
 
     @activity.defn(name=CANCEL_ORDERS)
     async def cancel_for_liquidation(self, takeover: Takeover) -> int:
@@ -420,6 +413,23 @@ async def _lock(conn: Connection, order_ids: Sequence[int]) -> None:
 
 async def _close_saga(conn: Connection, saga_id: str) -> None:
     await conn.execute("UPDATE orders.sagas SET done = TRUE WHERE workflow_id = $1 AND NOT done", saga_id)
+
+
+async def cancel_all_uncovered(conn: Connection) -> int:
+    """Request the cancellation of all orders that are not covered in full, wherever a loss took their money: a cross
+    account's loss takes it in other instruments than its own. How many it was."""
+    keys = await conn.fetch("SELECT user_id, instrument_id FROM ledger.v_margin_holds WHERE order_short > 0")
+    return await _cancel_uncovered(conn, [(row["user_id"], row["instrument_id"]) for row in keys]) if keys else 0
+
+
+async def _cancel_uncovered(conn: Connection, keys: Sequence[tuple[int, str]]) -> int:
+    rows = await conn.fetch(
+        "SELECT order_id FROM orders.orders JOIN unnest($1::bigint[], $2::text[]) AS k (user_id, instrument_id)"
+        " USING (user_id, instrument_id) WHERE status = ANY($3) ORDER BY order_id",
+        *columns(keys, 2),
+        IN_ENGINE_STATUSES,
+    )
+    return len(await _request_cancels(conn, [row["order_id"] for row in rows], "INSUFFICIENT_MARGIN")) if rows else 0
 
 
 async def _request_cancels(conn: Connection, order_ids: Sequence[int], reason: str = "USER_REQUEST") -> list[int]:

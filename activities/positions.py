@@ -149,9 +149,16 @@ class PositionActivities:
     @activity.defn(name=CONFIRM_POSITIONS)
     async def confirm(self, events: EventRange) -> None:
         """After the ledger: take over the margin it really holds and the profit it booked, close what is flat."""
-        async with self._pool.acquire() as conn, conn.transaction():
-            if await advance_cursor(conn, "positions", events, "confirmed_seq"):
-                await _confirm(conn, events, (await self._rules.rules(conn)).tiers[events.instrument_id])
+        async with self._pool.acquire() as conn:
+            tiers = (await self._rules.rules(conn)).tiers
+            async with conn.transaction():
+                if await advance_cursor(conn, "positions", events, "confirmed_seq"):
+                    await _confirm(conn, events, tiers[events.instrument_id])
+            if await _drew_elsewhere(conn, events):
+                # Instrument by instrument, as in `confirm_funding`.
+                for other in sorted(tiers.keys() - {events.instrument_id}):
+                    async with conn.transaction():
+                        await _follow_draws(conn, events, other, tiers[other])
 
     @activity.defn(name=FIX_FUNDING_POSITIONS)
     async def fix_funding_positions(self, snapshot: FundingSnapshot) -> None:
@@ -303,6 +310,36 @@ async def _confirm(conn: Connection, events: EventRange, tiers: Sequence[Tier]) 
         events.to_seq,
     )
     await _adopt(conn, events.instrument_id, rows, tiers, await _closings(conn, events))
+
+
+async def _drew_elsewhere(conn: Connection, events: EventRange) -> bool:
+    """Whether the ledger took margin of other instruments for losses of this range."""
+    return bool(
+        await conn.fetchval(
+            "SELECT EXISTS (SELECT FROM ledger.v_journals WHERE reference_type = 'CROSS_MARGIN' AND reference_id = $1)",
+            f"{events.instrument_id}:{events.to_seq}",
+        )
+    )
+
+
+async def _follow_draws(conn: Connection, events: EventRange, instrument_id: str, tiers: Sequence[Tier]) -> None:
+    """Copy the margins that losses of a range have left in another instrument, as `_follow_funding` does."""
+    rows = await conn.fetch(
+        "SELECT p.position_id, p.user_id, p.signed_quantity, p.entry_notional, p.leverage, p.margin_mode, p.status,"
+        " p.realized_pnl FROM positions.positions p JOIN ledger.v_margin_holds h USING (user_id, instrument_id)"
+        " WHERE p.instrument_id = $4 AND p.margin_mode = 'CROSS' AND p.margin_version <> h.margin_version"
+        " AND p.user_id IN (SELECT user_id FROM positions.position_events"
+        "   WHERE instrument_id = $1 AND seq > $2 AND seq <= $3)"
+        " AND NOT EXISTS (SELECT FROM positions.position_events e JOIN positions.cursors c USING (instrument_id)"
+        "   WHERE e.instrument_id = $4 AND e.user_id = p.user_id AND e.seq > c.confirmed_seq)"
+        " ORDER BY p.user_id FOR UPDATE OF p",
+        events.instrument_id,
+        events.after_seq,
+        events.to_seq,
+        instrument_id,
+    )
+    if rows:
+        await _adopt(conn, instrument_id, rows, tiers)
 
 
 async def _closings(conn: Connection, events: EventRange) -> dict[int, list[Decimal]]:

@@ -6,7 +6,7 @@ ledger exactly once: through `freeze_funds` for a check, through `settle` for en
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from temporalio import activity
 
 from activities.collateral import free_collateral
+from activities.cover import Cover, read_covers, tell_covers
 from activities.engine_log import EngineLog, SequencedEvent
 from activities.instruments import RuleBook, Rules, read_instruments, read_tiers
 from activities.market import latest_marks
@@ -416,7 +417,8 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules, unfinishe
     taken_over = await positions_in_liquidation(conn, keys)
     waiting = await _unfrozen(conn, exposures)
     limits = await _read_limits(conn, keys)
-    budgets = await free_collateral(conn, {key[0] for key in keys})
+    free = await free_collateral(conn, {key[0] for key in keys})
+    budgets = dict(free)
     marks = await latest_marks(conn, sorted({key[1] for key in keys}))
     live = {name for name, mark in marks.items() if mark.is_live}
 
@@ -457,11 +459,15 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules, unfinishe
 
     touched = {(margin.user_id, margin.instrument_id) for margin in passed}
     await _tell_terms(conn, {key: states[key] for key in touched}, exposures, rules)
+    await _tell_covers(conn, {key for key in touched if states[key].cross}, free, budgets)
     await _save(conn, {key: (states[key], margins[key]) for key in touched}, pending_step=request.step_id)
-    events: list[BusinessEvent] = [MarginPreCheckPassed(m.order_id, plain(m.amount)) for m in passed]
-    events += [MarginPreCheckFailed(r.order_id, r.reason) for r in refused]
-    await outbox.emit(conn, events)
+    await outbox.emit(conn, _verdicts(passed, refused))
     return CheckResult(passed, refused, busy, unfinished.ranges)
+
+
+def _verdicts(passed: Sequence[OrderMargin], refused: Sequence[Refusal]) -> list[BusinessEvent]:
+    taken = [MarginPreCheckPassed(m.order_id, plain(m.amount)) for m in passed]
+    return [*taken, *(MarginPreCheckFailed(r.order_id, r.reason) for r in refused)]
 
 
 async def _unfinished(conn: Connection, request: StepRequest, earlier: list[EventRange] | None) -> Unfinished:
@@ -517,6 +523,47 @@ async def _tell_terms(
         *columns(told, 5),
     )
     await append_commands(conn, commands)
+
+
+async def _tell_covers(
+    conn: Connection,
+    keys: Collection[Key],
+    before: Mapping[tuple[int, str], Decimal],
+    after: Mapping[tuple[int, str], Decimal],
+) -> None:
+    """Tell the engine what covers these cross positions, once checked orders have taken free collateral from `before`
+    down to `after`."""
+    if not keys:
+        return
+    spent = {purse: before[purse] - left for purse, left in after.items() if purse in before}
+    covers = await read_covers(conn, {user_id for user_id, _ in keys}, spent)
+    await _tell(conn, {key: cover for key, cover in covers.items() if key in keys})
+
+
+async def tell_lower_covers(conn: Connection) -> int:
+    """Tell the engine of all cross accounts that have less than it knows and open orders; how many positions."""
+    rows = await conn.fetch(
+        "SELECT user_id, instrument_id FROM risk.exposures WHERE told_cover IS NOT NULL AND open_orders > 0"
+    )
+    if not rows:
+        return 0
+    keys = [(row["user_id"], row["instrument_id"]) for row in rows]
+    async with conn.transaction():
+        await _lock(conn, keys)
+        known = await read_covers(conn, {user_id for user_id, _ in keys})
+        covers = {key: known[key] for key in keys if key in known}
+        lower = {key: cover for key, cover in covers.items() if cover.told is not None and cover.amount < cover.told}
+        await _tell(conn, lower)
+    return len(lower)
+
+
+async def _tell(conn: Connection, covers: Mapping[Key, Cover]) -> None:
+    await tell_covers(conn, covers)
+    await conn.execute(
+        "UPDATE risk.exposures e SET told_cover = n.amount FROM unnest($1::bigint[], $2::text[], $3::numeric[])"
+        " AS n (user_id, instrument_id, amount) WHERE e.user_id = n.user_id AND e.instrument_id = n.instrument_id",
+        *columns([(*key, cover.amount) for key, cover in covers.items()], 3),
+    )
 
 
 async def _bankruptcy(conn: Connection, key: Key, state: Exposure, instrument: Instrument) -> int:

@@ -39,6 +39,11 @@ class Holding:
     order_margin: Decimal = ZERO
     position_margin: Decimal = ZERO
 
+    @property
+    def total(self) -> Decimal:
+        """All of it."""
+        return self.order_margin + self.position_margin
+
 
 @dataclass(frozen=True, slots=True)
 class Charge:
@@ -72,6 +77,19 @@ def charge(owed: Decimal, available: Decimal, instrument_id: str, holdings: Sequ
         left -= taken[name]
     draws = (Holding(h.instrument_id, orders[h.instrument_id], margins[h.instrument_id]) for h in ordered)
     return Charge(min(owed, available), tuple(d for d in draws if d.order_margin or d.position_margin), left)
+
+
+def draw_margin_first(owed: Decimal, holdings: Sequence[Holding]) -> list[Holding]:
+    """Take up to `owed` (>= 0) from `holdings`: from the margin of positions first, then from what orders hold, each in
+    order of instrument. Only holdings of which something is taken."""
+    ordered = sorted(holdings, key=lambda holding: holding.instrument_id)
+    margins = charge(owed, ZERO, "", [Holding(h.instrument_id, ZERO, h.position_margin) for h in ordered])
+    orders = charge(margins.insurance, ZERO, "", [Holding(h.instrument_id, h.order_margin) for h in ordered])
+    taken: dict[str, Holding] = {draw.instrument_id: draw for draw in margins.draws}
+    for draw in orders.draws:
+        before = taken.get(draw.instrument_id, Holding(draw.instrument_id))
+        taken[draw.instrument_id] = Holding(draw.instrument_id, draw.order_margin, before.position_margin)
+    return [taken[name] for name in sorted(taken)]
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,7 @@ class SetTerms(Command, tag="SET_TERMS", frozen=True, kw_only=True, omit_default
     of the largest position that their open orders can lead to. `cross`: all of the account backs the position.
 
     `bankruptcy` is for a position that was opened before the user had terms: its bankruptcy price in millionths of a
-    tick (0: there is none). `cover` is what the account has for a cross position beyond that position's own margin, in
-    millionths of a tick times a lot, as decided up to event `after_seq`; below 0 it lacks as much.
+    tick (0: there is none).
     """
 
     user_id: int
@@ -138,8 +137,19 @@ class SetTerms(Command, tag="SET_TERMS", frozen=True, kw_only=True, omit_default
     maintenance: int
     cross: bool = False
     bankruptcy: int = 0
-    cover: int = 0
-    after_seq: int = 0
+
+
+class SetCover(Command, tag="SET_COVER", frozen=True, kw_only=True):
+    """What a user's account has for a cross position beyond that position's own margin, in millionths of a tick times a
+    lot, rounded down; below 0 it lacks as much.
+
+    More than before counts only while nothing of the user was filled after event `after_seq`, up to which it was
+    decided.
+    """
+
+    user_id: int
+    cover: int
+    after_seq: int
 
 
 class MoveMargin(Command, tag="MOVE_MARGIN", frozen=True, kw_only=True):
@@ -170,7 +180,17 @@ class Deleverage(Command, tag="DELEVERAGE", frozen=True, kw_only=True):
 
 
 AnyCommand = (
-    New | Cancel | CancelAll | Amend | CancelReplace | SetState | MarkPrice | Deleverage | SetTerms | MoveMargin
+    New
+    | Cancel
+    | CancelAll
+    | Amend
+    | CancelReplace
+    | SetState
+    | MarkPrice
+    | Deleverage
+    | SetTerms
+    | SetCover
+    | MoveMargin
 )
 
 

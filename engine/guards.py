@@ -16,34 +16,37 @@ liquidated by the next tick.
 
 What *closes* an isolated position may cost what backs it, the taker fee included, and nothing else: the price is no
 worse than the bankruptcy price. A cross position is backed by the whole account: by its own margin, and by what the
-risk service tells of the rest (`SetTerms.cover`). What closes may be worse than the mark by the maintenance margin, as
-long as the account has that much, and by `New.loss`. Once the account would be empty at the mark, only a price at which
-it is not will do.
+risk service tells of the rest (`SetCover`). What closes may be worse than the mark by the maintenance margin, as
+long as the account has that much, and by `New.loss`. Once the account is empty at the mark, only the price at which it
+would not be will do.
 
 Prices are ticks, quantities lots, rates millionths. What is kept of a user rounds against them.
 """
 
-from domain.matching import New, SetTerms, Side
+from domain.matching import New, SetCover, SetTerms, Side
 from engine.book import Account
 
 ONE = 1_000_000
 # No price: worse than every price that an order can have.
 NO_SALE = 1 << 63
-# The ledger rounds margin and entry notional of what is left to 8 decimals of quote: less than so much of `backing`.
-ROUNDING = 2_000
 
 
 class Guards:
     """The mark as the engine has heard it, and the rules of this module. `mark` is rounded down, `ceiling` up; both
-    are 0 as long as there is none. Until `live_until` (Unix milliseconds) it is live."""
+    are 0 as long as there is none. Until `live_until` (Unix milliseconds) it is live.
 
-    __slots__ = ("ceiling", "live_until", "mark", "taker_fee")
+    `taker_fee` is a rate. `rounding` is what the ledger may lose by rounding when a position is closed in part, in
+    millionths of a tick times a lot.
+    """
 
-    def __init__(self, taker_fee: int) -> None:
+    __slots__ = ("ceiling", "live_until", "mark", "rounding", "taker_fee")
+
+    def __init__(self, taker_fee: int, rounding: int = 0) -> None:
         self.mark = 0
         self.ceiling = 0
         self.live_until = 0
         self.taker_fee = taker_fee
+        self.rounding = rounding
 
     def worst_price(self, account: Account, new: New, *, closes: bool) -> int:
         """The worst price at which an order of a user with terms may open or close; the order's own is not asked."""
@@ -67,11 +70,12 @@ class Guards:
         return -((held - ceiling * (ONE + account.maintenance)) // ONE) - new.loss
 
     def _cross_spare(self, account: Account, new: New) -> int:
-        """How many ticks worse than the mark a cross position may be closed; below 0, how much better it has to be:
-        such an account is due for liquidation, and no order of its own is paid for by the fund."""
+        """How many ticks worse than the mark a cross position may be closed; below 0, how much better it must be."""
         held = abs(account.position)
         fee = self.ceiling * self.taker_fee // ONE + 1
         spare = (_equity(account, self.mark, self.ceiling) + account.cover) // (held * ONE) - fee
+        if spare < 0:
+            return spare
         return min(spare, max(0, self.mark * account.maintenance // ONE - fee)) + new.loss
 
     def open_loss(self, account: Account, new: New, price: int) -> int:
@@ -123,15 +127,16 @@ class Guards:
 
 
 def set_terms(account: Account, terms: SetTerms) -> None:
-    """The terms on which `account` is guarded from here on.
-
-    More `cover` counts only if nothing was filled after event `terms.after_seq`, up to which it was decided.
-    """
+    """The terms on which `account` is guarded from here on."""
     if not account.leverage:
         account.backing = terms.bankruptcy * abs(account.position)
     account.leverage, account.maintenance, account.cross = terms.leverage, terms.maintenance, terms.cross
-    if account.fill_seq <= terms.after_seq or terms.cover < account.cover:
-        account.cover = terms.cover
+
+
+def set_cover(account: Account, told: SetCover) -> None:
+    """What the rest of the account has for a cross position: less at once, more only if nothing was filled since."""
+    if account.fill_seq <= told.after_seq or told.cover < account.cover:
+        account.cover = told.cover
 
 
 def reducible(account: Account, side: Side) -> int:
@@ -146,7 +151,7 @@ def _equity(account: Account, mark: int, ceiling: int) -> int:
 
 
 def book_fill(
-    account: Account, bought: int, price: int, basis: int, open_loss: int, seq: int, loss: int = 0, taker_fee: int = 0
+    guards: Guards, account: Account, bought: int, price: int, basis: int, open_loss: int, seq: int, loss: int = 0
 ) -> None:
     """Fold a fill of `bought` lots (below 0: sold) into what backs the position, which has it already.
 
@@ -161,9 +166,9 @@ def book_fill(
         shared = shared // held if position > 0 else -(-shared // held)
         if account.cross:
             gain = closed * price * ONE - shared if position > 0 else shared - closed * price * ONE
-            account.cover += min(0, gain + closed * loss * ONE - closed * price * taker_fee)
+            account.cover += min(0, gain + closed * loss * ONE - closed * price * guards.taker_fee)
         if closed < held:
-            account.backing -= shared - ROUNDING if position > 0 else shared + ROUNDING
+            account.backing -= shared - guards.rounding if position > 0 else shared + guards.rounding
             return
         account.backing = 0
         bought = account.position
@@ -173,7 +178,7 @@ def book_fill(
     elif bought < 0:
         initial = ONE // account.leverage
         # The fee was held at the basis, too.
-        margin = min(price + open_loss, basis) * initial + open_loss * ONE - max(0, price - basis) * taker_fee
+        margin = min(price + open_loss, basis) * initial + open_loss * ONE - max(0, price - basis) * guards.taker_fee
         account.backing -= bought * (price * ONE + margin)
 
 

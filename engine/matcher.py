@@ -32,6 +32,7 @@ from domain.matching import (
     New,
     Placed,
     Rejected,
+    SetCover,
     SetState,
     SetTerms,
     Side,
@@ -41,9 +42,10 @@ from domain.matching import (
     TradingState,
     Triggered,
 )
+from domain.money import AMOUNT_STEP
 from engine.book import Account, Book, BookSide, Level, Order
 from engine.fillable import fillable
-from engine.guards import ONE, Guards, book_fill, move_margin, reducible, set_terms
+from engine.guards import ONE, Guards, book_fill, move_margin, reducible, set_cover, set_terms
 from engine.reductions import Reductions
 from engine.stops import Stops, waits_for_rise
 
@@ -114,7 +116,9 @@ class Matcher:
         self.stops = Stops()
         self.reductions = Reductions(self.book.accounts)
         self.state: TradingState = "TRADING"
-        self.guards = Guards(-int(-instrument.taker_fee_rate * ONE // 1))
+        unit = instrument.tick_size * instrument.lot_size
+        # Margin and entry notional are rounded to 8 decimals each.
+        self.guards = Guards(-int(-instrument.taker_fee_rate * ONE // 1), -int(-2 * AMOUNT_STEP * ONE / unit // 1))
         self.last_price = 0
         self.event_seq = 0
         # Triggered orders that have not entered yet; empty between commands.
@@ -220,6 +224,8 @@ class Matcher:
                 self._mark_reached()
         elif isinstance(command, SetTerms):
             set_terms(self.book.accounts[command.user_id], command)
+        elif isinstance(command, SetCover):
+            set_cover(self.book.accounts[command.user_id], command)
         elif isinstance(command, MoveMargin):
             move_margin(self.book.accounts[command.user_id], command.amount, command.after_seq)
 
@@ -469,7 +475,7 @@ class Matcher:
         ):
             if account.leverage:
                 basis = terms.basis or terms.price
-                book_fill(account, lots, price, basis, open_loss, seq, terms.loss, self.guards.taker_fee)
+                book_fill(self.guards, account, lots, price, basis, open_loss, seq, terms.loss)
 
     def _prevented(self, maker: Order, new: New, remaining: int, at: int, events: list[AnyEvent]) -> bool:
         """Self-trade prevention: end the maker's order, the taker's or both; whether it ended the taker's."""
@@ -544,7 +550,7 @@ class Matcher:
             for account, lots_bought in ((accounts[user_id], bought), (accounts[counterparty], -bought)):
                 account.position += lots_bought
                 if account.leverage:
-                    book_fill(account, lots_bought, command.price, 0, 0, self.event_seq + len(events) + 1)
+                    book_fill(self.guards, account, lots_bought, command.price, 0, 0, self.event_seq + len(events) + 1)
             events.append(
                 Deleveraged(
                     at=command.at,

@@ -21,6 +21,7 @@ from temporalio.service import RPCError
 from activities.instruments import Rules, read_instruments, read_tiers
 from activities.liquidation import Opened, stalled, trigger, warn
 from activities.positions import tell_moved
+from activities.risk import tell_lower_covers
 from clients import LIQUIDATION_QUEUE
 from domain.liquidation_saga import LIQUIDATION, LiquidationInput
 from storage.db import Connection, Pool
@@ -93,6 +94,7 @@ class LiquidationMonitor:
         }
         if not self._note_new(prices, marks):
             return []
+        await tell_lower_covers(conn)
         opened = await trigger(conn, marks, rules)
         await warn(conn, marks, rules)
         for name, mark in marks.items():

@@ -1,4 +1,5 @@
-"""The sweeper: starts order sagas that were written down and whose start was lost with their process."""
+"""The sweeper: starts order sagas that were written down and whose start was lost with their process, and cancels
+orders whose money a loss in another instrument took."""
 
 import asyncio
 import logging
@@ -7,6 +8,7 @@ from datetime import timedelta
 from temporalio.client import Client
 from temporalio.service import RPCError
 
+from activities.orders import cancel_all_uncovered
 from activities.sagas import start_saga, sweep_up
 from storage.db import Connection, Pool
 from storage.leadership import SWEEPER_LOCK, run_as_leader
@@ -26,6 +28,8 @@ async def run_sweeper(pool: Pool, client: Client, stop: asyncio.Event) -> None:
     async def sweep_for_ever(_: Connection) -> None:
         while True:
             try:
+                async with pool.acquire() as conn, conn.transaction():
+                    await cancel_all_uncovered(conn)
                 await sweep(pool, client)
             except RPCError as error:
                 log.warning("Temporal is away, sweeping later: %s", error.message)

@@ -377,6 +377,8 @@ exposures = Table(
     _col("told_leverage", Integer(), null=True),
     _col("told_maintenance", Integer(), null=True),
     _col("told_mode", Text(), null=True),
+    # What covers a cross position beyond its own margin, as the engine was told last (quote): NULL, never.
+    _col("told_cover", AMOUNT, null=True),
     # The last check whose margin the ledger may not hold yet: the next batch waits for it.
     _col("pending_step", Text(), null=True),
     _updated(),
@@ -385,6 +387,7 @@ exposures = Table(
         " AND order_margin >= 0 AND bid_loss >= 0 AND ask_loss >= 0",
         name="positive",
     ),
+    Index("ix_exposures_told_cover", "user_id", postgresql_where=text("told_cover IS NOT NULL")),
     schema="risk",
     postgresql_with={"fillfactor": 70},
 )
@@ -479,6 +482,7 @@ margin_holds = Table(
     # Counts the changes of position_margin; the copy in positions.positions says which one it is of.
     _col("margin_version", BigInteger(), default="0"),
     CheckConstraint("order_margin >= 0 AND position_margin >= 0", name="positive"),
+    Index("ix_margin_holds_uncovered", "instrument_id", "user_id", postgresql_where=text("order_short > 0")),
     schema="ledger",
     postgresql_with={"fillfactor": 70},
 )

@@ -24,7 +24,8 @@ VIEWS: dict[str, str] = {
     "orders.v_cursors": "SELECT instrument_id, applied_seq FROM orders.cursors",
     "risk.v_exposures": (
         "SELECT user_id, instrument_id, leverage, margin_mode, signed_quantity, entry_notional, bid_quantity,"
-        " bid_notional, ask_quantity, ask_notional, bid_loss, ask_loss, order_margin, open_orders, pending_step"
+        " bid_notional, ask_quantity, ask_notional, bid_loss, ask_loss, order_margin, open_orders, pending_step,"
+        " told_cover"
         " FROM risk.exposures"
     ),
     "risk.v_price_bands": "SELECT instrument_id, price_band FROM risk.risk_limits WHERE user_id IS NULL",
@@ -43,6 +44,7 @@ VIEWS: dict[str, str] = {
         " updated_at FROM risk.liquidation_queue"
     ),
     "ledger.v_balances": "SELECT user_id, asset, available, reserved FROM ledger.ledger_balances",
+    "ledger.v_journals": "SELECT reference_type, reference_id FROM ledger.journals",
     "ledger.v_margin_holds": (
         "SELECT user_id, instrument_id, asset, order_margin, position_margin, order_short, margin_version"
         " FROM ledger.margin_holds"

@@ -11,6 +11,8 @@ from decimal import Decimal
 
 from activities.positions import TradeSide, sides_of
 from domain.exposure import Exposure
+from domain.funding import Holding as Held
+from domain.funding import draw_margin_first
 from domain.margin import initial_margin, tier_of
 from domain.matching import (
     Amended,
@@ -22,7 +24,9 @@ from domain.matching import (
     Deleveraged,
     Expired,
     Filled,
+    MoveMargin,
     Rejected,
+    SetCover,
     SetTerms,
     Side,
     Trade,
@@ -130,12 +134,13 @@ class Exchange:
             leverage=stake.exposure.leverage,
             maintenance=-int(-rate * ONE // 1),
             cross=cross,
-            cover=margin_units(account.cover(name, self.marks), UNITS[name]) if cross else 0,
-            after_seq=venue.matcher.event_seq if cross else 0,
         )
         if terms != stake.told:
             stake.told = terms
             self.apply(name, terms)
+        if cross:
+            units = margin_units(account.cover(name, self.marks), UNITS[name])
+            self.apply(name, SetCover(at=self.time, user_id=user_id, cover=units, after_seq=venue.matcher.event_seq))
 
     def apply(self, name: str, command: AnyCommand) -> list[AnyEvent]:
         """Let the engine carry out a command, and book what comes of it."""
@@ -272,6 +277,9 @@ class Exchange:
         stake.exposure = exposure
         stake.position = position or stake.position
         settled = settle_fills(account.wallet(name), fills, delta)
+        if settled.insurance and exposure.cross:
+            self._draw_margins(user_id, name, settled.insurance)
+            settled = settle_fills(account.wallet(name), fills, delta)
         wallet = settled.wallet
         if wallet.order_margin > stake.order_margin:
             unbooked = sum((fill.realized_pnl for fill in fills if fill.is_cross), ZERO)
@@ -285,6 +293,27 @@ class Exchange:
             claim = self.claims.get((user_id, name), ZERO)
             self.claims[user_id, name] = claim - settled.insurance
             self.draw(user_id, "LIQUIDATION" if fills and fills[-1].is_liquidation else "ORDER", settled.insurance, claim)
+
+
+    def _draw_margins(self, user_id: int, name: str, missing: Decimal) -> None:
+        """A loss of a cross account takes of what its other cross instruments hold, before the fund pays."""
+        account = self.accounts[user_id]
+        others = {each: stake for each, stake in account.stakes.items() if each != name and stake.exposure.cross}
+        holdings = [Held(each, stake.order_margin, stake.position_margin) for each, stake in others.items()]
+        for draw in draw_margin_first(missing, holdings):
+            account.available += draw.total
+            self.take(user_id, draw)
+
+    def take(self, user_id: int, draw: Held) -> None:
+        """Release what a loss or a payment takes of an instrument's hold, and tell the engine."""
+        name, stake = draw.instrument_id, self.accounts[user_id].stakes[draw.instrument_id]
+        stake.order_margin -= draw.order_margin
+        stake.order_short += draw.order_margin
+        stake.position_margin -= draw.position_margin
+        units = margin_units(-draw.position_margin, UNITS[name])
+        if units and stake.told is not None:
+            seq = self.venues[name].matcher.event_seq
+            self.apply(name, MoveMargin(at=self.time, user_id=user_id, amount=units, after_seq=seq))
 
 
 def _terms_of(trade: Trade, role: str) -> tuple[int, int, bool]:

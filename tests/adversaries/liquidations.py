@@ -13,9 +13,9 @@ from domain.liquidation import (
     quantity_to_close,
     worst_price,
 )
-from domain.matching import Deleverage, MoveMargin, New, SetState, TradingState, margin_units
+from domain.matching import Deleverage, New, SetState, TradingState
 from domain.money import ZERO, round_down
-from tests.adversaries.accounts import TIERS, UNITS, Stake
+from tests.adversaries.accounts import TIERS
 from tests.adversaries.orders import Desk
 
 ROUNDS_MAX = 20
@@ -224,17 +224,6 @@ class House(Desk):
         account.owed -= owed
         account.available -= source.available
         for draw in source.draws:
-            stake = account.stakes[draw.instrument_id]
-            stake.order_margin -= draw.order_margin
-            stake.order_short += draw.order_margin
-            stake.position_margin -= draw.position_margin
-            if draw.position_margin:
-                self._tell_taken(user_id, draw.instrument_id, stake, draw.position_margin)
+            self.take(user_id, draw)
         money = account.available + sum((s.order_margin + s.position_margin for s in account.stakes.values()), ZERO)
         self.draw(user_id, "FUNDING", source.insurance, ZERO if money else source.insurance)
-
-    def _tell_taken(self, user_id: int, name: str, stake: Stake, amount: Decimal) -> None:
-        if stake.told is not None:
-            seq = self.venues[name].matcher.event_seq
-            units = margin_units(-amount, UNITS[name])
-            self.apply(name, MoveMargin(at=self.time, user_id=user_id, amount=units, after_seq=seq))

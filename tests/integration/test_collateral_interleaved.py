@@ -202,6 +202,7 @@ async def test_the_payer_pays_from_anywhere(world: World, side: str, mode: str) 
     assert await withdraw(world, await free(world), "all")
     _, reserved = await world.balance(1)
     assert reserved > 15_000
+    await world.settle(BTC)
     moment = await world.pool.fetchval("SELECT clock_timestamp() - interval '1 ms'")
     run = FundingRun(BTC.instrument_id, moment.isoformat())
     await world.publish_rate(run.time, "0.25" if side == "BUY" else "-0.25", 60_000)

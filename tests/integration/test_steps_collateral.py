@@ -142,6 +142,7 @@ async def pass_scheduled_time(world: World, cap: str) -> datetime:
 
 
 async def assert_alice_pays(world: World, moment: datetime) -> None:
+    await world.settle(BTC)
     before = sum(await world.balance(ALICE))
     await finish(world.funding(FundingRun(BTC.instrument_id, moment.isoformat())))
     assert before - sum(await world.balance(ALICE)) == OWED

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from domain.exposure import Exposure
+from domain.matching import Side
 from domain.money import ZERO
 from domain.order_entry import OrderRequest
 from engine import guards, matcher
 from engine.guards import NO_SALE, ONE, Guards
-from tests.adversaries import BTC, UNIT, Exchange
+from tests.adversaries import BTC, OPPOSITE, UNIT, Exchange
 
 USERS = st.integers(1, 4)
 SIDES = st.sampled_from(["BUY", "SELL"])
@@ -174,7 +175,8 @@ class KnownAttacks(Adversaries):
     def trade_far_from_the_mark(self) -> None:
         for near, far in ((0, 48), (0, -48)):
             self._begin("1000", "1000000", leverage=100)
-            side, opposite = ("BUY", "SELL") if far > 0 else ("SELL", "BUY")
+            side: Side = "BUY" if far > 0 else "SELL"
+            opposite = OPPOSITE[side]
             self._trade(side, opposite, far)
             self._check()
             self._begin("1000", "1000000", leverage=100)
@@ -184,6 +186,16 @@ class KnownAttacks(Adversaries):
             self._begin("40000", "1000000", leverage=100)
             self._trade(side, opposite, far)
             self._check()
+            # First a position with all its margin, then a leverage that takes nearly all of it away.
+            self._begin("100000", "1000000", leverage=1)
+            self._trade(side, opposite, near)
+            self.exchange.lever(1, 100)
+            self.exchange.place(2, OrderRequest(BTC.instrument_id, opposite, "LIMIT", Decimal(1), self._price(far)))
+            self.exchange.place(1, OrderRequest(BTC.instrument_id, side, "MARKET", Decimal(1), time_in_force="IOC"))
+            self._check()
+
+    def _price(self, offset: int) -> Decimal:
+        return self._at(self.exchange.mark, offset)
 
     def _begin(self, poor: str, rich: str, leverage: int) -> None:
         self.exchange = Exchange()
@@ -193,7 +205,7 @@ class KnownAttacks(Adversaries):
         self.exchange.lever(1, leverage)
 
     def _trade(self, side: Any, opposite: Any, offset: int) -> None:
-        price = self._at(self.exchange.mark, offset)
+        price = self._price(offset)
         for user, its in ((2, opposite), (1, side)):
             self.exchange.place(user, OrderRequest(BTC.instrument_id, its, "LIMIT", Decimal(1), price))
 
