@@ -58,6 +58,14 @@ class Opened:
 
 
 @dataclass(frozen=True)
+class FundingTime:
+    """A funding time that nobody has collected yet: what each user gets (quote; below 0: pays)."""
+
+    name: str
+    payments: dict[int, Decimal]
+
+
+@dataclass(frozen=True)
 class Draw:
     """What the fund was asked for, and how much of that was justified (quote)."""
 
@@ -70,17 +78,21 @@ class Draw:
 class Exchange:
     """`fund` is the insurance fund, `shortfall` what it could not pay. `poorer`: from whose available money a fill took
     more than was held for it. `opened` and `draws` are those of the last step;
+    `left`: what was free of those whose money left, after that; `due`: funding times to be collected;
     `claims`: what a running liquidation may cost the fund, by user and instrument. All quote."""
 
     def __init__(self, seed: Decimal = SEED) -> None:
+        self.due: list[FundingTime] = []
         self.accounts: defaultdict[int, Account] = defaultdict(Account)
         self.venues = {i.instrument_id: Venue(i, mark) for i, mark in ((BTC, Decimal(60_000)), (ETH, Decimal(3_000)))}
-        self.time = 0
+        # Unix milliseconds.
+        self.time = 1_000_000
         self.order_id = 0
         self.amendments: dict[int, Amendment] = {}
         self.fund = self.paid_in = seed
         self.fees = self.shortfall = self.dust = ZERO
         self.poorer: set[int] = set()
+        self.left: list[Decimal] = []
         self.opened: list[Opened] = []
         self.draws: list[Draw] = []
         self.claims: dict[tuple[int, str], Decimal] = {}
@@ -103,9 +115,20 @@ class Exchange:
         if not account.collateral(self.marks).covers(amount):
             return "INSUFFICIENT_FUNDS"
         account.available -= amount
+        self.note_left(user_id)
         self.paid_in -= amount
         self.tell_cover(user_id)
         return ""
+
+    def note_left(self, user_id: int) -> None:
+        """Money of a user has just left what is available, by their own wish: write down what else stands on it."""
+        account = self.accounts[user_id]
+        lost = -sum((stake.pnl(self.venues[name].mark) for name, stake in account.crossed()), ZERO)
+        self.left.append(account.available - max(ZERO, lost) - self.due_of(user_id))
+
+    def due_of(self, user_id: int) -> Decimal:
+        """Funding of a user that is due and not collected."""
+        return sum((max(ZERO, -time.payments.get(user_id, ZERO)) for time in self.due), ZERO)
 
     def say_mark(self, name: str, mark: Decimal, *, frozen: bool = False) -> None:
         """The mark moves, or is told again."""
@@ -263,7 +286,7 @@ class Exchange:
                     - round_up(max(ZERO, price - basis) * quantity * venue.instrument.taker_fee_rate),
                     stake.equity(venue.mark),
                     stake.maintenance(venue.mark),
-                    half.role != "TAKER" or venue.is_live(self.time),
+                    half.role != "TAKER" or self.time <= venue.live_until,
                 )
             )
 
@@ -292,8 +315,9 @@ class Exchange:
         if settled.insurance:
             claim = self.claims.get((user_id, name), ZERO)
             self.claims[user_id, name] = claim - settled.insurance
-            self.draw(user_id, "LIQUIDATION" if fills and fills[-1].is_liquidation else "ORDER", settled.insurance, claim)
-
+            self.draw(
+                user_id, "LIQUIDATION" if fills and fills[-1].is_liquidation else "ORDER", settled.insurance, claim
+            )
 
     def _draw_margins(self, user_id: int, name: str, missing: Decimal) -> None:
         """A loss of a cross account takes of what its other cross instruments hold, before the fund pays."""

@@ -32,6 +32,12 @@ def every_fill_that_opened_is_covered(house: House) -> None:
     house.opened.clear()
 
 
+def nobody_puts_a_loss_out_of_reach(house: House) -> None:
+    """Law 4: what a cross loss or funding stands on does not leave."""
+    assert all(free >= ZERO for free in house.left), house.left
+    house.left.clear()
+
+
 def nobody_is_below_zero(house: House) -> None:
     """Law 5, and that no order rests whose money is gone."""
     assert house.fund >= ZERO
@@ -62,6 +68,7 @@ LAWS = (
     the_fund_pays_only_for_the_market,
     money_comes_from_nothing,
     every_fill_that_opened_is_covered,
+    nobody_puts_a_loss_out_of_reach,
     nobody_is_below_zero,
     the_engine_never_believes_in_more_than_there_is,
 )

@@ -1,6 +1,5 @@
 """What is done to traders: liquidation, deleveraging, funding, halts."""
 
-from dataclasses import dataclass
 from decimal import Decimal
 
 from domain.funding import Holding as Held
@@ -16,25 +15,14 @@ from domain.liquidation import (
 from domain.matching import Deleverage, New, SetState, TradingState
 from domain.money import ZERO, round_down
 from tests.adversaries.accounts import TIERS
+from tests.adversaries.exchange import FundingTime
 from tests.adversaries.orders import Desk
 
 ROUNDS_MAX = 20
 
 
-@dataclass
-class FundingTime:
-    """A funding time that nobody has collected yet: what each user gets (quote; below 0: pays)."""
-
-    name: str
-    payments: dict[int, Decimal]
-
-
 class House(Desk):
-    """The exchange with all its services; `due` are funding times to be collected."""
-
-    def __init__(self, seed: Decimal = Decimal(1_000_000)) -> None:
-        self.due: list[FundingTime] = []
-        super().__init__(seed)
+    """The exchange with all its services."""
 
     # Halts
 

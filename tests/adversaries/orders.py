@@ -113,20 +113,23 @@ class Desk(Exchange):
             change.claimed_loss,
             0,
             known.request.reduce_only,
-            venue.instrument.quantity_to_lots(max(ZERO, change.open_quantity - known.request.quantity + known.filled_quantity)),
+            venue.instrument.quantity_to_lots(
+                max(ZERO, change.open_quantity - known.request.quantity + known.filled_quantity)
+            ),
             venue.amend_command(change, self.order_id, self.time),
         )
 
     def _take_in(self, user_id: int, judged: Judged, ahead: Sequence[Judged]) -> str:
         """Judge an order and hold its money; forget it if it is refused. `ahead` of it are others of its batch."""
-        refusal = "TURNS" if self._may_turn(user_id, judged, ahead) else self._judge(self.accounts[user_id], judged)
+        refusal = "TURNS" if self._may_turn(user_id, judged, ahead) else self._judge(user_id, judged)
         if refusal:
             self.amendments.pop(self.order_id, None)
             self.venues[judged.name].orders.pop(self.order_id, None)
         return refusal
 
-    def _judge(self, account: Account, judged: Judged) -> str:
+    def _judge(self, user_id: int, judged: Judged) -> str:
         """As `activities.risk.refusal_reason`, and the ledger's freeze."""
+        account = self.accounts[user_id]
         stake, venue = account.stakes[judged.name], self.venues[judged.name]
         before, rate = stake.exposure, venue.instrument.taker_fee_rate
         after = before.with_claim(judged.side, judged.quantity, judged.notional, judged.orders, judged.loss)
@@ -142,7 +145,10 @@ class Desk(Exchange):
         frozen = freeze(account.wallet(judged.name), added) if self.may_leave(account, added) else None
         if frozen is None:
             return "INSUFFICIENT_MARGIN"
+        leaves = frozen.available < account.available
         account.keep(judged.name, frozen)
+        if leaves:
+            self.note_left(user_id)
         stake.exposure = after
         return ""
 
@@ -250,6 +256,8 @@ class Desk(Exchange):
         free = max(ZERO, account.collateral(self.marks).free)
         moved = settle_within(wallet, free, wallet.position_margin + amount, order_delta)
         account.keep(name, moved)
+        if moved.available < wallet.available:
+            self.note_left(user_id)
         units = margin_units(moved.position_margin - wallet.position_margin, UNITS[name])
         if units and stake.told is not None:
             at, seq = self.time, venue.matcher.event_seq
