@@ -201,7 +201,9 @@ def run_from_funding(scene: Scene) -> None:
     scene.close("MARKET", "4")
     scene.rich("20", 0, ETHER)
     money = scene.house.accounts[POOR].available
-    assert scene.house.withdraw(POOR, money) == "INSUFFICIENT_FUNDS"
+    refusal = scene.house.withdraw(POOR, money)
+    check(scene.house)
+    assert refusal == "INSUFFICIENT_FUNDS"
     scene.poor(scene.order("LIMIT", "20", 0, ETHER))
     scene.house.move_margin(POOR, ETHER, money - 700)
     check(scene.house)

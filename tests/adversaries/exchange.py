@@ -1,5 +1,5 @@
-"""An exchange in memory: the real rules of order entry, margin, wallets, funding and liquidation, the real matchers, and
-a ledger beside them.
+"""An exchange in memory: the real rules of order entry, margin, wallets, funding and liquidation, the real matchers, a
+ledger beside them.
 
 It carries an order all the way at once, so that a test can try what any set of traders can do to it: `orders.py` has
 what they send, `liquidations.py` what is done to them, this what comes of it.
@@ -254,10 +254,10 @@ class Exchange:
         stake, price = self._stake(user_id, name), ticks(event.price)
         basis, exposure = price, stake.exposure
         if isinstance(event, Trade):
-            basis, loss, reduces = _terms_of(event, half.role)
+            basis_ticks, loss, reduces = _terms_of(event, half.role)
+            basis = ticks(basis_ticks)
             if not reduces:
-                exposure = exposure.with_fill(half.side, quantity, ticks(basis), ticks(loss))
-            basis = ticks(basis)
+                exposure = exposure.with_fill(half.side, quantity, basis, ticks(loss))
         before, was_sound = stake.position, stake.equity(venue.mark) >= stake.maintenance(venue.mark)
         fill = apply_fill(before, quantity if half.side == "BUY" else -quantity, price)
         exposure = exposure.with_position(fill.position.signed_quantity, fill.position.entry_notional)

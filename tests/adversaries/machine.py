@@ -1,4 +1,4 @@
-"""What any set of traders may do, at random: four accounts, perhaps of one person, with little money and any leverage."""
+"""What any set of traders may do, at random: four accounts, perhaps of one person, with little money, any leverage."""
 
 from decimal import Decimal
 from typing import Any
@@ -19,7 +19,7 @@ SIDES = st.sampled_from(["BUY", "SELL"])
 KINDS = st.sampled_from(["LIMIT", "LIMIT", "LIMIT", "MARKET", "STOP_LIMIT", "STOP_MARKET", "TAKE_PROFIT_MARKET"])
 # In thousandths of the mark: near it more often than far from it.
 OFFSETS = st.one_of(st.integers(-8, 8), st.integers(-55, 55))
-# In thousandths of what 60,000 USDT buy, as it were: of BTC as it stands, of ETH twenty times as much.
+# Of BTC; of ETH it is twenty times as much.
 QUANTITIES = st.sampled_from(["0.001", "0.1", "1", "3"])
 BOUNDS = {BTC.instrument_id: (Decimal(5_000), Decimal(200_000)), ETH.instrument_id: (Decimal(250), Decimal(10_000))}
 SIZES = {BTC.instrument_id: 1, ETH.instrument_id: 20}
@@ -57,7 +57,7 @@ class Adversaries(RuleBasedStateMachine):
 
     @rule(user=USERS, order=ORDERS, terms=st.sampled_from(["GTC", "IOC", "FOK"]))
     def place(self, user: int, order: tuple[Any, ...], terms: Any) -> None:
-        self.house.place(user, self.request(*order, terms=terms))
+        self.house.place(user, self.request(*(*order, terms)))
 
     @rule(
         users=st.permutations([1, 2, 3, 4]),
@@ -86,8 +86,8 @@ class Adversaries(RuleBasedStateMachine):
         poor, rich = sorted(users[:2], key=lambda user: self.house.accounts[user].available)
         self.house.lever(poor, name, leverage)
         for quantity in ("3", "1", "0.3", "0.1", "0.01"):
-            if not self.house.place(poor, self.request(name, side, "LIMIT", quantity, 0, 0, False)):
-                self.house.place(rich, self.request(name, opposite(side), "MARKET", quantity, 0, 0, False))
+            if not self.house.place(poor, self.request(name, side, "LIMIT", quantity)):
+                self.house.place(rich, self.request(name, opposite(side), "MARKET", quantity))
                 break
         self.move_mark(name, move, 0, 1)
 
@@ -161,9 +161,9 @@ class Adversaries(RuleBasedStateMachine):
         side: Any,
         kind: Any,
         quantity: str,
-        offset: int,
-        stop_offset: int,
-        reduce_only: bool,
+        offset: int = 0,
+        stop_offset: int = 0,
+        reduce_only: bool = False,
         terms: Any = "GTC",
     ) -> OrderRequest:
         stop = self.at(name, stop_offset) if kind not in ("LIMIT", "MARKET") else None

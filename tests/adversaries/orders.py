@@ -197,23 +197,22 @@ class Desk(Exchange):
 
     def move_margin(self, user_id: int, name: str, amount: Decimal) -> str:
         """Put money behind an isolated position, or take some away (below 0)."""
-        account, mark = self.accounts[user_id], self.venues[name].mark
-        stake = account.stakes[name]
-        if stake.is_liquidated:
-            return "POSITION_IN_LIQUIDATION"
+        account, stake = self.accounts[user_id], self.accounts[user_id].stakes[name]
         if not stake.quantity:
             return "POSITION_NOT_FOUND"
-        if stake.exposure.cross:
-            return "POSITION_IS_CROSS"
-        if not self.venues[name].is_live(self.time):
-            return "MARK_PRICE_UNAVAILABLE"
-        kept = margin_to_keep(stake.quantity, stake.position.entry_notional, mark, stake.exposure.leverage)
-        if amount < 0 and stake.position_margin + amount < kept:
-            return "INSUFFICIENT_MARGIN"
-        if not self.may_leave(account, amount):
-            return "INSUFFICIENT_FUNDS"
-        self._move(user_id, name, amount, ZERO)
-        return ""
+        mark, leverage = self.venues[name].mark, stake.exposure.leverage
+        kept = margin_to_keep(stake.quantity, stake.position.entry_notional, mark, leverage)
+        reasons = {
+            "POSITION_IN_LIQUIDATION": stake.is_liquidated,
+            "POSITION_IS_CROSS": stake.exposure.cross,
+            "MARK_PRICE_UNAVAILABLE": not self.venues[name].is_live(self.time),
+            "INSUFFICIENT_MARGIN": amount < 0 and stake.position_margin + amount < kept,
+            "INSUFFICIENT_FUNDS": not self.may_leave(account, amount),
+        }
+        refusal = next((reason for reason, applies in reasons.items() if applies), "")
+        if not refusal:
+            self._move(user_id, name, amount, ZERO)
+        return refusal
 
     def lever(self, user_id: int, name: str, leverage: int) -> str:
         """Change the leverage of what is open and of what will be."""

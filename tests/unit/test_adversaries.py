@@ -2,6 +2,7 @@
 without any one of the guards."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -10,22 +11,20 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from msgspec.structs import replace as but
 
-import tests.adversaries.exchange as exchange
-import tests.adversaries.liquidations as liquidations
-import tests.adversaries.orders as orders
 from domain.collateral import Collateral
 from domain.exposure import Exposure
 from domain.funding import Charge
 from domain.money import ZERO
-from domain.order_entry import Amendment
-from domain.wallet import Wallet
+from domain.order_entry import Amendment, amendment
+from domain.wallet import Wallet, freeze
 from engine import guards, matcher
 from engine.guards import NO_SALE, ONE, Guards
+from tests.adversaries import exchange, liquidations, orders
 from tests.adversaries.attacks import ATTACKS, SCENES, Scene
 from tests.adversaries.machine import Adversaries
 
 TestAdversaries = Adversaries.TestCase
-TestAdversaries.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAdversaries.settings = settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)
 
 Patch = tuple[Any, str, Any]
 
@@ -55,29 +54,12 @@ def _endless_cover(account: Any, told: Any) -> None:
     account.cover = 1 << 80
 
 
-def _claiming_nothing(order: Any, *terms: Any) -> Amendment:
-    change = _amendment(order, *terms)
-    return type(change)(
-        change.order,
-        change.price,
-        change.quantity,
-        change.open_quantity,
-        ZERO,
-        ZERO,
-        ZERO,
-        change.margin_price,
-        change.open_loss,
-    )
-
-
-_amendment = orders.amendment
+def _claiming_nothing(*terms: Any) -> Amendment:
+    return replace(amendment(*terms), claimed_quantity=ZERO, claimed_notional=ZERO, claimed_loss=ZERO)
 
 
 def _what_there_is(wallet: Wallet, amount: Decimal) -> Wallet | None:
-    return _freeze(wallet, min(amount, wallet.available))
-
-
-_freeze = orders.freeze
+    return freeze(wallet, min(amount, wallet.available))
 
 
 def _anywhere(holding: Any, closing: Decimal, mark: Decimal, *_: Any) -> Decimal:
@@ -85,7 +67,7 @@ def _anywhere(holding: Any, closing: Decimal, mark: Decimal, *_: Any) -> Decimal
     return (mark * band).quantize(Decimal(1))
 
 
-def _at_the_mark(holding: Any, tick_size: Decimal) -> Decimal:
+def _far_away(holding: Any, tick_size: Decimal) -> Decimal:
     return Decimal(57_000) if holding.signed_quantity > 0 else Decimal(63_000)
 
 
@@ -119,7 +101,7 @@ MUTATIONS: dict[str, Sequence[Patch]] = {
     "what funding is owed from may leave": [(Collateral, "free", _free(loss=True, funding=False))],
     "what opens needs no live mark": [(matcher.Matcher, "_entry_refusal", lambda *_, **__: "")],
     "a liquidation sells at any price": [(liquidations, "worst_price", _anywhere)],
-    "deleveraging is at a price of its own": [(liquidations, "deleverage_price", _at_the_mark)],
+    "deleveraging is at a price of its own": [(liquidations, "deleverage_price", _far_away)],
     "a cross loss takes of no other margin": [(exchange, "draw_margin_first", lambda *_: [])],
     "funding is paid by the fund first": [(liquidations, "charge", lambda owed, *_: Charge(ZERO, (), owed))],
 }
