@@ -2,10 +2,11 @@
 
 from decimal import Decimal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.wallet import Wallet, freeze, settle
+from domain.wallet import Wallet, freeze, return_margin, settle
 
 MONEY = st.decimals(0, 10**9, places=8)
 CASH = st.decimals(-(10**9), 10**9, places=8)
@@ -103,3 +104,24 @@ def test_a_loss_takes_the_money_of_orders_before_that_of_the_position() -> None:
     assert settled.wallet == Wallet(Decimal(0), Decimal(15), Decimal(30), Decimal(5))
     repaid = settle(settled.wallet, Decimal(7), Decimal(30), Decimal(0))
     assert repaid.wallet == Wallet(Decimal(2), Decimal(20), Decimal(30), Decimal(0))
+
+
+@pytest.mark.parametrize(
+    ("available", "margin", "stands", "expected"),
+    [
+        # All that the fill took stands for a loss, or a part of it, or nothing.
+        ("80", "130", "100", ("100", "110")),
+        ("80", "130", "90", ("90", "120")),
+        ("80", "130", "80", ("80", "130")),
+        # No more than it took, nor than it put behind the position: a loss that was paid is not made good.
+        ("80", "130", "500", ("100", "110")),
+        ("80", "105", "100", ("85", "100")),
+        ("80", "90", "100", ("80", "90")),
+    ],
+)
+def test_a_fill_gives_back_what_stands_for_a_loss(
+    available: str, margin: str, stands: str, expected: tuple[str, str]
+) -> None:
+    before = Wallet(Decimal(100), Decimal(10), Decimal(100))
+    wallet = return_margin(Wallet(Decimal(available), Decimal(0), Decimal(margin)), before, Decimal(stands))
+    assert (wallet.available, wallet.position_margin) == (Decimal(expected[0]), Decimal(expected[1]))
