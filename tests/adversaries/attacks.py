@@ -323,6 +323,18 @@ def take_the_cover_away(scene: Scene) -> None:
         scene.close("LIMIT", "1", -2.5)
 
 
+def sell_what_stands_for_a_loss(scene: Scene) -> None:
+    """A cross loss stands on what is available; a sale far above the mark would take that for its own position."""
+    scene.begin(4_200, 100)
+    scene.house.lever(POOR, ETHER, 1)
+    scene.open("1")
+    scene.mark(-5)
+    scene.house.place(RICH, OrderRequest(ETHER, "BUY", "LIMIT", Decimal("1.08"), Decimal(3_225)))
+    scene.poor(OrderRequest(ETHER, "SELL", "LIMIT", Decimal("1.08"), Decimal(3_000)))
+    assert scene.position(ETHER) < 0
+    scene.watch()
+
+
 def drained_by_leverage(scene: Scene) -> None:
     """All the margin at 1 ×, then a leverage that takes nearly all of it away; and more of the same, far away."""
     scene.begin(100_000, 1)
@@ -355,6 +367,7 @@ ATTACKS: tuple[Attack, ...] = (
     lose_more_than_its_own,
     count_money_twice,
     take_the_cover_away,
+    sell_what_stands_for_a_loss,
     drained_by_leverage,
 )
 SCENES: tuple[tuple[Side, bool], ...] = (("BUY", False), ("SELL", False), ("BUY", True), ("SELL", True))

@@ -35,7 +35,7 @@ from domain.matching import (
 from domain.money import ZERO, round_up
 from domain.order_entry import Amendment
 from domain.positions import Position, apply_fill
-from domain.wallet import BookedFill, keep_back, settle_fills
+from domain.wallet import BookedFill, keep_back, return_margin, settle_fills
 from engine.guards import ONE
 from tests.adversaries.accounts import BTC, ETH, TIERS, UNITS, Account, Stake
 from tests.adversaries.venues import Venue
@@ -303,14 +303,17 @@ class Exchange:
         if settled.insurance and exposure.cross:
             self._draw_margins(user_id, name, settled.insurance)
             settled = settle_fills(account.wallet(name), fills, delta)
-        wallet = settled.wallet
-        if wallet.order_margin > stake.order_margin:
+        wallet, before = settled.wallet, account.wallet(name)
+        if wallet.order_margin > before.order_margin or wallet.available < before.available:
             unbooked = sum((fill.realized_pnl for fill in fills if fill.is_cross), ZERO)
-            stands = account.collateral(self.marks, unbooked)
-            wallet = keep_back(wallet, stake.order_margin, stands.available - stands.free)
+            collateral = account.collateral(self.marks, unbooked)
+            stands = collateral.available - collateral.free
+            wallet = return_margin(keep_back(wallet, before.order_margin, stands), before, stands)
         if wallet.available < account.available:
             self.poorer.add(user_id)
         account.keep(name, wallet)
+        if wallet.available < before.available and wallet.position_margin > before.position_margin:
+            self.note_left(user_id)
         self.fund += settled.liquidation_fee + settled.surplus
         if settled.insurance:
             claim = self.claims.get((user_id, name), ZERO)

@@ -98,6 +98,7 @@ MUTATIONS: dict[str, Sequence[Patch]] = {
         (orders, "freeze", _what_there_is),
     ],
     "what a cross loss stands on may leave": [(Collateral, "free", _free(loss=False, funding=True))],
+    "a fill takes what a cross loss stands on": [(exchange, "return_margin", lambda wallet, *_: wallet)],
     "what funding is owed from may leave": [(Collateral, "free", _free(loss=True, funding=False))],
     "what opens needs no live mark": [(matcher.Matcher, "_entry_refusal", lambda *_, **__: "")],
     "a liquidation sells at any price": [(liquidations, "worst_price", _anywhere)],
