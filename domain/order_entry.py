@@ -153,7 +153,11 @@ def _margin_terms(
         gap = to_tick(start, tick, ROUND_CEILING) - bound
     gap = max(ZERO, gap)
     loss = gap if request.has_limit and not request.reduce_only else ZERO
-    return loss, bound if request.side == "BUY" else bound + gap
+    if request.side == "BUY":
+        return loss, bound
+    # A take-profit that is due already sells at the mark, however far below that it waits.
+    is_due = request.type.startswith("TAKE_PROFIT") and start < reference.mark
+    return loss, max(bound + gap, to_tick(reference.mark, tick, ROUND_CEILING)) if is_due else bound + gap
 
 
 def protection(instrument: Instrument) -> Decimal:

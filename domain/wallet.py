@@ -132,6 +132,17 @@ def keep_back(wallet: Wallet, held_before: Decimal, stands: Decimal) -> Wallet:
     )
 
 
+def return_margin(wallet: Wallet, before: Wallet, stands: Decimal) -> Wallet:
+    """Give back what fills took of the available money that there was `before` for more margin of the position, as far
+    as `stands` (>= 0) is not left available.
+
+    A sale far above the price at which its margin is held takes more of it; without that it is backed as its order was.
+    """
+    grown = wallet.position_margin - before.position_margin
+    back = max(ZERO, min(stands - wallet.available, before.available - wallet.available, grown))
+    return replace(wallet, available=wallet.available + back, position_margin=wallet.position_margin - back)
+
+
 def margin_after(margin: Decimal, fill: BookedFill) -> Decimal:
     """What backs a position after a fill, when `margin` did before it.
 

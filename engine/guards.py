@@ -59,7 +59,8 @@ class Guards:
             return 0 if buys else NO_SALE
         spare = self._cross_spare(account, new) if closes else new.loss + self._slack(account, new.side)
         if not buys:
-            return self.ceiling - spare
+            worst = self.ceiling - spare
+            return worst if closes else max(worst, self._backed_from(account, new))
         worst = self.mark + spare
         return worst if closes or not new.basis else min(worst, new.basis)
 
@@ -69,6 +70,13 @@ class Guards:
         if held <= 0 or account.cross:
             return False
         return _equity(account, self.mark, self.ceiling) < held * mark * account.maintenance
+
+    def _backed_from(self, account: Account, new: New) -> int:
+        """The lowest price at which a sale leaves its maintenance margin, if no more than what is held at its basis
+        backs it: the mark may have gone beyond that since."""
+        basis, ceiling = new.basis or new.price, self.ceiling
+        held = basis * (ONE // account.leverage) - max(0, ceiling - basis) * self.taker_fee
+        return -((held - ceiling * (ONE + account.maintenance)) // ONE) - new.loss
 
     def _cross_spare(self, account: Account, new: New) -> int:
         """How many ticks worse than the mark a cross position may be closed; below 0, how much better it must be."""
@@ -178,7 +186,9 @@ def book_fill(
         account.backing += bought * (price * (ONE - initial) - open_loss * ONE)
     elif bought < 0:
         initial = ONE // account.leverage
-        account.backing -= bought * (price * ONE + min(price + open_loss, basis) * initial + open_loss * ONE)
+        # The fee was held at the basis, too.
+        margin = min(price + open_loss, basis) * initial + open_loss * ONE - max(0, price - basis) * guards.taker_fee
+        account.backing -= bought * (price * ONE + margin)
 
 
 def move_margin(account: Account, amount: int, after_seq: int) -> None:

@@ -197,6 +197,11 @@ def test_what_only_reduces_may_be_smaller_than_the_minimum() -> None:
         (stop("STOP_LIMIT", "59000", "58000", side="SELL"), "1000", "59000"),
         (stop("STOP_MARKET", "61000"), "0", "64050"),
         (stop("TAKE_PROFIT_MARKET", "61000", side="SELL"), "0", "61000"),
+        # Due already: it sells at the mark, so that is where it is backed.
+        (stop("TAKE_PROFIT_MARKET", "31000", side="SELL"), "0", "60000"),
+        (stop("TAKE_PROFIT_LIMIT", "31000", "30500", side="SELL"), "500", "60000"),
+        (stop("TAKE_PROFIT_MARKET", "61000"), "0", "64050"),
+        (stop("STOP_MARKET", "59000", side="SELL"), "0", "59000"),
     ],
 )
 def test_what_waits_is_judged_by_its_stop_price(request_: OrderRequest, loss: str, margin_price: str) -> None:

@@ -2,10 +2,11 @@
 
 from decimal import Decimal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.wallet import Settled, Wallet, freeze, leave_to_user, settle
+from domain.wallet import Settled, Wallet, freeze, leave_to_user, return_margin, settle
 
 MONEY = st.decimals(0, 10**9, places=8)
 CASH = st.decimals(-(10**9), 10**9, places=8)
@@ -117,3 +118,24 @@ def test_what_a_liquidation_leaves_to_the_fund_can_stay_with_its_user(
     # The fee is touched only when nothing else is left.
     assert 0 <= after.surplus <= surplus
     assert after.liquidation_fee == fee or not after.surplus
+
+
+@pytest.mark.parametrize(
+    ("available", "margin", "stands", "expected"),
+    [
+        # All that the fill took stands for a loss, or a part of it, or nothing.
+        ("80", "130", "100", ("100", "110")),
+        ("80", "130", "90", ("90", "120")),
+        ("80", "130", "80", ("80", "130")),
+        # No more than it took, nor than it put behind the position: a loss that was paid is not made good.
+        ("80", "130", "500", ("100", "110")),
+        ("80", "105", "100", ("85", "100")),
+        ("80", "90", "100", ("80", "90")),
+    ],
+)
+def test_a_fill_gives_back_what_stands_for_a_loss(
+    available: str, margin: str, stands: str, expected: tuple[str, str]
+) -> None:
+    before = Wallet(Decimal(100), Decimal(10), Decimal(100))
+    wallet = return_margin(Wallet(Decimal(available), Decimal(0), Decimal(margin)), before, Decimal(stands))
+    assert (wallet.available, wallet.position_margin) == (Decimal(expected[0]), Decimal(expected[1]))
