@@ -52,6 +52,7 @@ from domain.wallet import (
     freeze,
     keep_back,
     leave_to_user,
+    return_margin,
     settle,
     settle_fills,
     settle_within,
@@ -437,7 +438,8 @@ async def _settle(conn: Connection, events: EventRange) -> None:
         wallet = _wallet(book.accounts[user_id, asset], holds[user_id, instrument_id])
         wallet = replace(wallet, available=wallet.available + sum(draw.total for _, draw in drawn))
         settled[user_id] = settle_fills(wallet, booked[user_id], order_margins.get(user_id, ZERO))
-    await _keep_back(conn, asset, settled, {user_id: holds[user_id, instrument_id] for user_id in users})
+    wallets = {user_id: _wallet(book.accounts[user_id, asset], holds[user_id, instrument_id]) for user_id in users}
+    await _keep_back(conn, asset, settled, wallets)
     await _keep_for_funding(conn, asset, settled)
     _post_trades(book, fills, asset, instrument_id)
     lowered = _post_cross_draws(book, f"{instrument_id}:{events.to_seq}", draws, holds)
@@ -495,17 +497,25 @@ def _post_cross_draws(
     return lowered
 
 
-async def _keep_back(conn: Connection, asset: str, settled: dict[int, Settled], holds: Mapping[int, Hold]) -> None:
-    """Let no fill move what a loss or funding stands on behind orders that it leaves uncovered by the position.
+async def _keep_back(conn: Connection, asset: str, settled: dict[int, Settled], before: Mapping[int, Wallet]) -> None:
+    """Let no fill move what a loss or funding stands on behind orders or a position.
 
-    Closing a position makes orders that would only have reduced it need margin: nobody has checked that they may.
+    Closing a position makes orders that would only have reduced it need margin, and a sale far above its limit opens
+    with more margin than was held for it: nobody has checked that either may.
     """
-    growing = [user_id for user_id, s in settled.items() if s.wallet.order_margin > holds[user_id].order_margin]
-    stands = await read_collateral(conn, growing)
-    for user_id in growing:
+    taking = [user_id for user_id, s in settled.items() if _takes(s.wallet, before[user_id])]
+    stands = await read_collateral(conn, taking)
+    for user_id in taking:
         collateral = stands[user_id, asset]
-        wallet = keep_back(settled[user_id].wallet, holds[user_id].order_margin, collateral.available - collateral.free)
-        settled[user_id] = replace(settled[user_id], wallet=wallet)
+        amount = collateral.available - collateral.free
+        wallet = keep_back(settled[user_id].wallet, before[user_id].order_margin, amount)
+        settled[user_id] = replace(settled[user_id], wallet=return_margin(wallet, before[user_id], amount))
+
+
+def _takes(wallet: Wallet, before: Wallet) -> bool:
+    """Whether more is held for orders than before, or for the position out of what was available."""
+    grows = wallet.position_margin > before.position_margin and wallet.available < before.available
+    return grows or wallet.order_margin > before.order_margin
 
 
 async def _keep_for_funding(conn: Connection, asset: str, settled: dict[int, Settled]) -> None:

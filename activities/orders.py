@@ -62,6 +62,8 @@ OPEN_STATUSES = ("PENDING", "ACCEPTED", "PLACED", "PARTIALLY_FILLED", "CANCEL_RE
 IN_ENGINE_STATUSES = ("ACCEPTED", "PLACED", "PARTIALLY_FILLED")
 # The engine has protection in millionths.
 PROTECTION_UNITS = 1_000_000
+# Of an order or amendment (`domain.matching.New.backed`).
+ALL_BACKED = -1
 VERDICTS_CHANNEL = "orders:verdicts"
 ORDER_COLUMNS = (
     "order_id, client_order_id, user_id, instrument_id, side, type, time_in_force, price, quantity, filled_quantity,"
@@ -195,7 +197,7 @@ class OrderActivities:
         """End the placement of orders and amendments: ACCEPTED and in the command log, or FAILED with the reason; one
         transaction."""
         async with self._pool.acquire() as conn, conn.transaction():
-            await _accept(conn, acceptance.passed, (await self._rules.rules(conn)).instruments)
+            await _accept(conn, acceptance, (await self._rules.rules(conn)).instruments)
             if acceptance.refused:
                 await _fail(conn, acceptance)
             await _close_saga(conn, acceptance.saga_id)
@@ -284,7 +286,8 @@ async def submit_liquidation_order(
     return seqs[instrument.instrument_id]
 
 
-async def _accept(conn: Connection, order_ids: Sequence[int], instruments: Mapping[str, Instrument]) -> None:
+async def _accept(conn: Connection, acceptance: Acceptance, instruments: Mapping[str, Instrument]) -> None:
+    order_ids, backed = acceptance.passed, {backing.order_id: backing.lots for backing in acceptance.backed}
     rows = await conn.fetch(
         "UPDATE orders.orders SET status = 'ACCEPTED', updated_at = now()"
         " WHERE order_id = ANY($1) AND status = 'PENDING'"
@@ -295,11 +298,15 @@ async def _accept(conn: Connection, order_ids: Sequence[int], instruments: Mappi
     commands: defaultdict[str, list[AnyCommand]] = defaultdict(list)
     events: list[BusinessEvent] = []
     for row in sorted(rows, key=lambda row: row["order_id"]):
-        commands[row["instrument_id"]].append(_new(row, instruments[row["instrument_id"]]))
+        commands[row["instrument_id"]].append(
+            _new(row, instruments[row["instrument_id"]], backed.get(row["order_id"], ALL_BACKED))
+        )
         events.append(_created_event(row))
     for row in await _accept_amendments(conn, _others(order_ids, rows)):
         amendment = amendment_view(row)
-        commands[row["instrument_id"]].append(_amend(row, instruments[row["instrument_id"]]))
+        commands[row["instrument_id"]].append(
+            _amend(row, instruments[row["instrument_id"]], backed.get(row["amendment_id"], ALL_BACKED))
+        )
         events.append(
             OrderAmendRequested(row["order_id"], row["amendment_id"], amendment["price"], amendment["quantity"])
         )
@@ -337,7 +344,7 @@ async def _accept_amendments(conn: Connection, amendment_ids: Sequence[int]) -> 
     return sorted(rows, key=lambda row: row["amendment_id"])
 
 
-def _amend(row: asyncpg.Record, instrument: Instrument) -> Amend:
+def _amend(row: asyncpg.Record, instrument: Instrument, backed: int) -> Amend:
     price, quantity = row["price"], row["quantity"]
     return Amend(
         at=to_ms(row["updated_at"]),
@@ -348,6 +355,7 @@ def _amend(row: asyncpg.Record, instrument: Instrument) -> Amend:
         amendment_id=row["amendment_id"],
         basis=_ticks(row["margin_price"], instrument),
         loss=_ticks(row["open_loss"], instrument),
+        backed=backed,
     )
 
 
@@ -356,7 +364,7 @@ def _ticks(price: Decimal | None, instrument: Instrument) -> int:
     return instrument.price_to_ticks(price) if price else 0
 
 
-def _new(row: asyncpg.Record, instrument: Instrument) -> New:
+def _new(row: asyncpg.Record, instrument: Instrument, backed: int = ALL_BACKED) -> New:
     price, basis = instrument.price_to_ticks(row["bound_price"]), _ticks(row["margin_price"], instrument)
     waits_for_market = row["type"] in ("STOP_MARKET", "TAKE_PROFIT_MARKET")
     return New(
@@ -377,6 +385,7 @@ def _new(row: asyncpg.Record, instrument: Instrument) -> New:
         basis=0 if basis == price else basis,
         loss=_ticks(row["open_loss"], instrument),
         protection=int(protection(instrument) * PROTECTION_UNITS) if waits_for_market else 0,
+        backed=backed,
     )
 
 

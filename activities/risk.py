@@ -52,6 +52,7 @@ from domain.sagas import (
     APPLY_RISK_EVENTS,
     CHECK_ORDERS,
     RELEASE_ORDERS,
+    Backing,
     EventRange,
     Outcome,
     Refusal,
@@ -138,7 +139,7 @@ class RiskActivities:
             return done, unfinished
 
         done = await once_applied(self._pool, check, self._patience_seconds)
-        return Outcome([margin.order_id for margin in done.passed], done.refused, done.busy)
+        return Outcome([margin.order_id for margin in done.passed], done.refused, done.busy, done.backed)
 
     @activity.defn(name=RELEASE_ORDERS)
     async def release_orders(self, request: StepRequest) -> None:
@@ -420,20 +421,17 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules, unfinishe
     free = await free_collateral(conn, {key[0] for key in keys})
     budgets = dict(free)
     marks = await latest_marks(conn, sorted({key[1] for key in keys}))
-    live = {name for name, mark in marks.items() if mark.is_live}
 
     states = {key: _exposure(row) for key, row in exposures.items()}
     margins = {key: row["order_margin"] for key, row in exposures.items()}
-    passed: list[OrderMargin] = []
-    refused: list[Refusal] = []
-    busy: list[int] = []
+    done = CheckResult([], [], [], unfinished.ranges, [])
     for order in orders:
         key = (order["user_id"], order["instrument_id"])
         if key in taken_over:
-            refused.append(Refusal(order["order_id"], "POSITION_IN_LIQUIDATION"))
+            done.refused.append(Refusal(order["order_id"], "POSITION_IN_LIQUIDATION"))
             continue
         if key in waiting:
-            busy.append(order["order_id"])
+            done.busy.append(order["order_id"])
             continue
         instrument = instruments[key[1]]
         purse = (key[0], instrument.quote_asset)
@@ -444,25 +442,28 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules, unfinishe
         budget = budgets.get(purse, ZERO)
         reduces = side if order["reduce_only"] else None
         reason = refusal_reason(after, reduces, order["open_quantity"], added, loss, budget, limits[key], tiers[key[1]])
-        if reduces is None and after.opens(side) and key[1] not in live:
+        if reduces is None and after.opens(side) and not (key[1] in marks and marks[key[1]].is_live):
             reason = "MARK_PRICE_UNAVAILABLE"
         if reason:
             if await unfinished.has(conn, key[0]):
                 # What it is judged by may lack what its user was told. Their later orders wait behind it.
-                busy.append(order["order_id"])
+                done.busy.append(order["order_id"])
                 waiting.update(other for other in keys if other[0] == key[0])
             else:
-                refused.append(Refusal(order["order_id"], reason))
+                done.refused.append(Refusal(order["order_id"], reason))
             continue
+        opening = after.opening(side) - states[key].opening(side)
+        if opening < order["quantity"]:
+            done.backed.append(Backing(order["order_id"], instrument.quantity_to_lots(opening) if opening else 0))
         states[key], margins[key], budgets[purse] = after, margin, budget - added
-        passed.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, added))
+        done.passed.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, added))
 
-    touched = {(margin.user_id, margin.instrument_id) for margin in passed}
+    touched = {(margin.user_id, margin.instrument_id) for margin in done.passed}
     await _tell_terms(conn, {key: states[key] for key in touched}, exposures, rules)
     await _tell_covers(conn, {key for key in touched if states[key].cross}, free, budgets)
     await _save(conn, {key: (states[key], margins[key]) for key in touched}, pending_step=request.step_id)
-    await outbox.emit(conn, _verdicts(passed, refused))
-    return CheckResult(passed, refused, busy, unfinished.ranges)
+    await outbox.emit(conn, _verdicts(done.passed, done.refused))
+    return done
 
 
 def _verdicts(passed: Sequence[OrderMargin], refused: Sequence[Refusal]) -> list[BusinessEvent]:

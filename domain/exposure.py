@@ -41,7 +41,7 @@ class Exposure(Struct, frozen=True):
     def worst_notional(self) -> Decimal:
         """The largest position, in quote, that the open orders could lead to."""
         position = self.signed_notional
-        return max(abs(position), abs(position + self._opening_bids), abs(position - self._opening_asks))
+        return max(abs(position), self._opening_bids + max(ZERO, position), self._opening_asks - min(ZERO, position))
 
     def with_order(
         self, side: Side, quantity: Decimal, price: Decimal, *, loss: Decimal = ZERO, reduce_only: bool = False
@@ -63,9 +63,7 @@ class Exposure(Struct, frozen=True):
 
     def opens(self, side: Side) -> bool:
         """Whether the orders of `side`, all together, can do more than reduce the position."""
-        if side == "BUY":
-            return self.bid_quantity > max(ZERO, -self.signed_quantity)
-        return self.ask_quantity > max(ZERO, self.signed_quantity)
+        return self.opening(side) > ZERO
 
     def can_reduce(self, side: Side) -> bool:
         """Whether there is a position that an order of `side` would reduce."""
@@ -97,9 +95,11 @@ class Exposure(Struct, frozen=True):
         pays it, so a user without available money can always close. Of a cross position there is no margin that the
         engine could hold against them, so they need what they may lose beyond the mark.
         """
-        bids, asks = self._opening_bids, self._opening_asks
+        bids = self.bid_notional if self.opens("BUY") else ZERO
+        asks = self.ask_notional if self.opens("SELL") else ZERO
         losses = self.open_loss("BUY") + self.open_loss("SELL")
-        return order_margin(self.signed_notional, bids, asks, self.leverage, (bids + asks) * taker_fee_rate + losses)
+        extra = (bids + asks) * taker_fee_rate + losses
+        return order_margin(self._opening_bids, self._opening_asks, self.leverage, extra)
 
     def open_loss(self, side: Side) -> Decimal:
         """What is held for the open loss of the orders of one side (quote)."""
@@ -107,15 +107,21 @@ class Exposure(Struct, frozen=True):
             return ZERO
         return self.bid_loss if side == "BUY" else self.ask_loss
 
+    def opening(self, side: Side) -> Decimal:
+        """How much (base) the orders of one side can open beyond a position of the other."""
+        if side == "BUY":
+            return max(ZERO, self.bid_quantity - max(ZERO, -self.signed_quantity))
+        return max(ZERO, self.ask_quantity - max(ZERO, self.signed_quantity))
+
     @property
     def _opening_bids(self) -> Decimal:
-        """Notional of the bids; 0 when all of them together can only reduce a short position."""
-        return self.bid_notional if self.opens("BUY") else ZERO
+        """Notional of what the bids can open: their share of it, at their mean price."""
+        return _share(self.bid_notional, self.opening("BUY"), self.bid_quantity)
 
     @property
     def _opening_asks(self) -> Decimal:
-        """Notional of the asks; 0 when all of them together can only reduce a long position."""
-        return self.ask_notional if self.opens("SELL") else ZERO
+        """Notional of what the asks can open: their share of it, at their mean price."""
+        return _share(self.ask_notional, self.opening("SELL"), self.ask_quantity)
 
     def _moved(self, side: Side, quantity: Decimal, price: Decimal, loss: Decimal) -> "Exposure":
         return self._claimed(side, quantity, quantity * price, quantity * loss)
@@ -134,3 +140,10 @@ class Exposure(Struct, frozen=True):
             ask_notional=self.ask_notional + notional,
             ask_loss=self.ask_loss + loss,
         )
+
+
+def _share(notional: Decimal, part: Decimal, whole: Decimal) -> Decimal:
+    """What `part` of a quantity is worth if the `whole` is worth `notional`; exact for all and for nothing."""
+    if not part:
+        return ZERO
+    return notional if part == whole else notional * part / whole

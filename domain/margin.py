@@ -26,19 +26,16 @@ def initial_margin(notional: Decimal, leverage: int) -> Decimal:
     return round_up(notional / leverage)
 
 
-def order_margin(
-    position_notional: Decimal, bid_notional: Decimal, ask_notional: Decimal, leverage: int, fees: Decimal = ZERO
-) -> Decimal:
+def order_margin(opening_bids: Decimal, opening_asks: Decimal, leverage: int, extra: Decimal = ZERO) -> Decimal:
     """Margin that open orders need beside the position's own, rounded up to 8 decimals.
 
-    One-way rule: max(|position + bids|, |position - asks|) / leverage, less the position's share of it, plus the
-    `fees` that the orders may cost. `position_notional` is signed and at entry price, `bid_notional` and
-    `ask_notional` (>= 0) are the open rests at their bound prices.
-    Source of the rule: Binance Futures, margin requirement in one-way mode.
+    One-way rule: only one side can be filled as an opening, so the larger does. `opening_bids` and `opening_asks`
+    (quote, >= 0) are what the orders of each side would open beyond a position of the other; `extra` is for fees and
+    open loss.
+    Source of the rule: Binance Futures, margin requirement in one-way mode. Theirs lets the old position's margin back
+    what an order through zero opens; here that has its own, since closing at a loss uses the old margin up.
     """
-    held = abs(position_notional)
-    worst = max(abs(position_notional + bid_notional), abs(position_notional - ask_notional), held)
-    return round_up((worst - held) / leverage + fees)
+    return round_up(max(opening_bids, opening_asks) / leverage + extra)
 
 
 def open_loss(side: Literal["BUY", "SELL"], quantity: Decimal, price: Decimal, mark_price: Decimal) -> Decimal:

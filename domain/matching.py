@@ -37,7 +37,8 @@ class New(Command, tag="NEW", frozen=True, kw_only=True, omit_defaults=True):
     as `protection` says (millionths; 0: at `price` or better).
     `post_only` goes with GTC limit orders. `reduce_only` orders only ever bring the user's position nearer to zero.
     `basis` is the price at which the order's initial margin is held (0: `price`), `loss` what is held beyond it per
-    lot, in ticks: see `engine/guards.py`.
+    lot, in ticks: see `engine/guards.py`. `backed`: for how many of its lots initial margin is held, should they open a
+    position (below 0: for all).
     """
 
     order_id: int
@@ -56,6 +57,7 @@ class New(Command, tag="NEW", frozen=True, kw_only=True, omit_defaults=True):
     basis: int = 0
     loss: int = 0
     protection: int = 0
+    backed: int = -1
 
 
 @final
@@ -79,7 +81,8 @@ class Amend(Command, tag="AMEND", frozen=True, kw_only=True, omit_defaults=True)
 
     What was filled is part of `quantity`, so that a fill on the way here does not make the order larger than asked.
     The order keeps its place in the queue if its price stays and its quantity does not grow; otherwise it enters anew,
-    and may trade. One AMENDED or AMEND_REJECTED with `amendment_id` answers it. `basis` and `loss` become the order's.
+    and may trade. One AMENDED or AMEND_REJECTED with `amendment_id` answers it. `basis` and `loss` become the order's;
+    `backed` is for how many lots more initial margin is held (below 0: for all that it grows by).
     """
 
     order_id: int
@@ -89,6 +92,7 @@ class Amend(Command, tag="AMEND", frozen=True, kw_only=True, omit_defaults=True)
     amendment_id: int = 0
     basis: int = 0
     loss: int = 0
+    backed: int = -1
 
 
 class CancelReplace(Command, tag="CANCEL_REPLACE", frozen=True, kw_only=True):

@@ -39,12 +39,21 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Backing:
+    """For how many lots of an order (or of what an amendment adds) the check held initial margin, if not for all: the
+    rest can only reduce a position."""
+
+    order_id: int
+    lots: int
+
+
+@dataclass(frozen=True)
 class Carried:
     """What a saga has done that waits for so long that it continues as new.
 
-    Of a placement: rounds begun, those of them that may have put money aside, orders passed and refused, those still to
-    be checked, and how often the ledger was asked; of a cancellation: how many requests the engine got. Of both: how
-    often it has waited.
+    Of a placement: rounds begun, those of them that may have put money aside, orders passed (and what backs them) and
+    refused, those still to be checked, and how often the ledger was asked; of a cancellation: how many requests the
+    engine got. Of both: how often it has waited.
     """
 
     waits: int = 0
@@ -55,6 +64,7 @@ class Carried:
     pending: list[int] = field(default_factory=list)
     fundings: int = 0
     requested: int = 0
+    backed: list[Backing] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ class Outcome:
     passed: list[int] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     busy: list[int] = field(default_factory=list)
+    backed: list[Backing] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,7 @@ class Acceptance:
     saga_id: str
     passed: list[int]
     refused: list[Refusal]
+    backed: list[Backing] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

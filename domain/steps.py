@@ -5,7 +5,7 @@ from decimal import Decimal
 import msgspec
 
 from domain.money import ZERO
-from domain.sagas import EventRange, Refusal
+from domain.sagas import Backing, EventRange, Refusal
 
 
 class OrderMargin(msgspec.Struct, frozen=True):
@@ -21,12 +21,14 @@ class OrderMargin(msgspec.Struct, frozen=True):
 class CheckResult(msgspec.Struct, frozen=True):
     """Of `risk.check_orders`, under `check:{saga}:{round}`.
 
-    `unfinished` are the engine events that risk or the ledger had not applied then (None: not looked for)."""
+    `unfinished` are the engine events that risk or the ledger had not applied then (None: not looked for). `backed`:
+    of the orders that passed, those that have initial margin for a part of their lots, or for none."""
 
     passed: list[OrderMargin]
     refused: list[Refusal]
     busy: list[int]
     unfinished: list[EventRange] | None = None
+    backed: list[Backing] = []
 
 
 class MarginMove(msgspec.Struct, frozen=True):

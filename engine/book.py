@@ -133,10 +133,24 @@ class Account:
     The rest is for `engine/guards.py`. Terms: `leverage` (0: none, fills are not guarded), `maintenance` and `cross`.
     `backing`: what the position was opened for, less (long) or more (short) its margin, in millionths of a tick times
     a lot: a price of `backing` / position makes it worth nothing. `cover`, in the same unit: what the rest of the
-    account has for a cross position. `fill_seq` is the event of the last fill.
+    account has for a cross position. `fill_seq` is the event of the last fill. `bids` and `asks` are the open lots of
+    orders that may open, `bids_backed` and `asks_backed` how many of them: see `engine/openings.py`.
     """
 
-    __slots__ = ("backing", "cover", "cross", "fill_seq", "leverage", "maintenance", "orders", "position")
+    __slots__ = (
+        "asks",
+        "asks_backed",
+        "backing",
+        "bids",
+        "bids_backed",
+        "cover",
+        "cross",
+        "fill_seq",
+        "leverage",
+        "maintenance",
+        "orders",
+        "position",
+    )
 
     def __init__(self) -> None:
         self.position = 0
@@ -147,6 +161,7 @@ class Account:
         self.backing = 0
         self.cover = 0
         self.fill_seq = 0
+        self.bids = self.asks = self.bids_backed = self.asks_backed = 0
 
 
 class Book:

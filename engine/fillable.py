@@ -1,8 +1,9 @@
 """Whether a fill-or-kill order would trade in full at once: matching, tried out without touching the book."""
 
 from domain.matching import New
-from engine.book import Book, BookSide
-from engine.guards import Guards
+from engine.book import Account, Book, BookSide
+from engine.guards import Guards, reducible
+from engine.openings import backed, fully_backed
 from engine.reductions import Reductions
 
 
@@ -44,6 +45,11 @@ def fillable(taker: New, wanted: int, book: Book, opposite: BookSide, reductions
     return False
 
 
+def _may_open(own: Account, taker: New, price: int, asked: int, guards: Guards) -> bool:
+    opening = asked - reducible(own, taker.side)
+    return guards.covers_all(own, taker, price, asked) and opening <= backed(own, taker.side)
+
+
 def _fillable_by_orders(
     taker: New,
     wanted: int,
@@ -59,7 +65,7 @@ def _fillable_by_orders(
     for level in opposite:
         if level.key > limit_key:
             return False
-        if own.leverage and not taker.liquidation and not guards.covers_all(own, taker, level.price, asked):
+        if own.leverage and not taker.liquidation and not _may_open(own, taker, level.price, asked, guards):
             return False
         for maker in level:
             user_id, order_id = maker.new.user_id, maker.new.order_id
@@ -68,10 +74,13 @@ def _fillable_by_orders(
                     return False
                 continue
             account = book.accounts[user_id]
-            if account.leverage and not guards.covers_all(account, maker.new, level.price, maker.remaining):
+            reducers = reductions.users.get(user_id)
+            if account.leverage and not (
+                guards.covers_all(account, maker.new, level.price, maker.remaining)
+                and (maker.new.reduce_only or fully_backed(account, opposite.name, may_shrink=reducers is not None))
+            ):
                 continue
             lots = maker.remaining
-            reducers = reductions.users.get(user_id)
             if reducers is not None and reducers.side == opposite.name:
                 trial = trials.get(user_id) or trials.setdefault(user_id, _Trial(reductions, user_id))
                 if maker.new.reduce_only:

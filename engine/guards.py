@@ -27,6 +27,7 @@ Prices are ticks, quantities lots, rates millionths. What is kept of a user roun
 
 from domain.matching import New, SetCover, SetTerms, Side
 from engine.book import Account
+from engine.openings import backed
 
 ONE = 1_000_000
 # No price: worse than every price that an order can have.
@@ -65,11 +66,13 @@ class Guards:
         return worst if closes or not new.basis else min(worst, new.basis)
 
     def _is_due(self, account: Account, *, buys: bool) -> bool:
-        """Whether an isolated position that an order of this side would add to is below its maintenance margin."""
+        """Whether a position that an order of this side would add to is below its maintenance margin, a cross one with
+        all that covers it."""
         held, mark = (account.position, self.mark) if buys else (-account.position, self.ceiling)
-        if held <= 0 or account.cross:
+        if held <= 0:
             return False
-        return _equity(account, self.mark, self.ceiling) < held * mark * account.maintenance
+        cover = account.cover if account.cross else 0
+        return _equity(account, self.mark, self.ceiling) + cover < held * mark * account.maintenance
 
     def _backed_from(self, account: Account, new: New) -> int:
         """The lowest price at which a sale leaves its maintenance margin, if no more than what is held at its basis
@@ -102,12 +105,15 @@ class Guards:
         return self.mark * rate // (ONE if side == "BUY" else ONE + initial)
 
     def lots(self, account: Account, new: New, price: int, quantity: int) -> int:
-        """How many of `quantity` lots may trade at `price`: all, none, or what closes the position."""
+        """How many of `quantity` lots may trade at `price`: all, none, or what closes the position and what of the rest
+        is backed."""
         closing = min(quantity, reducible(account, new.side))
         if closing and not self._allows(account, new, price, closes=True):
             return 0
-        if closing == quantity or self._allows(account, new, price, closes=False):
+        if closing == quantity:
             return quantity
+        if self._allows(account, new, price, closes=False):
+            return min(quantity, closing + backed(account, new.side))
         return closing
 
     def _allows(self, account: Account, new: New, price: int, *, closes: bool) -> bool:

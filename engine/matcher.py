@@ -43,6 +43,7 @@ from domain.matching import (
     Triggered,
 )
 from domain.money import AMOUNT_STEP
+from engine import openings
 from engine.book import Account, Book, BookSide, Level, Order
 from engine.fillable import fillable
 from engine.guards import ONE, Guards, book_fill, move_margin, reducible, set_cover, set_terms
@@ -72,6 +73,9 @@ class Guarded(msgspec.Struct, frozen=True, array_like=True):
     backing: str
     fill_seq: int
     cover: str = "0"
+    # Below 0: in a snapshot of before.
+    bids_backed: int = -1
+    asks_backed: int = -1
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
@@ -98,8 +102,11 @@ class Matcher:
     """
 
     __slots__ = (
+        "_amendment_backed",
         "_due",
         "_fees",
+        "_folded",
+        "_guards_anybody",
         "_instrument_number",
         "book",
         "event_seq",
@@ -123,6 +130,8 @@ class Matcher:
         self.event_seq = 0
         # Triggered orders that have not entered yet; empty between commands.
         self._due: deque[Order] = deque()
+        # Whether any user has terms; how many events of this command the accounts know of; what its amendment backs.
+        self._guards_anybody, self._folded, self._amendment_backed = False, 0, -1
         self._instrument_number = instrument.number
         # Fee units of maker and taker per tick and lot, and what divides both: fees are exact with integers alone.
         notional_units = Fraction(instrument.tick_size) * Fraction(instrument.lot_size) * FEE_UNITS
@@ -154,6 +163,8 @@ class Matcher:
                         str(own.backing),
                         own.fill_seq,
                         str(own.cover),
+                        own.bids_backed,
+                        own.asks_backed,
                     )
                     for user_id, own in sorted(self.book.accounts.items(), key=lambda item: item[0])
                     if own.leverage
@@ -184,11 +195,17 @@ class Matcher:
             matcher._rest(order)
         for order in snapshot.waiting:
             matcher.stops.add(order)
+        for kept in snapshot.guarded:
+            account = matcher.book.accounts[kept.user_id]
+            matcher._count_openings(kept.user_id)
+            if kept.bids_backed >= 0:
+                account.bids_backed, account.asks_backed = kept.bids_backed, kept.asks_backed
         return matcher
 
     def apply(self, command: AnyCommand) -> list[AnyEvent]:
         """Carry out one command. Its events, in order, have the seqs that follow the former `event_seq`."""
         events: list[AnyEvent] = []
+        self._folded, self._amendment_backed = 0, -1
         # Not by `isinstance`, which takes long to say no to a class with a metaclass.
         if type(command) is New:
             self._new(command, command.at, events)
@@ -198,6 +215,8 @@ class Matcher:
             self._apply_rare(command, events)
         if self._due or self.stops.orders:
             self._trigger(command.at, events)
+        if self._guards_anybody:
+            self._fold(events)
         self.event_seq += len(events)
         return events
 
@@ -223,7 +242,7 @@ class Matcher:
                 events.append(StateChanged(at=command.at, state=command.state))
                 self._mark_reached()
         elif isinstance(command, SetTerms):
-            set_terms(self.book.accounts[command.user_id], command)
+            self._set_terms(command)
         elif isinstance(command, SetCover):
             set_cover(self.book.accounts[command.user_id], command)
         elif isinstance(command, MoveMargin):
@@ -236,6 +255,32 @@ class Matcher:
             guards.live_until = 0 if command.frozen else command.at + MARK_AGE_MAX_MS
             self._mark_reached()
 
+    def _set_terms(self, terms: SetTerms) -> None:
+        account = self.book.accounts[terms.user_id]
+        if not account.leverage:
+            self._count_openings(terms.user_id)
+        set_terms(account, terms)
+
+    def _count_openings(self, user_id: int) -> None:
+        self._guards_anybody = True
+        account = self.book.accounts[user_id]
+        openings.begin(account, [*account.orders.values(), *self.stops.users.get(user_id, {}).values()])
+
+    def _fold(self, events: list[AnyEvent]) -> None:
+        """Let the accounts know what has left and changed, as far as they do not yet."""
+        accounts = self.book.accounts
+        for event in events[self._folded :]:
+            if isinstance(event, Cancelled | Expired | Rejected | Amended):
+                account = accounts[event.user_id]
+                if account.leverage:
+                    openings.fold(account, event, self._amendment_backed)
+        self._folded = len(events)
+
+    def _admit(self, new: New) -> None:
+        account = self.book.accounts[new.user_id]
+        if account.leverage:
+            openings.admit(account, new)
+
     # Entry
 
     def _new(self, new: New, at: int, events: list[AnyEvent]) -> None:
@@ -243,6 +288,9 @@ class Matcher:
         if order_id in self.book.orders or order_id in self.stops.orders:
             # The same command twice. An event would be about the order that is there, which is in good order.
             return
+        if self._guards_anybody:
+            self._fold(events)
+            self._admit(new)
         quantity = new.quantity
         plain = new.type in PLAIN
         if self.state != "TRADING":
@@ -287,6 +335,8 @@ class Matcher:
         best = opposite.best
         crosses = best is not None and (best.price <= price if buys else best.price >= price)
         guarded = book.accounts[new.user_id].leverage
+        if guarded:
+            self._fold(events)
         if guarded or new.post_only or new.reduce_only:
             refusal = self._entry_refusal(new, quantity, at, refused, crosses=crosses)
             if refusal:
@@ -370,6 +420,7 @@ class Matcher:
                 quantity = maker.remaining if maker.remaining < phase else phase
                 covers: tuple[int, ...] = ()
                 if account.leverage or taker.leverage:
+                    self._fold(events)
                     quantity, covers = self._guarded(maker, account, taker, new, price, quantity)
                     if not quantity:
                         self._take_out(maker, at, "MARGIN_AT_MARK", events)
@@ -474,6 +525,7 @@ class Matcher:
             (maker, -bought, maker_new, trade.maker_open_loss),
         ):
             if account.leverage:
+                openings.filled(account, lots, reduces=terms.reduce_only or terms.liquidation)
                 basis = terms.basis or terms.price
                 book_fill(self.guards, account, lots, price, basis, open_loss, seq, terms.loss)
 
@@ -550,6 +602,7 @@ class Matcher:
             for account, lots_bought in ((accounts[user_id], bought), (accounts[counterparty], -bought)):
                 account.position += lots_bought
                 if account.leverage:
+                    openings.filled(account, lots_bought, reduces=True)
                     book_fill(self.guards, account, lots_bought, command.price, 0, 0, self.event_seq + len(events) + 1)
             events.append(
                 Deleveraged(
@@ -598,6 +651,7 @@ class Matcher:
             return
         old = self._order_of(new.user_id, command.cancel_order_id)
         if old is None:
+            self._admit(new)
             events.append(_ended(Rejected, new, new.quantity, command.at, "REPLACED_ORDER_NOT_FOUND"))
             return
         if self.state == "TRADING" and not _invalid(new):
@@ -625,6 +679,7 @@ class Matcher:
             self.stops.remove(order)
 
     def _amend(self, command: Amend, events: list[AnyEvent]) -> None:
+        self._amendment_backed = command.backed
         order = self._order_of(command.user_id, command.order_id)
         if order is None:
             events.append(_amend_rejected(command, "ORDER_NOT_FOUND"))

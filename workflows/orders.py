@@ -51,6 +51,7 @@ class OrderPlacementWorkflow:
         self._reserving = list(before.reserving)
         self._fundings = before.fundings
         self._waits = before.waits
+        self._backed = list(before.backed)
 
     @workflow.run
     async def run(self, batch: OrderBatch) -> Verdict:
@@ -65,7 +66,7 @@ class OrderPlacementWorkflow:
         workflow.set_current_details(f"{len(self._passed)} orders to the engine, {len(self._refused)} refused")
         return await run_step(
             ACCEPT_ORDERS,
-            Acceptance(batch.saga_id, sorted(self._passed), self._refused),
+            Acceptance(batch.saga_id, sorted(self._passed), self._refused, self._backed),
             Verdict,
             f"{len(self._passed)} to the engine, {len(self._refused)} refused",
         )
@@ -78,6 +79,9 @@ class OrderPlacementWorkflow:
             checked = await run_step(CHECK_ORDERS, self._step, Outcome, f"{len(self._pending)} orders")
             self._refused += checked.refused
             self._pending = checked.busy
+            # What the ledger refused is checked anew: the last word on an order counts.
+            checked_now = set(self._step.order_ids)
+            self._backed = [b for b in self._backed if b.order_id not in checked_now] + checked.backed
             if not checked.passed:
                 self._reserving.pop()
             else:
@@ -107,6 +111,7 @@ class OrderPlacementWorkflow:
             refused=self._refused,
             pending=self._pending,
             fundings=self._fundings,
+            backed=self._backed,
         )
 
     async def _release(self, request: StepRequest) -> None:

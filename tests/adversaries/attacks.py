@@ -35,7 +35,6 @@ class Scene:
     def anew(self, fund: int = 1_000_000) -> None:
         """An exchange where nothing has happened."""
         self.house = House(Decimal(fund))
-        self.house.turns = True
 
     def begin(self, money: int, leverage: int, *names: str) -> None:
         """Money for the poor one; the rich one has enough."""
@@ -351,6 +350,52 @@ def drained_by_leverage(scene: Scene) -> None:
     scene.close("LIMIT", "1", -48)
 
 
+def add_to_what_is_due(scene: Scene) -> None:
+    """A position below its maintenance margin does not grow, however well the new part is backed."""
+    scene.begin(1_000, 100)
+    scene.open("1")
+    scene.mark(-5.4)
+    scene.rich("0.001", 0)
+    scene.poor(scene.order("LIMIT", "0.001", 0))
+    scene.watch()
+
+
+def turn_round(scene: Scene) -> None:
+    """Close at a loss and open the other way with one order: the new position has a margin of its own, or is none."""
+    for money in (750, 1_400, 2_000):
+        scene.anew()
+        scene.begin(money, 100 if money < 1_000 else 50)
+        scene.open("1")
+        scene.mark(-8.4 if money > 1_000 else -5)
+        scene.rich("2", 0, same=True)
+        scene.poor(scene.order("LIMIT", "2", 0, side=opposite(scene.side)))
+        scene.rich("2", 18)
+        scene.poor(scene.order("LIMIT", "1", 10, reduce_only=True))
+        scene.poor(scene.order("LIMIT", "1", 18, reduce_only=True))
+        scene.watch()
+
+
+def turn_round_after_another(scene: Scene) -> None:
+    """Two orders that only reduce, one of them on paper only, and one taker who sweeps both; or the second is left
+    behind by other closings."""
+    for first in ("reduce_only", "plain", "larger"):
+        scene.anew()
+        scene.begin(700, 100)
+        scene.open("1")
+        scene.mark(-4)
+        away = opposite(scene.side)
+        scene.poor(scene.order("LIMIT", "1", 2, side=away))
+        if first == "larger":
+            scene.rich("0.1", 0)
+            scene.poor(scene.order("LIMIT", "0.1", 0))
+        scene.poor(scene.order("LIMIT", "1", 1.5, side=away, reduce_only=first == "reduce_only"))
+        scene.rich("2.5", 3, same=True)
+        scene.mark(1)
+        scene.rich("2", 12)
+        scene.poor(scene.order("LIMIT", "1", 12, reduce_only=True))
+        scene.watch()
+
+
 ATTACKS: tuple[Attack, ...] = (
     far_limit,
     far_limit_without_money,
@@ -369,5 +414,8 @@ ATTACKS: tuple[Attack, ...] = (
     take_the_cover_away,
     sell_what_stands_for_a_loss,
     drained_by_leverage,
+    add_to_what_is_due,
+    turn_round,
+    turn_round_after_another,
 )
 SCENES: tuple[tuple[Side, bool], ...] = (("BUY", False), ("SELL", False), ("BUY", True), ("SELL", True))

@@ -274,7 +274,9 @@ class Exchange:
         margin = stake.position_margin
         self.fees += half.fee
         self._divide(user_id, name, exposure, [booked], fill.position)
-        if fill.kind in ("OPEN", "ADD"):
+        if fill.kind in ("OPEN", "ADD", "FLIP"):
+            if fill.kind == "FLIP":
+                margin, quantity = ZERO, abs(fill.position.signed_quantity)
             self.opened.append(
                 Opened(
                     user_id,
@@ -282,11 +284,17 @@ class Exchange:
                     # What is sold above the price at which its margin and its fee are held pays more of a fee.
                     initial_margin(min(price, basis) * quantity, booked.leverage)
                     - round_up(max(ZERO, price - basis) * quantity * venue.instrument.taker_fee_rate),
-                    stake.equity(venue.mark),
-                    stake.maintenance(venue.mark),
+                    *self._soundness(user_id, name),
                     half.role != "TAKER" or self.time <= venue.live_until,
                 )
             )
+
+    def _soundness(self, user_id: int, name: str) -> tuple[Decimal, Decimal]:
+        """Equity and maintenance margin: of an isolated position, or of all cross positions."""
+        account, stake, mark = self.accounts[user_id], self._stake(user_id, name), self.venues[name].mark
+        if stake.exposure.cross:
+            return account.cross_equity(self.marks), account.cross_maintenance(self.marks)
+        return stake.equity(mark), stake.maintenance(mark)
 
     def _divide(
         self, user_id: int, name: str, exposure: Exposure, fills: list[BookedFill], position: Position | None = None

@@ -1,13 +1,13 @@
 """What traders send: orders and amendments, alone or in batches, margin moves, leverage, margin modes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from msgspec.structs import replace
+from msgspec import structs
 
 from domain.margin import margin_to_keep, releveraged_margin, tier_of
-from domain.matching import AnyCommand, Cancel, MoveMargin, Side, margin_units
+from domain.matching import Amend, AnyCommand, Cancel, MoveMargin, New, Side, margin_units
 from domain.money import ZERO
 from domain.order_entry import OrderRequest, Reference, amendment, new_order
 from domain.problems import Problem
@@ -37,17 +37,11 @@ class Judged:
     loss: Decimal
     orders: int
     reduces: bool
-    lots: int
     command: AnyCommand
 
 
 class Desk(Exchange):
-    """The doors of the exchange. Answers are problem codes, "" if all is well.
-
-    `turns`: whether orders are taken that can turn a position round, see `_may_turn`.
-    """
-
-    turns = False
+    """The doors of the exchange. Answers are problem codes, "" if all is well."""
 
     def place(self, user_id: int, request: OrderRequest) -> str:
         """One order from its door to its end."""
@@ -64,9 +58,11 @@ class Desk(Exchange):
             except Problem as problem:
                 answers.append(problem.code)
                 continue
-            answers.append(self._take_in(user_id, judged, taken))
+            stake = self.accounts[user_id].stakes[judged.name]
+            opening = stake.exposure.opening(judged.side)
+            answers.append(self._take_in(user_id, judged))
             if not answers[-1]:
-                taken.append(judged)
+                taken.append(self._backed(judged, stake.exposure.opening(judged.side) - opening))
         for name in sorted({judged.name for judged in taken}):
             self.tell_terms(user_id, name)
         if self.accounts[user_id].available < before:
@@ -95,7 +91,6 @@ class Desk(Exchange):
                 quantity * order.open_loss,
                 1,
                 request.reduce_only,
-                venue.instrument.quantity_to_lots(request.quantity),
                 command,
             )
         known = venue.orders.get(request.order_id)
@@ -113,19 +108,25 @@ class Desk(Exchange):
             change.claimed_loss,
             0,
             known.request.reduce_only,
-            venue.instrument.quantity_to_lots(
-                max(ZERO, change.open_quantity - known.request.quantity + known.filled_quantity)
-            ),
             venue.amend_command(change, self.order_id, self.time),
         )
 
-    def _take_in(self, user_id: int, judged: Judged, ahead: Sequence[Judged]) -> str:
-        """Judge an order and hold its money; forget it if it is refused. `ahead` of it are others of its batch."""
-        refusal = "TURNS" if self._may_turn(user_id, judged, ahead) else self._judge(user_id, judged)
+    def _take_in(self, user_id: int, judged: Judged) -> str:
+        """Judge an order and hold its money; forget it if it is refused."""
+        refusal = self._judge(user_id, judged)
         if refusal:
             self.amendments.pop(self.order_id, None)
             self.venues[judged.name].orders.pop(self.order_id, None)
         return refusal
+
+    def _backed(self, judged: Judged, opening: Decimal) -> Judged:
+        """As `activities.risk._check`: the engine hears for how much of an order there is initial margin, if not for
+        all."""
+        if opening >= judged.quantity:
+            return judged
+        lots = self.venues[judged.name].instrument.quantity_to_lots(opening) if opening else 0
+        assert isinstance(judged.command, New | Amend)
+        return replace(judged, command=structs.replace(judged.command, backed=lots))
 
     def _judge(self, user_id: int, judged: Judged) -> str:
         """As `activities.risk.refusal_reason`, and the ledger's freeze."""
@@ -152,43 +153,9 @@ class Desk(Exchange):
         stake.exposure = after
         return ""
 
-    def _may_turn(self, user_id: int, judged: Judged, ahead: Sequence[Judged]) -> bool:
-        """Whether the order, with the others, could turn a position round: what it opens then has no margin of its own
-        yet."""
-        lots = self.open_lots(user_id, judged.name)
-        for each in [*ahead, judged]:
-            if each.name == judged.name:
-                lots[each.side] += each.lots
-        return not self.turns and self._turns(user_id, judged.name, lots)
-
-    def _turns(self, user_id: int, name: str, lots: dict[Side, int]) -> bool:
-        position = self.venues[name].matcher.book.accounts[user_id].position
-        if not position:
-            return bool(lots["BUY"] and lots["SELL"])
-        return lots["SELL" if position > 0 else "BUY"] > abs(position)
-
-    def open_lots(self, user_id: int, name: str) -> dict[Side, int]:
-        """Lots of the user's open orders, resting and waiting, by side."""
-        matcher = self.venues[name].matcher
-        lots: dict[Side, int] = {"BUY": 0, "SELL": 0}
-        for orders in (matcher.book.accounts[user_id].orders, matcher.stops.users.get(user_id, {})):
-            for order in orders.values():
-                lots[order.new.side] += order.remaining
-        return lots
-
     def may_leave(self, account: Account, amount: Decimal) -> bool:
         """Whether so much may leave what is available."""
         return account.collateral(self.marks).covers(amount)
-
-    def follow_up(self) -> None:
-        """As in `Exchange`, and those that could turn a position round."""
-        super().follow_up()
-        if self.turns:
-            return
-        for user_id, account in self.accounts.items():
-            for name in account.stakes:
-                if self._turns(user_id, name, self.open_lots(user_id, name)):
-                    self.cancel_all(user_id, name, "INSUFFICIENT_MARGIN")
 
     def cancel(self, user_id: int, name: str, order_id: int) -> None:
         """Take an order back."""
@@ -219,7 +186,7 @@ class Desk(Exchange):
         account, venue = self.accounts[user_id], self.venues[name]
         stake, rate = account.stakes[name], venue.instrument.taker_fee_rate
         before, held = stake.exposure, stake.position_margin
-        after = replace(before, leverage=leverage)
+        after = structs.replace(before, leverage=leverage)
         if stake.is_liquidated:
             return "POSITION_IN_LIQUIDATION"
         if not venue.is_live(self.time) and stake.quantity:
@@ -245,7 +212,7 @@ class Desk(Exchange):
         stake = self.accounts[user_id].stakes[name]
         if stake.quantity or stake.exposure.open_orders:
             return "MARGIN_MODE_NOT_CHANGEABLE"
-        stake.exposure = replace(stake.exposure, cross=cross)
+        stake.exposure = structs.replace(stake.exposure, cross=cross)
         return ""
 
     def _move(self, user_id: int, name: str, amount: Decimal, order_delta: Decimal) -> None:

@@ -14,7 +14,7 @@ from msgspec.structs import replace as but
 from domain.collateral import Collateral
 from domain.exposure import Exposure
 from domain.funding import Charge
-from domain.money import ZERO
+from domain.money import ZERO, round_up
 from domain.order_entry import Amendment, amendment
 from domain.wallet import Wallet, freeze
 from engine import guards, matcher
@@ -62,6 +62,14 @@ def _what_there_is(wallet: Wallet, amount: Decimal) -> Wallet | None:
     return freeze(wallet, min(amount, wallet.available))
 
 
+def _netted(self: Exposure, taker_fee_rate: Decimal) -> Decimal:
+    bids = self.bid_notional if self.opens("BUY") else ZERO
+    asks = self.ask_notional if self.opens("SELL") else ZERO
+    held, losses = self.signed_notional, self.open_loss("BUY") + self.open_loss("SELL")
+    worst = max(abs(held), abs(held + bids), abs(held - asks))
+    return round_up((worst - abs(held)) / self.leverage + (bids + asks) * taker_fee_rate + losses)
+
+
 def _anywhere(holding: Any, closing: Decimal, mark: Decimal, *_: Any) -> Decimal:
     band = Decimal("0.95") if holding.signed_quantity > 0 else Decimal("1.05")
     return (mark * band).quantize(Decimal(1))
@@ -82,6 +90,9 @@ def _free(*, loss: bool, funding: bool) -> Any:
 MUTATIONS: dict[str, Sequence[Patch]] = {
     "what opens may be as far from the mark as it likes": [(Guards, "worst_price", _without_bounds("opening"))],
     "what closes may be worse than the bankruptcy price": [(Guards, "worst_price", _without_bounds("closing"))],
+    "what is due may grow": [(Guards, "_is_due", lambda *_, **__: False)],
+    "the margin of an old position backs what turns it round": [(Exposure, "order_margin", _netted)],
+    "an order that was to reduce only may open": [(guards, "backed", lambda *_: 1 << 40)],
     "open loss is not put behind the position": [(Guards, "open_loss", lambda *_: 0)],
     "open loss is not held with the order": [(Exposure, "open_loss", lambda *_: ZERO)],
     "a sale is backed where it trades, whatever is held": [(Guards, "_backed_from", lambda *_: 0)],

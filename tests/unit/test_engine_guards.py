@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from domain.instruments import SHIPPED
-from domain.matching import AnyEvent, Cancelled, Expired, MarkPrice, SetTerms, Side, Trade
+from domain.matching import AnyEvent, Cancelled, Expired, MarkPrice, SetCover, SetTerms, Side, Trade
 from engine.matcher import Matcher
 from tests.engine_commands import AT, new
 
@@ -89,10 +89,13 @@ def test_what_is_due_may_be_closed_and_turned(side: Side) -> None:
 
 
 @SIDES
-def test_of_a_cross_account_the_engine_knows_no_equity(side: Side) -> None:
+@pytest.mark.parametrize("is_covered", [True, False])
+def test_a_cross_account_is_due_by_all_that_covers_the_position(side: Side, is_covered: bool) -> None:
     book, sign = Book(cross=True), 1 if side == "BUY" else -1
     book.trade(side, 100, MARK)
     price = due_at(side) - sign * 10
     book.say_mark(price)
-    assert reasons(book.trade(side, 1, price)) == []
-    assert book.position == sign * 101
+    if is_covered:
+        book.matcher.apply(SetCover(at=AT, user_id=A, cover=100 * 20 * 1_000_000, after_seq=1_000))
+    assert reasons(book.trade(side, 1, price)) == ([] if is_covered else ["MARGIN_AT_MARK"])
+    assert book.position == sign * (101 if is_covered else 100)

@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -123,9 +124,14 @@ def test_without_a_position_the_larger_side_is_backed_and_both_pay_fees(
     assert state.open_orders == len(orders)
 
 
-def test_an_order_through_zero_is_backed_for_what_it_opens() -> None:
-    held = Exposure(10, Decimal(1), Decimal(100))
-    assert held.with_order("SELL", Decimal(3), Decimal(100)).order_margin(Decimal(0)) == Decimal(10)
+@pytest.mark.parametrize(("held", "side"), [(1, "SELL"), (-1, "BUY")])
+def test_an_order_through_zero_is_backed_for_all_that_it_opens(held: int, side: Side) -> None:
+    before = Exposure(10, Decimal(held), Decimal(100))
+    after = before.with_order(side, Decimal(3), Decimal(100))
+    assert after.opening(side) == 2
+    # None of the old position's margin: closing at a loss uses that up.
+    assert after.order_margin(Decimal(0)) == Decimal(20)
+    assert after.worst_notional == Decimal(200)
 
 
 @given(HELD, ORDERS)

@@ -26,7 +26,6 @@ from domain.margin import (
     liquidation_price,
     maintenance_margin,
     open_loss,
-    order_margin,
     unrealized_pnl,
 )
 from domain.mark_price import funding_basis, impact_notional, mark_price, premium_index
@@ -182,10 +181,14 @@ def pnl_unrealized(given: Inputs) -> Figures:
 
 
 def margin_one_way(given: Inputs) -> Figures:
-    position = Decimal(given["position"]) * Decimal(given["mark_price"])
-    bids, asks = (sum((Decimal(q) * Decimal(p) for q, p in given[side]), ZERO) for side in ("bids", "asks"))
-    leverage = given["leverage"]
-    return {"margin_requirement": initial_margin(position, leverage) + order_margin(position, bids, asks, leverage)}
+    quantity, leverage = Decimal(given["position"]), given["leverage"]
+    position = quantity * Decimal(given["mark_price"])
+    state = Exposure(leverage, quantity, abs(position))
+    for size, price in given["bids"]:
+        state = state.with_order("BUY", Decimal(size), Decimal(price))
+    for size, price in given["asks"]:
+        state = state.with_order("SELL", Decimal(size), Decimal(price))
+    return {"margin_requirement": initial_margin(abs(position), leverage) + state.order_margin(ZERO)}
 
 
 def open_losses(given: Inputs) -> Figures:
