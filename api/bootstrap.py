@@ -11,7 +11,7 @@ from activities.auth import find_password, set_password
 from activities.insurance import seed_fund
 from activities.sessions import revoke
 from activities.users import upsert_admin
-from api.passwords import Passwords
+from api.identity.passwords import Passwords
 from clients import open_redis
 from domain.identity import ADMIN_ROLE, valid_email
 from domain.passwords import good_password

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from activities.sessions import new_session, open_session
 from api.bootstrap import bootstrap
-from api.tokens import AccessTokens, load_keys
+from api.identity.tokens import AccessTokens, load_keys
 from client import Exchange as Client
 from client import Operator, Session, register, sign_in
 from clients import open_redis

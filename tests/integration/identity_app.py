@@ -18,7 +18,7 @@ from temporalio.worker import Worker
 from activities.auth import AuthActivities, create_credential
 from activities.users import UserActivities, prepare_registration
 from api.app import create_app
-from api.passwords import HASHER
+from api.identity.passwords import HASHER
 from api.state import AppState
 from clients import OPERATIONS_QUEUE
 from domain.identity import PASSWORD_CREDENTIAL, Registration

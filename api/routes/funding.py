@@ -1,0 +1,62 @@
+"""What a user paid and got as funding."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from api.edge.gateway import User
+from api.routes.orders import Cursor, Limit
+from api.schema.models import ApiModel, Page, SafeText, Timestamp
+from api.state import State
+from domain.money import plain
+
+router = APIRouter(prefix="/api/funding", tags=["funding"])
+
+
+class FundingPaymentView(ApiModel):
+    """One payment: got (positive) or paid (negative) for `quantity` held at `fundingTime`, at that time's price."""
+
+    funding_time: Timestamp
+    instrument_id: str
+    quantity: str
+    side: str
+    mark_price: str
+    rate: str
+    payment: str
+    created_at: Timestamp
+
+
+@router.get("/payments", response_model=Page[FundingPaymentView])
+async def list_payments(
+    state: State,
+    user: User,
+    instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> dict[str, Any]:
+    """The caller's own payments, newest first."""
+    rows = await state.pool.fetch(
+        "SELECT e.event_id, e.funding_time, e.instrument_id, e.quantity, e.side, e.price, r.rate, e.realized_pnl,"
+        " e.created_at FROM positions.position_events e"
+        " JOIN ledger.v_funding_runs r USING (instrument_id, funding_time)"
+        " WHERE e.user_id = $1 AND e.funding_time IS NOT NULL AND ($2::text IS NULL OR instrument_id = $2)"
+        " AND ($3::bigint IS NULL OR e.event_id < $3) ORDER BY e.event_id DESC LIMIT $4",
+        user.user_id,
+        instrument_id,
+        cursor,
+        limit,
+    )
+    items = [
+        {
+            "fundingTime": row["funding_time"],
+            "instrumentId": row["instrument_id"],
+            "quantity": plain(row["quantity"]),
+            "side": row["side"],
+            "markPrice": plain(row["price"]),
+            "rate": plain(row["rate"]),
+            "payment": plain(row["realized_pnl"]),
+            "createdAt": row["created_at"],
+        }
+        for row in rows
+    ]
+    return {"items": items, "nextCursor": str(rows[-1]["event_id"]) if len(rows) == limit else None}
