@@ -28,9 +28,9 @@ from activities.order_entry import (
 )
 from activities.orders import (
     IN_ENGINE_STATUSES,
-    ORDER_COLUMNS,
     order_view,
 )
+from activities.orders_views import find_amendment, find_order
 from activities.registry import order_activities
 from activities.sagas import Saga, merge_sagas, start_saga
 from api.desk.batcher import Answer, Lane
@@ -221,13 +221,9 @@ class OrderDesk:
 
     async def _amendment(self, amendment_id: int) -> dict[str, Any]:
         async with self._pool.acquire() as conn:
-            change = await conn.fetchrow(
-                "SELECT order_id, status, failure_reason FROM orders.amendments WHERE amendment_id = $1", amendment_id
-            )
+            change = await find_amendment(conn, amendment_id)
             assert change is not None, f"Expected amendment {amendment_id}"
-            order = await conn.fetchrow(
-                f"SELECT {ORDER_COLUMNS} FROM orders.orders WHERE order_id = $1", change["order_id"]
-            )
+            order = await find_order(conn, change["order_id"])
             assert order is not None, f"Expected order {change['order_id']}"
         return {
             **order_view(order),
@@ -325,7 +321,7 @@ class OrderDesk:
         try:
             change = await asyncio.wait_for(self._verdicts.order(order_id), PLACED_SECONDS_MAX)
         except TimeoutError:
-            row = await self._pool.fetchrow(f"SELECT {ORDER_COLUMNS} FROM orders.orders WHERE order_id = $1", order_id)
+            row = await find_order(self._pool, order_id)
             return view if row is None else order_view(row)
         finally:
             self._verdicts.forget_order(order_id)

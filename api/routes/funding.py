@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
+from activities.positions_views import list_funding_payments
 from api.edge.gateway import User
 from api.routes.orders import Cursor, Limit
 from api.schema.models import ApiModel, Page, SafeText, Timestamp
@@ -35,16 +36,8 @@ async def list_payments(
     cursor: Cursor = None,
 ) -> dict[str, Any]:
     """The caller's own payments, newest first."""
-    rows = await state.pool.fetch(
-        "SELECT e.event_id, e.funding_time, e.instrument_id, e.quantity, e.side, e.price, r.rate, e.realized_pnl,"
-        " e.created_at FROM positions.position_events e"
-        " JOIN ledger.v_funding_runs r USING (instrument_id, funding_time)"
-        " WHERE e.user_id = $1 AND e.funding_time IS NOT NULL AND ($2::text IS NULL OR instrument_id = $2)"
-        " AND ($3::bigint IS NULL OR e.event_id < $3) ORDER BY e.event_id DESC LIMIT $4",
-        user.user_id,
-        instrument_id,
-        cursor,
-        limit,
+    rows = await list_funding_payments(
+        state.pool, user.user_id, instrument_id=instrument_id, before=cursor, limit=limit
     )
     items = [
         {

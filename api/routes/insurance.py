@@ -12,13 +12,13 @@ from activities.insurance import (
     read_system_balances,
 )
 from activities.liquidation import liquidation_view, read_liquidations
+from activities.matching_views import require_asset
 from api.edge.gateway import Admin
 from api.routes.ledger import TransferAmount
 from api.routes.orders import Cursor, Limit
 from api.schema.models import ApiModel, Page, SafeText, Timestamp
 from api.state import State
 from domain.money import AMOUNT_STEP, plain
-from domain.problems import Problem
 
 router = APIRouter(prefix="/api/admin", tags=["admin"])
 
@@ -117,10 +117,7 @@ async def insurance_fund(state: State, _: Admin) -> InsuranceFundView:
 async def deposit(state: State, _: Admin, transfer: FundDeposit) -> FundView:
     """Put money into the insurance fund, once per reference; the fund now."""
     async with state.pool.acquire() as conn, conn.transaction():
-        if not await conn.fetchval(
-            "SELECT EXISTS (SELECT FROM matching.v_instruments WHERE quote_asset = $1)", transfer.asset
-        ):
-            raise Problem("VALIDATION_FAILED", f"{transfer.asset} is not an asset of this exchange")
+        await require_asset(conn, transfer.asset)
         await deposit_to_fund(conn, transfer.reference, transfer.asset, transfer.amount.quantize(AMOUNT_STEP))
         [fund] = [fund for fund in await read_fund(conn) if fund.asset == transfer.asset]
     return FundView(

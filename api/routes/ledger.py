@@ -7,8 +7,11 @@ import asyncpg
 from fastapi import APIRouter, Query
 from pydantic import Field
 
+from activities import ledger_views
 from activities.ledger import balance_view, transfer_external
+from activities.matching_views import require_asset
 from activities.unfinished import patiently, refused_with
+from activities.users_views import is_user
 from api.edge.gateway import Admin, ServedUserId, User
 from api.routes.orders import Cursor, Limit
 from api.schema.models import ApiModel, Page, SafeText, Timestamp, UserId
@@ -69,9 +72,7 @@ class TransferView(ApiModel):
 @router.get("/balances", response_model=list[BalanceView])
 async def list_balances(state: State, user_id: ServedUserId) -> list[dict[str, str]]:
     """Balances of the caller; of anybody for operators."""
-    rows = await state.pool.fetch(
-        "SELECT asset, available, reserved FROM ledger.ledger_balances WHERE user_id = $1 ORDER BY asset", user_id
-    )
+    rows = await ledger_views.list_balances(state.pool, user_id)
     return [{"asset": row["asset"], **balance_view(row["available"], row["reserved"])} for row in rows]
 
 
@@ -84,16 +85,7 @@ async def list_entries(
     cursor: Cursor = None,
 ) -> dict[str, Any]:
     """The caller's own entries, newest first."""
-    rows = await state.pool.fetch(
-        "SELECT entry_id, entry_type, asset, instrument_id, delta_available, delta_reserved, balance_after,"
-        " reference_type, reference_id, created_at FROM ledger.ledger_entries WHERE user_id = $1"
-        " AND ($2::text IS NULL OR asset = $2) AND ($3::bigint IS NULL OR entry_id < $3)"
-        " ORDER BY entry_id DESC LIMIT $4",
-        user.user_id,
-        asset,
-        cursor,
-        limit,
-    )
+    rows = await ledger_views.list_entries(state.pool, user.user_id, asset=asset, before=cursor, limit=limit)
     items = [
         {
             "entryId": row["entry_id"],
@@ -126,12 +118,9 @@ async def withdraw(state: State, _: Admin, transfer: Transfer) -> TransferView:
 
 async def _transfer(state: AppState, kind: str, transfer: Transfer, amount: Decimal) -> TransferView:
     async def transfer_now(conn: Connection) -> asyncpg.Record | None:
-        if not await conn.fetchval("SELECT EXISTS (SELECT FROM users.v_users WHERE user_id = $1)", transfer.user_id):
+        if not await is_user(conn, transfer.user_id):
             raise Problem("NOT_FOUND", f"There is no user {transfer.user_id}")
-        if not await conn.fetchval(
-            "SELECT EXISTS (SELECT FROM matching.v_instruments WHERE quote_asset = $1)", transfer.asset
-        ):
-            raise Problem("VALIDATION_FAILED", f"{transfer.asset} is not an asset of this exchange")
+        await require_asset(conn, transfer.asset)
         await transfer_external(
             conn,
             kind,
@@ -140,11 +129,7 @@ async def _transfer(state: AppState, kind: str, transfer: Transfer, amount: Deci
             transfer.asset,
             amount.quantize(AMOUNT_STEP),
         )
-        return await conn.fetchrow(
-            "SELECT available, reserved FROM ledger.ledger_balances WHERE user_id = $1 AND asset = $2",
-            transfer.user_id,
-            transfer.asset,
-        )
+        return await ledger_views.find_balance(conn, transfer.user_id, transfer.asset)
 
     # Money that the user was told is free again may leave.
     row = await patiently(state.pool, int(transfer.user_id), transfer_now, refused_with("INSUFFICIENT_FUNDS"))

@@ -8,6 +8,7 @@ import asyncpg
 from fastapi import APIRouter, Path, Query, Response
 from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
+from activities import market_views
 from activities.instruments import read_instruments
 from api.schema.models import Amount, ApiModel, Page, SafeText, Timestamp
 from api.schema.openapi import problems
@@ -24,16 +25,6 @@ RATES_MAX = 500
 OPEN_CACHE_SECONDS = 1
 CLOSED_CACHE_SECONDS = 60
 
-_SELECT = """
-    SELECT open_time, open, high, low, close, volume, trade_count, closed FROM market.kline_buckets
-    WHERE instrument_id = $1 AND period = $2 AND open_time >= $3 AND open_time <= $4
-"""
-_OLDEST = f"{_SELECT} ORDER BY open_time LIMIT $5"
-_NEWEST = f"SELECT * FROM ({_SELECT} ORDER BY open_time DESC LIMIT $5) AS newest ORDER BY open_time"
-_RATES = """
-    SELECT effective_at, rate, premium_average, mark_price, samples, source FROM market.funding_rates
-    WHERE instrument_id = $1 AND ($2::timestamptz IS NULL OR effective_at < $2) ORDER BY effective_at DESC LIMIT $3
-"""
 _EARLIEST, _LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC)
 
 
@@ -97,13 +88,14 @@ class FundingRateResponse(ApiModel):
 @router.get("/kline", responses=problems("INSTRUMENT_NOT_FOUND"))
 async def list_klines(state: State, response: Response, query: Annotated[KlineQuery, Query()]) -> list[KlineResponse]:
     """Klines, oldest first, the open one included: the first `limit` from `startTime` on, else the newest."""
-    rows = await state.pool.fetch(
-        _NEWEST if query.start_time is None else _OLDEST,
+    rows = await market_views.list_klines(
+        state.pool,
         query.symbol,
         query.period,
         query.start_time or _EARLIEST,
         query.end_time or _LATEST,
-        query.limit,
+        newest=query.start_time is None,
+        limit=query.limit,
     )
     if not rows:
         await _require_instrument(state, query.symbol)
@@ -122,7 +114,7 @@ async def list_funding_rates(
 ) -> Page[FundingRateResponse]:
     """The funding rates fixed so far, newest first."""
     before = None if cursor is None else from_ms(cursor)
-    rows = await state.pool.fetch(_RATES, instrument_id, before, limit)
+    rows = await market_views.list_funding_rates(state.pool, instrument_id, before=before, limit=limit)
     if not rows:
         await _require_instrument(state, instrument_id)
     _cache(response, OPEN_CACHE_SECONDS)

@@ -9,9 +9,11 @@ import msgspec
 from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import Field, ValidationError
 
+from activities import orders_views
 from activities.countdowns import set_countdown, stop_countdown
-from activities.orders import OPEN_STATUSES, ORDER_COLUMNS, order_view
+from activities.orders import OPEN_STATUSES, order_view
 from activities.positions import fill_view
+from activities.positions_views import list_fills
 from api.edge.gateway import User, require_internal
 from api.schema.models import ApiModel, Page, SafeText, Timestamp
 from api.schema.openapi import links, problems
@@ -256,15 +258,8 @@ async def list_orders(
     cursor: Cursor = None,
 ) -> Response:
     """The caller's orders, newest first."""
-    rows = await state.pool.fetch(
-        f"SELECT {ORDER_COLUMNS} FROM orders.orders WHERE user_id = $1"
-        " AND ($2::text IS NULL OR instrument_id = $2) AND ($3::text IS NULL OR status = $3)"
-        " AND ($4::bigint IS NULL OR order_id < $4) ORDER BY order_id DESC LIMIT $5",
-        user.user_id,
-        instrument_id,
-        status,
-        cursor,
-        limit,
+    rows = await orders_views.list_orders(
+        state.pool, user.user_id, instrument_id=instrument_id, status=status, before=cursor, limit=limit
     )
     return _page([order_view(row) for row in rows], rows[-1]["order_id"] if len(rows) == limit else None)
 
@@ -309,15 +304,9 @@ async def cancel_orders(
     """Request the cancellation of all the caller's open orders, of one instrument or of all."""
     if instrument_id is not None:
         state.desk.instrument(instrument_id)
-    rows = await state.pool.fetch(
-        "SELECT order_id FROM orders.orders WHERE user_id = $1 AND ($2::text IS NULL OR instrument_id = $2)"
-        " AND status = ANY($3) ORDER BY order_id DESC",
-        user.user_id,
-        instrument_id,
-        OPEN_STATUSES,
-    )
-    await state.desk.cancel([row["order_id"] for row in rows])
-    return Page(items=[CancelView(order_id=row["order_id"]) for row in rows])
+    order_ids = await orders_views.open_order_ids(state.pool, user.user_id, instrument_id)
+    await state.desk.cancel(order_ids)
+    return Page(items=[CancelView(order_id=order_id) for order_id in order_ids])
 
 
 class MatchingCancel(ApiModel):
@@ -333,7 +322,7 @@ class MatchingCancel(ApiModel):
 )
 async def cancel_any_order(state: State, cancel: MatchingCancel) -> CancelView:
     """Request the cancellation of anybody's order; for the exchange's own services."""
-    row = await state.pool.fetchrow(f"SELECT {ORDER_COLUMNS} FROM orders.orders WHERE order_id = $1", cancel.order_id)
+    row = await orders_views.find_order(state.pool, cancel.order_id)
     if row is None:
         raise _not_found(cancel.order_id)
     return await _cancel(state, row)
@@ -348,21 +337,12 @@ async def list_trades(
     cursor: Cursor = None,
 ) -> Response:
     """The caller's own fills, newest first."""
-    rows = await state.pool.fetch(
-        "SELECT * FROM positions.v_fills WHERE user_id = $1 AND ($2::text IS NULL OR instrument_id = $2)"
-        " AND ($3::bigint IS NULL OR event_id < $3) ORDER BY event_id DESC LIMIT $4",
-        user.user_id,
-        instrument_id,
-        cursor,
-        limit,
-    )
+    rows = await list_fills(state.pool, user.user_id, instrument_id=instrument_id, before=cursor, limit=limit)
     return _page([fill_view(row) for row in rows], rows[-1]["event_id"] if len(rows) == limit else None)
 
 
 async def _own_order(state: AppState, user: Identity, order_id: int) -> asyncpg.Record:
-    row = await state.pool.fetchrow(
-        f"SELECT {ORDER_COLUMNS} FROM orders.orders WHERE order_id = $1 AND user_id = $2", order_id, user.user_id
-    )
+    row = await orders_views.find_order(state.pool, order_id, user.user_id)
     if row is None:
         raise _not_found(order_id)
     return row

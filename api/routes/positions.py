@@ -11,6 +11,7 @@ from temporalio.client import WorkflowFailureError
 from temporalio.common import SearchAttributePair, TypedSearchAttributes
 from temporalio.service import RPCError
 
+from activities import positions_views
 from activities.instruments import read_tiers
 from activities.liquidation import cross_backing, deleverage_ranks
 from activities.positions import position_view
@@ -112,13 +113,7 @@ async def list_positions(state: State, user_id: ServedUserId) -> list[dict[str, 
 
 
 async def _positions(state: AppState, user_id: int, instrument_id: str | None = None) -> list[dict[str, Any]]:
-    rows = await state.pool.fetch(
-        "SELECT instrument_id, signed_quantity, entry_notional, margin, realized_pnl, leverage, margin_mode,"
-        " liquidation_price, status FROM positions.positions"
-        " WHERE user_id = $1 AND ($2::text IS NULL OR instrument_id = $2) ORDER BY instrument_id",
-        user_id,
-        instrument_id,
-    )
+    rows = await positions_views.list_positions(state.pool, user_id, instrument_id)
     if not rows:
         return []
     tiers = await read_tiers(state.pool)

@@ -4,6 +4,7 @@ Users see their own; operators anybody's (`userId`), or without it everybody's t
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any
@@ -18,6 +19,8 @@ from api.schema.models import ApiModel, Page, SafeText, Timestamp, UserId
 from api.state import State
 from domain.identity import Identity
 from domain.money import plain
+from reporting import views
+from reporting.views import DayReport, Span
 
 router = APIRouter(prefix="/api/reports", tags=["reports"])
 
@@ -25,43 +28,6 @@ DAYS_MAX = 366
 DAYS_SHOWN = 30
 # The driver takes the first and the last day of all for infinities.
 EARLIEST, LATEST = date(1970, 1, 1), date(9999, 12, 30)
-
-# $1 user, $2 and $3 days, $4 instrument, $5 and $6 the cursor, $7 limit. {whose}: by user, or everybody.
-_OF_DAYS = """
-    SELECT day, instrument_id, {sums} FROM reporting.{table}
-    WHERE {whose} AND day BETWEEN $2 AND $3 AND ($4::text IS NULL OR instrument_id = $4)
-        AND ($5::date IS NULL OR day < $5 OR (day = $5 AND instrument_id > $6))
-    GROUP BY day, instrument_id{more_groups} ORDER BY day DESC, instrument_id LIMIT $7
-"""
-_WHOSE = {True: "user_id = $1", False: "$1::bigint IS NULL"}
-_PNL_SUMS = (
-    "asset, sum(realized_pnl) AS realized_pnl, sum(fees) AS fees, sum(funding) AS funding,"
-    " sum(liquidation) AS liquidation, sum(insurance) AS insurance,"
-    " sum(realized_pnl + fees + funding + liquidation + insurance) AS net"
-)
-_VOLUME_SUMS = (
-    "sum(maker_volume) AS maker_volume, sum(taker_volume) AS taker_volume,"
-    " sum(maker_volume + taker_volume) AS volume, sum(maker_trades)::bigint AS maker_trades,"
-    " sum(taker_trades)::bigint AS taker_trades"
-)
-_FEE_SUMS = "sum(maker_fees) AS maker_fees, sum(taker_fees) AS taker_fees, sum(maker_fees + taker_fees) AS fees"
-_LIQUIDATIONS = """
-    SELECT liquidation_id, user_id, instrument_id, position_id, reason, triggered_at FROM reporting.liquidations
-    WHERE {whose} AND triggered_at >= $2 AND triggered_at < $3 AND ($4::text IS NULL OR instrument_id = $4)
-        AND ($5::bigint IS NULL OR liquidation_id < $5)
-    ORDER BY liquidation_id DESC LIMIT $6
-"""
-_OPEN_INTEREST = """
-    WITH closes AS (
-        SELECT instrument_id, day, lead(day) OVER by_day AS next_day, sum(change) OVER by_day AS open_interest
-        FROM reporting.open_interest_days WHERE ($3::text IS NULL OR instrument_id = $3) AND day <= $2
-        WINDOW by_day AS (PARTITION BY instrument_id ORDER BY day))
-    SELECT d::date AS day, instrument_id, open_interest
-    FROM generate_series($1::date, $2::date, interval '1 day') d
-    JOIN closes c ON c.day <= d AND (c.next_day IS NULL OR c.next_day > d)
-    WHERE $4::date IS NULL OR d < $4 OR (d = $4 AND instrument_id > $5)
-    ORDER BY d DESC, instrument_id LIMIT $6
-"""
 
 
 def _place(cursor: str) -> tuple[date, str]:
@@ -97,6 +63,10 @@ class Days(ApiModel):
         """First and last day."""
         last = self.to_day or datetime.now(UTC).date()
         return self.from_day or max(EARLIEST, last - timedelta(days=DAYS_SHOWN - 1)), last
+
+    def span(self) -> Span:
+        """The days, and the instrument they are asked for."""
+        return Span(*self.range(), self.instrument_id)
 
 
 class DayPage(Days):
@@ -186,35 +156,26 @@ class OpenInterestView(ApiModel):
 @router.get("/pnl", response_model=Page[PnlView])
 async def pnl(state: State, user: User, query: Annotated[UserDayPage, Query()]) -> dict[str, Any]:
     """Profit and loss per day and instrument, newest first."""
-    return await _sums(state, user, query, "pnl_days", _PNL_SUMS, ", asset")
+    return await _sums(state, user, query, views.PNL)
 
 
 @router.get("/volume", response_model=Page[VolumeView])
 async def volume(state: State, user: User, query: Annotated[UserDayPage, Query()]) -> dict[str, Any]:
     """Traded volume per day and instrument, newest first."""
-    return await _sums(state, user, query, "trade_days", _VOLUME_SUMS)
+    return await _sums(state, user, query, views.VOLUME)
 
 
 @router.get("/fees", response_model=Page[FeeView])
 async def fees(state: State, user: User, query: Annotated[UserDayPage, Query()]) -> dict[str, Any]:
     """Trading fees per day and instrument, newest first."""
-    return await _sums(state, user, query, "trade_days", _FEE_SUMS)
+    return await _sums(state, user, query, views.FEES)
 
 
 @router.get("/liquidations", response_model=Page[ReportedLiquidationView])
 async def liquidations(state: State, user: User, query: Annotated[LiquidationPage, Query()]) -> dict[str, Any]:
     """Liquidations that were triggered on these days, newest first."""
     user_id = _whose(user, query.user_id)
-    first, last = query.range()
-    rows = await state.pool.fetch(
-        _LIQUIDATIONS.format(whose=_WHOSE[user_id is not None]),
-        user_id,
-        _midnight(first),
-        _midnight(last + timedelta(days=1)),
-        query.instrument_id,
-        query.cursor,
-        query.limit,
-    )
+    rows = await views.list_liquidations(state.pool, user_id, query.span(), query.cursor, query.limit)
     items = [{**row, "user_id": str(row["user_id"]), "position_id": str(row["position_id"])} for row in rows]
     return {"items": items, "next_cursor": str(rows[-1]["liquidation_id"]) if len(rows) == query.limit else None}
 
@@ -222,25 +183,16 @@ async def liquidations(state: State, user: User, query: Annotated[LiquidationPag
 @router.get("/open-interest", response_model=Page[OpenInterestView])
 async def open_interest(state: State, _: User, query: Annotated[DayPage, Query()]) -> dict[str, Any]:
     """Open interest per instrument at the close of each day, and now; newest first."""
-    first, last = query.range()
     today = datetime.now(UTC).date()
-    rows = await state.pool.fetch(
-        _OPEN_INTEREST,
-        first,
-        min(last, today),
-        query.instrument_id,
-        *query.place(),
-        query.limit,
-    )
+    span = query.span()
+    until_today = replace(span, last=min(span.last, today))
+    rows = await views.list_open_interest(state.pool, until_today, query.place(), query.limit)
     return _page(rows, query.limit, [{**_plain(row), "is_closed": row["day"] < today} for row in rows])
 
 
-async def _sums(
-    state: State, user: Identity, query: UserDayPage, table: str, sums: str, more_groups: str = ""
-) -> dict[str, Any]:
+async def _sums(state: State, user: Identity, query: UserDayPage, report: DayReport) -> dict[str, Any]:
     user_id = _whose(user, query.user_id)
-    statement = _OF_DAYS.format(sums=sums, table=table, whose=_WHOSE[user_id is not None], more_groups=more_groups)
-    rows = await state.pool.fetch(statement, user_id, *query.range(), query.instrument_id, *query.place(), query.limit)
+    rows = await views.list_sums(state.pool, report, user_id, query.span(), query.place(), query.limit)
     return _page(rows, query.limit, [_plain(row) for row in rows])
 
 
@@ -250,10 +202,6 @@ def _whose(user: Identity, user_id: int | None) -> int | None:
         return None if user.is_admin else user.user_id
     require_may_act_for(user, user_id)
     return user_id
-
-
-def _midnight(day: date) -> datetime:
-    return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
 
 def _plain(row: asyncpg.Record) -> dict[str, Any]:
