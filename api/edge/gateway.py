@@ -27,6 +27,7 @@ from api.schema.problems import internal_error, problem_response
 from api.state import AppState, State
 from domain.identity import SERVICE, Identity
 from domain.problems import Problem
+from settings import revealed
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("access")
@@ -361,7 +362,7 @@ def require_may_act_for(caller: Identity, user_id: int) -> None:
 
 
 def _is_internal(state: AppState, bearer: HTTPAuthorizationCredentials | None, internal_token: str | None) -> bool:
-    expected = state.settings.internal_token
+    expected = revealed(state.settings.internal_token)
     given = internal_token or (bearer.credentials if bearer is not None else None)
     if not expected or not given:
         return False
