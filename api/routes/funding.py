@@ -6,8 +6,8 @@ from fastapi import APIRouter, Query
 
 from activities.positions_views import list_funding_payments
 from api.edge.gateway import User
-from api.routes.orders import Cursor, Limit
 from api.schema.models import ApiModel, Page, SafeText, Timestamp
+from api.schema.paging import PageCursor, PageLimit, next_cursor
 from api.state import State
 from domain.money import plain
 
@@ -32,8 +32,8 @@ async def list_payments(
     state: State,
     user: User,
     instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None,
-    limit: Limit = 100,
-    cursor: Cursor = None,
+    limit: PageLimit = 100,
+    cursor: PageCursor = None,
 ) -> dict[str, Any]:
     """The caller's own payments, newest first."""
     rows = await list_funding_payments(
@@ -52,4 +52,4 @@ async def list_payments(
         }
         for row in rows
     ]
-    return {"items": items, "nextCursor": str(rows[-1]["event_id"]) if len(rows) == limit else None}
+    return {"items": items, "nextCursor": next_cursor(rows, limit, "event_id")}

@@ -14,9 +14,8 @@ from activities.insurance import (
 from activities.liquidation import liquidation_view, read_liquidations
 from activities.matching_views import require_asset
 from api.edge.gateway import Admin
-from api.routes.ledger import TransferAmount
-from api.routes.orders import Cursor, Limit
-from api.schema.models import ApiModel, Page, SafeText, Timestamp
+from api.schema.models import ApiModel, Page, SafeText, Timestamp, TransferAmount
+from api.schema.paging import PageCursor, PageLimit, next_cursor
 from api.state import State
 from domain.money import AMOUNT_STEP, plain
 
@@ -139,12 +138,12 @@ async def list_liquidations(
     state: State,
     _: Admin,
     status: Annotated[SafeText | None, Query()] = None,
-    limit: Limit = 100,
-    cursor: Cursor = None,
+    limit: PageLimit = 100,
+    cursor: PageCursor = None,
 ) -> dict[str, Any]:
     """Liquidations, newest first."""
     rows = await read_liquidations(state.pool, status, cursor, limit)
     return {
         "items": [liquidation_view(row) for row in rows],
-        "nextCursor": str(rows[-1]["liquidation_id"]) if len(rows) == limit else None,
+        "nextCursor": next_cursor(rows, limit, "liquidation_id"),
     }

@@ -13,17 +13,15 @@ from activities.matching_views import require_asset
 from activities.unfinished import patiently, refused_with
 from activities.users_views import is_user
 from api.edge.gateway import Admin, ServedUserId, User
-from api.routes.orders import Cursor, Limit
-from api.schema.models import ApiModel, Page, SafeText, Timestamp, UserId
+from api.schema.models import ApiModel, Page, SafeText, Timestamp, TransferAmount, UserId
 from api.schema.openapi import problems
+from api.schema.paging import PageCursor, PageLimit, next_cursor
 from api.state import AppState, State
 from domain.money import AMOUNT_STEP, plain
 from domain.problems import Problem
 from storage.db import Connection
 
 router = APIRouter(prefix="/api/ledger", tags=["ledger"])
-
-TransferAmount = Annotated[Decimal, Field(gt=0, le=Decimal("1e15"), max_digits=38, decimal_places=8)]
 
 
 class BalanceView(ApiModel):
@@ -81,8 +79,8 @@ async def list_entries(
     state: State,
     user: User,
     asset: Annotated[SafeText | None, Query()] = None,
-    limit: Limit = 100,
-    cursor: Cursor = None,
+    limit: PageLimit = 100,
+    cursor: PageCursor = None,
 ) -> dict[str, Any]:
     """The caller's own entries, newest first."""
     rows = await ledger_views.list_entries(state.pool, user.user_id, asset=asset, before=cursor, limit=limit)
@@ -101,7 +99,7 @@ async def list_entries(
         }
         for row in rows
     ]
-    return {"items": items, "nextCursor": str(rows[-1]["entry_id"]) if len(rows) == limit else None}
+    return {"items": items, "nextCursor": next_cursor(rows, limit, "entry_id")}
 
 
 @router.post("/deposits", responses=problems("NOT_FOUND"))

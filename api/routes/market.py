@@ -11,6 +11,7 @@ from pydantic import AliasChoices, Field
 from redis.asyncio import Redis
 
 from activities.instruments import read_instruments
+from activities.matching_views import require_instrument
 from api.edge.caching import CachedRoute
 from api.edge.gateway import require_admin
 from api.schema.models import Amount, ApiModel, Page, SafeText, Timestamp
@@ -220,20 +221,15 @@ async def release_index(state: State, instrument_id: InstrumentId) -> None:
 async def _read(state: AppState, key: str, instrument_id: str) -> bytes:
     document = cast(bytes | None, await state.redis.get(key))
     if document is None:
-        await _require_instrument(state, instrument_id)
+        await require_instrument(state.pool, instrument_id)
         raise Problem("OVERLOADED", f"There is no market data for {instrument_id} yet")
     return document
-
-
-async def _require_instrument(state: AppState, instrument_id: str) -> None:
-    if instrument_id not in await read_instruments(state.pool):
-        raise Problem("INSTRUMENT_NOT_FOUND", f"There is no instrument {instrument_id!r}")
 
 
 async def _require_simulated(state: AppState, instrument_id: str) -> None:
     if state.settings.index_source != "simulated":
         raise Problem("FORBIDDEN", "Only a simulated index can be held")
-    await _require_instrument(state, instrument_id)
+    await require_instrument(state.pool, instrument_id)
 
 
 async def _mark_at(redis: Redis, instrument_id: str, price: Decimal) -> bytes:

@@ -9,13 +9,12 @@ from fastapi import APIRouter, Path, Query, Response
 from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from activities import market_views
-from activities.instruments import read_instruments
+from activities.matching_views import require_instrument
 from api.schema.models import Amount, ApiModel, Page, SafeText, Timestamp
 from api.schema.openapi import problems
-from api.state import AppState, State
+from api.state import State
 from domain.clock import from_ms, to_ms
 from domain.periods import PERIODS_MS
-from domain.problems import Problem
 
 router = APIRouter(prefix="/api/market", tags=["market"])
 
@@ -98,7 +97,7 @@ async def list_klines(state: State, response: Response, query: Annotated[KlineQu
         limit=query.limit,
     )
     if not rows:
-        await _require_instrument(state, query.symbol)
+        await require_instrument(state.pool, query.symbol)
     is_open = not rows or not rows[-1]["closed"]
     _cache(response, OPEN_CACHE_SECONDS if is_open or query.end_time is None else CLOSED_CACHE_SECONDS)
     return [_kline(row, PERIODS_MS[query.period]) for row in rows]
@@ -116,7 +115,7 @@ async def list_funding_rates(
     before = None if cursor is None else from_ms(cursor)
     rows = await market_views.list_funding_rates(state.pool, instrument_id, before=before, limit=limit)
     if not rows:
-        await _require_instrument(state, instrument_id)
+        await require_instrument(state.pool, instrument_id)
     _cache(response, OPEN_CACHE_SECONDS)
     items = [FundingRateResponse(instrument_id=instrument_id, **dict(row)) for row in rows]
     return Page(items=items, next_cursor=_next_cursor(rows, limit))
@@ -132,8 +131,3 @@ def _kline(row: asyncpg.Record, period_ms: int) -> KlineResponse:
 
 def _cache(response: Response, seconds: int) -> None:
     response.headers["Cache-Control"] = f"public, max-age={seconds}"
-
-
-async def _require_instrument(state: AppState, instrument_id: str) -> None:
-    if instrument_id not in await read_instruments(state.pool):
-        raise Problem("INSTRUMENT_NOT_FOUND", f"There is no instrument {instrument_id!r}")

@@ -1,7 +1,6 @@
 """Order entry, cancellation and look-up; a user's own fills."""
 
 from datetime import timedelta
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 import asyncpg
@@ -15,8 +14,9 @@ from activities.orders import OPEN_STATUSES, order_view
 from activities.positions import fill_view
 from activities.positions_views import list_fills
 from api.edge.gateway import User, require_internal
-from api.schema.models import ApiModel, Page, SafeText, Timestamp
+from api.schema.models import ApiModel, Page, Price, Quantity, SafeText, Timestamp
 from api.schema.openapi import links, problems
+from api.schema.paging import PageCursor, PageLimit, next_cursor
 from api.schema.problems import ProblemDocument, invalid, problem_members
 from api.state import AppState, State
 from domain.identity import Identity
@@ -27,7 +27,6 @@ from domain.problems import Problem
 router = APIRouter(tags=["orders"])
 
 BATCH_ORDERS_MAX = 500
-LIST_MAX = 500
 ID_MAX = 2**53 - 1
 _encode = msgspec.json.Encoder().encode
 
@@ -44,10 +43,6 @@ OrderStatus = Literal[
     "EXPIRED",
 ]
 OrderId = Annotated[int, Path(ge=1, le=ID_MAX)]
-Quantity = Annotated[Decimal, Field(gt=0, le=Decimal("1e9"), max_digits=38, decimal_places=18)]
-Price = Annotated[Decimal, Field(gt=0, le=Decimal("1e12"), max_digits=38, decimal_places=18)]
-Limit = Annotated[int, Query(ge=1, le=LIST_MAX)]
-Cursor = Annotated[int | None, Query(ge=1, le=2**63 - 1, description="nextCursor of the part before")]
 
 
 class OrderCreate(ApiModel):
@@ -254,14 +249,14 @@ async def list_orders(
     user: User,
     instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None,
     status: Annotated[OrderStatus | None, Query()] = None,
-    limit: Limit = 100,
-    cursor: Cursor = None,
+    limit: PageLimit = 100,
+    cursor: PageCursor = None,
 ) -> Response:
     """The caller's orders, newest first."""
     rows = await orders_views.list_orders(
         state.pool, user.user_id, instrument_id=instrument_id, status=status, before=cursor, limit=limit
     )
-    return _page([order_view(row) for row in rows], rows[-1]["order_id"] if len(rows) == limit else None)
+    return _page([order_view(row) for row in rows], next_cursor(rows, limit, "order_id"))
 
 
 @router.post("/api/orders/cancel-all-after")
@@ -333,12 +328,12 @@ async def list_trades(
     state: State,
     user: User,
     instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None,
-    limit: Limit = 100,
-    cursor: Cursor = None,
+    limit: PageLimit = 100,
+    cursor: PageCursor = None,
 ) -> Response:
     """The caller's own fills, newest first."""
     rows = await list_fills(state.pool, user.user_id, instrument_id=instrument_id, before=cursor, limit=limit)
-    return _page([fill_view(row) for row in rows], rows[-1]["event_id"] if len(rows) == limit else None)
+    return _page([fill_view(row) for row in rows], next_cursor(rows, limit, "event_id"))
 
 
 async def _own_order(state: AppState, user: Identity, order_id: int) -> asyncpg.Record:
@@ -364,5 +359,5 @@ def _json(document: object) -> Response:
     return Response(_encode(document), media_type="application/json")
 
 
-def _page(items: list[dict[str, Any]], cursor: int | None) -> Response:
-    return _json({"items": items, "nextCursor": None if cursor is None else str(cursor)})
+def _page(items: list[dict[str, Any]], cursor: str | None) -> Response:
+    return _json({"items": items, "nextCursor": cursor})

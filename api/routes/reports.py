@@ -14,8 +14,8 @@ from fastapi import APIRouter, Query
 from pydantic import AfterValidator, Field, model_validator
 
 from api.edge.gateway import User, require_may_act_for
-from api.routes.orders import LIST_MAX
 from api.schema.models import ApiModel, Page, SafeText, Timestamp, UserId
+from api.schema.paging import LIST_MAX, next_cursor
 from api.state import State
 from domain.identity import Identity
 from domain.money import plain
@@ -177,7 +177,7 @@ async def liquidations(state: State, user: User, query: Annotated[LiquidationPag
     user_id = _whose(user, query.user_id)
     rows = await views.list_liquidations(state.pool, user_id, query.span(), query.cursor, query.limit)
     items = [{**row, "user_id": str(row["user_id"]), "position_id": str(row["position_id"])} for row in rows]
-    return {"items": items, "next_cursor": str(rows[-1]["liquidation_id"]) if len(rows) == query.limit else None}
+    return {"items": items, "next_cursor": next_cursor(rows, query.limit, "liquidation_id")}
 
 
 @router.get("/open-interest", response_model=Page[OpenInterestView])

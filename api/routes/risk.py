@@ -10,8 +10,7 @@ from pydantic import Field
 from activities.risk import pre_check
 from activities.unfinished import patiently
 from api.edge.gateway import Caller, require_may_act_for
-from api.routes.orders import Price, Quantity
-from api.schema.models import ApiModel, UserId
+from api.schema.models import ApiModel, Price, Quantity, UserId
 from api.schema.openapi import problems
 from api.state import State
 from domain.matching import OrderType

@@ -22,6 +22,10 @@ def storable(text: str) -> str:
 
 Timestamp = Annotated[datetime, PlainSerializer(iso, return_type=str)]
 Amount = Annotated[Decimal, Field(max_digits=38, decimal_places=18), PlainSerializer(plain, return_type=str)]
+# What may be asked for: quantities in base, prices in quote per base, transfers in the asset they name.
+Quantity = Annotated[Decimal, Field(gt=0, le=Decimal("1e9"), max_digits=38, decimal_places=18)]
+Price = Annotated[Decimal, Field(gt=0, le=Decimal("1e12"), max_digits=38, decimal_places=18)]
+TransferAmount = Annotated[Decimal, Field(gt=0, le=Decimal("1e15"), max_digits=38, decimal_places=8)]
 # Ids of users are strings on the wire and integers inside.
 UserId = Annotated[
     int,
