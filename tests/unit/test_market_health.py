@@ -25,15 +25,18 @@ class OneMark:
     """A Redis that holds a mark price document, or none."""
 
     def __init__(self, age: timedelta | None, *, is_frozen: bool = False) -> None:
-        made = None if age is None else datetime.now(UTC) - age
-        document = {"markPrice": "60000", "calculatedAt": made, "isFrozen": is_frozen}
-        self.document = None if made is None else msgspec.json.encode(document)
+        self._age = age
+        self._is_frozen = is_frozen
 
     async def ping(self) -> bool:
         return True
 
     async def mget(self, keys: list[str]) -> list[bytes | None]:
-        return [self.document for _ in keys]
+        if self._age is None:
+            return [None for _ in keys]
+        made = datetime.now(UTC) - self._age
+        document = {"markPrice": "60000", "calculatedAt": made, "isFrozen": self._is_frozen}
+        return [msgspec.json.encode(document) for _ in keys]
 
 
 async def check(redis: OneMark) -> None:
