@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PORT_MAX = 65_535
@@ -17,16 +17,17 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="EXCHANGE_", env_ignore_empty=True)
 
-    database_url: str | None = None
-    redis_url: str | None = None
+    # The two addresses may hold passwords.
+    database_url: SecretStr | None = None
+    redis_url: SecretStr | None = None
     temporal_address: str | None = None
     temporal_namespace: str = "default"
     api_host: str = "127.0.0.1"
     api_port: Port = 8000
     state_dir: Path = Path(".exchange")
     admin_email: str = "admin@exchange.local"
-    admin_password: str | None = None
-    internal_token: str | None = None
+    admin_password: SecretStr | None = None
+    internal_token: SecretStr | None = None
     index_source: Literal["simulated", "ccxt"] = "simulated"
     index_seed: int = 1
     insurance_fund_seed: Decimal = Decimal(1_000_000)
@@ -81,15 +82,20 @@ class Settings(BaseSettings):
 
     def require_database_url(self) -> str:
         """The Postgres URL. Raises RuntimeError when it is not set (outside the embedded stack)."""
-        return _required("EXCHANGE_DATABASE_URL", self.database_url)
+        return _required("EXCHANGE_DATABASE_URL", revealed(self.database_url))
 
     def require_redis_url(self) -> str:
         """The Redis or Valkey URL. Raises RuntimeError when it is not set."""
-        return _required("EXCHANGE_REDIS_URL", self.redis_url)
+        return _required("EXCHANGE_REDIS_URL", revealed(self.redis_url))
 
     def require_temporal_address(self) -> str:
         """The Temporal frontend, host:port. Raises RuntimeError when it is not set."""
         return _required("EXCHANGE_TEMPORAL_ADDRESS", self.temporal_address)
+
+
+def revealed(secret: SecretStr | None) -> str | None:
+    """The value behind a secret setting, for the one that needs it; None when it is not set."""
+    return None if secret is None else secret.get_secret_value()
 
 
 def _required(name: str, value: str | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 import uvloop
+from redis.asyncio import Redis
 from temporalio.client import Client
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
@@ -56,9 +57,8 @@ Monitor = Callable[[], Awaitable[None]]
 MONITOR_PAUSE_SECONDS = 5.0
 
 
-def build_workers(client: Client, pool: Pool, settings: Settings) -> list[Worker]:
+def build_workers(client: Client, pool: Pool, redis: Redis) -> list[Worker]:
     """One worker per task queue. Unsandboxed: the sandbox costs 20 ms of CPU per workflow, and tests run in it."""
-    redis = open_redis(settings)
     runner = UnsandboxedWorkflowRunner()
     return [
         Worker(
@@ -100,22 +100,23 @@ def build_workers(client: Client, pool: Pool, settings: Settings) -> list[Worker
 async def run(settings: Settings, stop: asyncio.Event) -> None:
     """Work until `stop` is set; an error of Temporal's workers that cannot be waited out ends the process, and its
     supervisor restarts it. An error of a monitor does not: settlement must not stop for it."""
-    pool = await open_pool(settings.require_database_url(), size_max=20, name="worker")
-    client = await connect_temporal(settings)
-    funding_interval = timedelta(seconds=settings.funding_interval_seconds)
-    await register_schedules(client, schedules(await read_instruments(pool), funding_interval))
-    redis = open_redis(settings)
-    checks = server_checks(pool, redis, client)
-    async with endpoint(settings.metrics_host, settings.metrics_port, checks), asyncio.TaskGroup() as tasks:
-        for worker in build_workers(client, pool, settings):
-            tasks.create_task(_run_worker(worker, stop))
-        for name, monitor in _monitors(settings, pool, client, stop).items():
-            tasks.create_task(keep_running(name, monitor, stop))
-    await pool.close()
+    async with (
+        await open_pool(settings.require_database_url(), size_max=20, name="worker") as pool,
+        open_redis(settings) as redis,
+    ):
+        client = await connect_temporal(settings)
+        funding_interval = timedelta(seconds=settings.funding_interval_seconds)
+        await register_schedules(client, schedules(await read_instruments(pool), funding_interval))
+        checks = server_checks(pool, redis, client)
+        async with endpoint(settings.metrics_host, settings.metrics_port, checks), asyncio.TaskGroup() as tasks:
+            for worker in build_workers(client, pool, redis):
+                tasks.create_task(_run_worker(worker, stop))
+            for name, monitor in _monitors(settings, pool, redis, client, stop).items():
+                tasks.create_task(keep_running(name, monitor, stop))
 
 
-def _monitors(settings: Settings, pool: Pool, client: Client, stop: asyncio.Event) -> dict[str, Monitor]:
-    redis, audits_kept = open_redis(settings), timedelta(days=settings.login_audit_retention_days)
+def _monitors(settings: Settings, pool: Pool, redis: Redis, client: Client, stop: asyncio.Event) -> dict[str, Monitor]:
+    audits_kept = timedelta(days=settings.login_audit_retention_days)
     return {
         "relay": lambda: run_relay(pool, redis, stop),
         "observer": lambda: run_observer(pool, redis, stop),
@@ -151,8 +152,10 @@ async def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     start_tracing("worker", settings.otlp_endpoint)
-    await run(settings, stop)
-    stop_tracing()
+    try:
+        await run(settings, stop)
+    finally:
+        stop_tracing()
 
 
 if __name__ == "__main__":

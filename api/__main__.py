@@ -3,7 +3,7 @@
 import sys
 
 from api.app import create_app
-from api.server import Server, server_config
+from api.edge.server import Server, server_config
 from logs import set_up_logging
 from settings import get_settings
 

@@ -9,7 +9,10 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from api import (
+from api.edge.gateway import Gateway
+from api.edge.metering import Meter
+from api.limits.load import Load
+from api.routes import (
     admin,
     api_keys,
     auth,
@@ -28,11 +31,8 @@ from api import (
     users,
     well_known,
 )
-from api.gateway import Gateway
-from api.load import Load
-from api.metering import Meter
-from api.openapi import DocumentedApi, operation_id
-from api.problems import add_handlers
+from api.schema.openapi import DocumentedApi, operation_id
+from api.schema.problems import add_handlers
 from api.state import open_state
 from settings import Settings
 from telemetry.tracing import start_tracing, stop_tracing
@@ -86,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         generate_unique_id_function=operation_id,
-        # A span of every request costs more than most requests; figures are ours (api/metering.py).
+        # A span of every request costs more than most requests; figures are ours (api/edge/metering.py).
         telemetry={
             "tracing": settings.otlp_endpoint is not None,
             "operation_spans": False,

@@ -11,12 +11,12 @@ from activities.auth import find_password, set_password
 from activities.insurance import seed_fund
 from activities.sessions import revoke
 from activities.users import upsert_admin
-from api.passwords import Passwords
+from api.identity.passwords import Passwords
 from clients import open_redis
 from domain.identity import ADMIN_ROLE, valid_email
 from domain.passwords import good_password
 from logs import set_up_logging
-from settings import Settings, get_settings
+from settings import Settings, get_settings, revealed
 from storage.db import Pool, open_pool
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def _account(settings: Settings) -> tuple[str, str]:
     except ValueError as error:
         raise RuntimeError(f"EXCHANGE_ADMIN_EMAIL {error}") from error
     try:
-        return email, good_password(settings.admin_password or "", email)
+        return email, good_password(revealed(settings.admin_password) or "", email)
     except ValueError as error:
         raise RuntimeError(f"EXCHANGE_ADMIN_PASSWORD {error}") from error
 

@@ -11,15 +11,15 @@ from redis.asyncio import Redis
 from starlette.requests import HTTPConnection
 from temporalio.client import Client
 
-from api.feeds import Feeds, open_feeds
-from api.order_desk import OrderDesk, open_desk
-from api.passwords import Passwords
-from api.rate_limits import Limit, RateLimiter
-from api.sessions import SessionGuard
-from api.signatures import ApiKeys
-from api.throttle import LoginThrottle
-from api.tokens import AccessTokens, load_keys
-from api.vault import open_vault
+from api.desk.order_desk import OrderDesk, open_desk
+from api.identity.passwords import Passwords
+from api.identity.sessions import SessionGuard
+from api.identity.signatures import ApiKeys
+from api.identity.tokens import AccessTokens, load_keys
+from api.identity.vault import open_vault
+from api.limits.login_throttle import LoginThrottle
+from api.limits.rate_limits import Limit, RateLimiter
+from api.sockets.feeds import Feeds, open_feeds
 from clients import connect_temporal, open_redis
 from settings import Settings
 from storage.db import Pool, open_pool

@@ -19,7 +19,7 @@ from demo.messages import Message, RecordingError, Steps, read_recording
 from demo.screen import show, show_summary
 from demo.session import DemoError, Pace, Session, read_steps
 from demo.tally import Tally
-from settings import Settings, complaint
+from settings import Settings, complaint, revealed
 
 RECORDING = Path(__file__).resolve().parents[2] / "shared" / "data" / "btcusdt_20240808.gz"
 EXPECTED = (DemoError, RecordingError, client.ExchangeError)
@@ -94,7 +94,7 @@ async def _sign_in_operator(exchange: client.Exchange, settings: Settings) -> cl
 def _admin_password(settings: Settings) -> str:
     path = settings.state_dir / "admin-password"
     try:
-        return settings.admin_password or path.read_text(encoding="utf-8").strip()
+        return revealed(settings.admin_password) or path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise DemoError(
             f"No admin password: {path} cannot be read ({error.strerror}); set EXCHANGE_ADMIN_PASSWORD, or"

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from settings import Settings, complaint
+from settings import Settings, complaint, revealed
 from stack.bring_up import bring_up
 from stack.ports import claim
 from stack.processes import make_plan, service_environment
@@ -61,7 +61,7 @@ async def _run(settings: Settings) -> None:
     screen = Screen()
     state = open_state_folder(settings.state_dir)
     password = _admin_password(settings, state, screen)
-    token = settings.internal_token or keep_internal_token(state)
+    token = revealed(settings.internal_token) or keep_internal_token(state)
     key = settings.jwt_private_key_file or keep_jwt_key(state)
     secrets_file = settings.api_key_secrets_file or keep_api_key_secrets(state)
     plan = make_plan(settings, state)
@@ -113,8 +113,9 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 def _admin_password(settings: Settings, state: StateFolder, screen: Screen) -> str:
-    if settings.admin_password:
-        return settings.admin_password
+    given = revealed(settings.admin_password)
+    if given:
+        return given
     password, is_new = keep_admin_password(state)
     if is_new:
         screen.say(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import httpx
+from pydantic import SecretStr
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
 from temporalio.client import Client
@@ -74,7 +75,7 @@ async def _prepare_temporal(settings: Settings, plan: Plan) -> None:
             raise StackError(f"Cannot register search attributes in Temporal: {error.message}") from None
 
 
-def _patience(external: str | None) -> float:
+def _patience(external: str | SecretStr | None) -> float:
     """A server we have just started may have to recover first; an external one should be there."""
     return EXTERNAL_SECONDS if external else EMBEDDED_SECONDS
 

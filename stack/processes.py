@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from settings import PORT_MAX, Settings
+from settings import PORT_MAX, Settings, revealed
 from stack import servers
 from stack.ports import claim
 from stack.servers import Endpoint, Process, Server, StackError
@@ -61,11 +61,9 @@ def make_plan(settings: Settings, state: StateFolder) -> Plan:
 
     namespace = settings.temporal_namespace
     ui_url = None
-    if settings.database_url:
-        database = servers.postgres_at(settings.database_url)
-    else:
-        database = embed(servers.postgres(state.path))
-    redis = servers.valkey_at(settings.redis_url) if settings.redis_url else embed(servers.valkey(state.path))
+    database_url, redis_url = revealed(settings.database_url), revealed(settings.redis_url)
+    database = servers.postgres_at(database_url) if database_url else embed(servers.postgres(state.path))
+    redis = servers.valkey_at(redis_url) if redis_url else embed(servers.valkey(state.path))
     if settings.temporal_address:
         temporal = servers.temporal_at(settings.temporal_address, namespace)
     else:

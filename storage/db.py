@@ -1,4 +1,4 @@
-"""Connections to Postgres: one asyncpg pool per process. SQL is plain and set-based; tables are in `tables.py`."""
+"""Connections to Postgres: one asyncpg pool per process. SQL is plain and set-based; tables are in `tables/`."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

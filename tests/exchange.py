@@ -17,10 +17,11 @@ import httpx
 from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from pydantic import SecretStr
 
 from activities.sessions import new_session, open_session
 from api.bootstrap import bootstrap
-from api.tokens import AccessTokens, load_keys
+from api.identity.tokens import AccessTokens, load_keys
 from client import Exchange as Client
 from client import Operator, Session, register, sign_in
 from clients import open_redis
@@ -334,5 +335,9 @@ def _write_secrets(path: Path) -> Path:
 def environment_of(settings: Settings) -> dict[str, str]:
     """Our environment, with the exchange's settings from `settings` alone."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("EXCHANGE_")}
-    ours = {f"EXCHANGE_{name.upper()}": str(value) for name, value in settings if value is not None}
+    ours = {f"EXCHANGE_{name.upper()}": _plain(value) for name, value in settings if value is not None}
     return others | ours | {"PYTHONUNBUFFERED": "1"}
+
+
+def _plain(value: object) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)

@@ -173,7 +173,7 @@ async def test_keys_are_changed_under_use_and_nobody_notices(
         assert renewals == 0
         environment = environment_of(settings_of_all)
         await asyncio.to_thread(
-            subprocess.run, [sys.executable, "-m", "api.vault"], cwd=ROOT, env=environment, check=True
+            subprocess.run, [sys.executable, "-m", "api.identity.vault"], cwd=ROOT, env=environment, check=True
         )
         secrets.write_text(f"{new_secret}\n")
         # Before the old tokens have expired, as when the old key was stolen: they are refused, and refreshed.
@@ -205,7 +205,7 @@ async def test_a_secret_that_no_key_of_the_file_opens_stops_the_change_and_leave
         assert (await exchange.client.post("/api/auth/api-keys", json=body, headers=headers)).status_code == 201
         stored = await exchange.state.pool.fetchval("SELECT secret FROM auth.api_keys")
         secrets.write_bytes(Fernet.generate_key())
-        vault = [sys.executable, "-m", "api.vault"]
+        vault = [sys.executable, "-m", "api.identity.vault"]
         outcome = await asyncio.to_thread(
             subprocess.run, vault, cwd=ROOT, env=environment_of(settings_of_all), capture_output=True
         )

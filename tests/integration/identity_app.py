@@ -12,13 +12,14 @@ from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from fastapi import FastAPI
+from pydantic import SecretStr
 from temporalio.client import Client
 from temporalio.worker import Worker
 
 from activities.auth import AuthActivities, create_credential
 from activities.users import UserActivities, prepare_registration
 from api.app import create_app
-from api.passwords import HASHER
+from api.identity.passwords import HASHER
 from api.state import AppState
 from clients import OPERATIONS_QUEUE
 from domain.identity import PASSWORD_CREDENTIAL, Registration
@@ -86,7 +87,7 @@ def complete(settings: Settings, folder: Path) -> Settings:
     changes = {
         "jwt_private_key_file": write_key(folder / "jwt.pem"),
         "api_key_secrets_file": secrets_file,
-        "internal_token": INTERNAL_TOKEN,
+        "internal_token": SecretStr(INTERNAL_TOKEN),
     }
     return settings.model_copy(update=changes)
 

@@ -13,7 +13,7 @@ from websockets.asyncio.client import connect
 
 from activities.sessions import new_session, open_session
 from api.app import create_app
-from api.server import server_config
+from api.edge.server import server_config
 from api.state import AppState
 from domain.identity import Identity
 from settings import Settings

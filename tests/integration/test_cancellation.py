@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from api.batcher import Lane
+from api.desk.batcher import Lane
 from domain.instruments import SHIPPED
 from market.checkpoints import Checkpointer
 from market.funding import FundingRates

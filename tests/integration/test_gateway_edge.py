@@ -20,8 +20,8 @@ import pytest_asyncio
 from redis.asyncio import Redis
 from temporalio.client import Client
 
-from api.gateway import BODY_BYTES_MAX, Admin, Caller, ServedUserId
-from api.sessions import SessionGuard
+from api.edge.gateway import BODY_BYTES_MAX, Admin, Caller, ServedUserId
+from api.identity.sessions import SessionGuard
 from storage.db import Pool
 from tests.integration.identity_app import (
     INTERNAL_TOKEN,
@@ -278,7 +278,7 @@ async def test_while_postgres_is_away_requests_are_to_be_retried(exchange: Excha
 async def test_while_temporal_is_away_a_registration_waits_for_it(
     exchange: Exchange, pool: Pool, temporal_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.users.REGISTRATION_SECONDS_MAX", 0.5)
+    monkeypatch.setattr("api.routes.users.REGISTRATION_SECONDS_MAX", 0.5)
     async with wire_to(temporal_address) as address:
         temporal = await Client.connect(address, namespace="test-0")
     exchange.app.state.exchange = replace(exchange.state, temporal=temporal)

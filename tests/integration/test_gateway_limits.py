@@ -13,10 +13,10 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from api import gateway, http_protocol
 from api.app import create_app
-from api.rate_limits import Limit, RateLimiter
-from api.server import Server, server_config
+from api.edge import gateway, http_protocol
+from api.edge.server import Server, server_config
+from api.limits.rate_limits import Limit, RateLimiter
 from domain.problems import Problem
 from logs import JsonLines, TextLines
 from settings import Settings

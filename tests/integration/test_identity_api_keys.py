@@ -12,7 +12,7 @@ import pytest_asyncio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from api.signatures import REMEMBERED_SECONDS, canonical
+from api.identity.signatures import REMEMBERED_SECONDS, canonical
 from storage.db import Pool
 from tests.integration.identity_app import (
     Exchange,

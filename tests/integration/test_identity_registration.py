@@ -286,7 +286,7 @@ async def test_the_schedule_runs_the_sweep(exchange: Exchange, pool: Pool, tempo
 async def test_without_a_worker_the_caller_is_told_after_a_bounded_time(
     settings: Settings, redis: Redis, temporal: Client, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.users.REGISTRATION_SECONDS_MAX", 0.5)
+    monkeypatch.setattr("api.routes.users.REGISTRATION_SECONDS_MAX", 0.5)
     async with running_exchange(complete(settings, tmp_path)) as exchange:
         response = await exchange.client.post("/api/users", json={"email": "a@example.com", "password": PASSWORD})
         assert (response.status_code, response.json()["code"]) == (500, "REMOTE_SERVICE_ERROR")

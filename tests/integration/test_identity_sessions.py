@@ -15,6 +15,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from argon2 import PasswordHasher
+from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from activities.sessions import REVOKED_CHANNEL, revoke, session_key
@@ -384,9 +385,11 @@ async def test_a_changed_admin_password_replaces_the_old_one_and_ends_its_sessio
     assert (await exchange.client.post("/api/auth/login", json=body)).status_code == 401
 
 
-@pytest.mark.parametrize("change", [{"admin_password": None}, {"admin_password": "short"}, {"admin_email": "admin"}])
+@pytest.mark.parametrize(
+    "change", [{"admin_password": None}, {"admin_password": SecretStr("short")}, {"admin_email": "admin"}]
+)
 async def test_an_admin_without_proper_email_and_password_is_not_made(
-    exchange: Exchange, pool: Pool, redis: Redis, change: dict[str, str | None]
+    exchange: Exchange, pool: Pool, redis: Redis, change: dict[str, str | SecretStr | None]
 ) -> None:
     settings = admin_settings(exchange.state.settings, "first password").model_copy(update=change)
     with pytest.raises(RuntimeError, match="EXCHANGE_ADMIN"):
@@ -395,7 +398,7 @@ async def test_an_admin_without_proper_email_and_password_is_not_made(
 
 
 def admin_settings(settings: Settings, password: str) -> Settings:
-    return settings.model_copy(update={"admin_password": password})
+    return settings.model_copy(update={"admin_password": SecretStr(password)})
 
 
 def identity_of(exchange: Exchange, tokens: dict[str, Any]) -> Identity:

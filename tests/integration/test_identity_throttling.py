@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from api import throttle
+from api.limits import login_throttle as throttle
 from domain.problems import Problem
 from storage.db import Pool
 from tests.integration.identity_app import (
@@ -132,7 +132,7 @@ async def test_after_too_many_failures_in_a_row_even_the_right_password_is_locke
 async def test_a_busy_hasher_costs_no_attempt(
     exchange: Exchange, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.passwords.WAITING_MAX", 0)
+    monkeypatch.setattr("api.identity.passwords.WAITING_MAX", 0)
     assert (await attempt(exchange)).status_code == 503
     assert [key async for key in redis.scan_iter("auth:failures:*")] == []
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from activities.audit import run_audit
@@ -29,7 +30,7 @@ async def exchange(
     database_url: str, redis_url: str, temporal_address: str, tmp_path: Path, pool: Pool
 ) -> AsyncIterator[Exchange]:
     settings = settings_without_workflows(database_url, redis_url, temporal_address, tmp_path)
-    settings = settings.model_copy(update={"admin_email": ADMIN, "admin_password": PASSWORD})
+    settings = settings.model_copy(update={"admin_email": ADMIN, "admin_password": SecretStr(PASSWORD)})
     async with open_redis(settings) as redis:
         # Twice, as at every start: the fund is seeded once.
         await bootstrap(settings, pool, redis)

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
-from api.market import MarkPriceResponse, TickerResponse
-from api.market_history import FundingRateResponse
+from api.routes.market import MarkPriceResponse, TickerResponse
+from api.routes.market_history import FundingRateResponse
 from domain.clock import iso
 from domain.funding_rate import funding_rate
 from domain.instruments import SHIPPED

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from websockets.asyncio.client import ClientConnection, connect
 
-from api.market_history import KlineResponse
+from api.routes.market_history import KlineResponse
 from domain.clock import from_ms, iso
 from domain.money import plain
 from domain.periods import PERIODS_MS

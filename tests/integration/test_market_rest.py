@@ -8,7 +8,7 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from api.market import DepthResponse, InstrumentResponse, MarkPriceResponse, TickerResponse, TradeResponse
+from api.routes.market import DepthResponse, InstrumentResponse, MarkPriceResponse, TickerResponse, TradeResponse
 from settings import Settings
 from storage.db import Pool
 from tests.integration.identity_app import Exchange, bearer, complete, running_exchange
@@ -190,7 +190,7 @@ async def test_holding_an_unknown_instrument_is_not_found(exchange: Exchange) ->
 async def test_a_market_process_that_does_not_answer_is_reported(
     exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.market.HELD_PRICE_SECONDS_MAX", 0.2)
+    monkeypatch.setattr("api.routes.market.HELD_PRICE_SECONDS_MAX", 0.2)
     admin = await sign_in(exchange, ADMIN, "admin")
     response = await exchange.client.post(f"/api/admin/mark-price/{BTC}", json={"price": "1"}, headers=admin)
     assert (response.status_code, response.json()["code"]) == (503, "OVERLOADED")

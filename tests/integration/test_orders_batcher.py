@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from api.batcher import Answer, Lane
+from api.desk.batcher import Answer, Lane
 from domain.problems import Problem
 
 Batches = list[list[int]]
@@ -137,7 +137,7 @@ async def test_handing_over_waits_for_room_and_weighs_what_is_handed_over() -> N
 
 
 async def test_who_would_wait_too_long_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.batcher.WAIT_SECONDS_MAX", 0.05)
+    monkeypatch.setattr("api.desk.batcher.WAIT_SECONDS_MAX", 0.05)
     work = Work()
     lane: Lane[int, int] = Lane(work, batch_max=1, waiting_max=100)
     async with running(lane):

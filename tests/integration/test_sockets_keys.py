@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from api.signatures import canonical
+from api.identity.signatures import canonical
 from settings import Settings
 from storage.db import Pool
 from tests.integration.identity_app import Exchange, bearer

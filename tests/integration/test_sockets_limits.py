@@ -15,7 +15,11 @@ from redis.asyncio import Redis
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from api import market_feed, server, socket_client, socket_protocol, sockets
+from api.edge import server
+from api.routes import sockets
+from api.sockets import client as socket_client
+from api.sockets import market_feed
+from api.sockets import protocol as socket_protocol
 from settings import Settings
 from tests.integration.market_app import BTC, ETH, eventually
 from tests.integration.socket_app import Api, connect_slow_reader, running_api

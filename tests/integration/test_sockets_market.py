@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 from websockets.asyncio.client import ClientConnection, connect
 
-from api import sockets
+from api.routes import sockets
 from domain.instruments import SHIPPED
 from domain.matching import AnyEvent
 from market.instrument_market import InstrumentMarket

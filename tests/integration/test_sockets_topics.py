@@ -9,8 +9,8 @@ import pytest
 from redis.asyncio import Redis
 from starlette.websockets import WebSocket
 
-from api.market_feed import MarketFeed
-from api.socket_client import SocketClient
+from api.sockets.client import SocketClient
+from api.sockets.market_feed import MarketFeed
 from tests.integration.market_app import BTC, eventually
 
 TOPIC, SNAPSHOT_KEY = f"ws:depth:{BTC}", f"market:depth:{BTC}"

@@ -11,9 +11,10 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from activities.sessions import REVOKED_CHANNEL, session_key
-from api import socket_client, sockets
-from api.socket_client import SocketClient, Source
-from api.user_feed import UserFeed
+from api.routes import sockets
+from api.sockets import client as socket_client
+from api.sockets.client import SocketClient, Source
+from api.sockets.user_feed import UserFeed
 from domain.identity import Identity
 from monitors.relay import run_relay
 from settings import Settings

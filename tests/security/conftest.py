@@ -25,7 +25,7 @@ async def exchange(
         for probe in ("/health/live", "/health/ready"):
             assert (await exchange.client.get(probe)).status_code == 200
         assert (await exchange.client.get("/api/users/me", headers=await sign_in(exchange, 1000))).status_code == 200
-        failures = [record for record in caplog.records if record.name == "api.gateway" and record.exc_info]
+        failures = [record for record in caplog.records if record.name == "api.edge.gateway" and record.exc_info]
         assert not failures, failures
 
 

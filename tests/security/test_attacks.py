@@ -15,8 +15,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from api.gateway import BODY_BYTES_MAX
-from api.tokens import AUDIENCE, ISSUER, key_id, load_keys
+from api.edge.gateway import BODY_BYTES_MAX
+from api.identity.tokens import AUDIENCE, ISSUER, key_id, load_keys
 from storage.db import Pool
 from tests.integration.identity_app import INTERNAL_TOKEN, PASSWORD, Exchange, bearer
 from tests.integration.test_identity_api_keys import make
@@ -167,7 +167,7 @@ async def test_what_belongs_to_another_is_out_of_reach_on_every_route_that_takes
 async def test_members_that_a_request_does_not_have_change_nothing(
     exchange: Exchange, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.users.REGISTRATION_SECONDS_MAX", 0.2)
+    monkeypatch.setattr("api.routes.users.REGISTRATION_SECONDS_MAX", 0.2)
     more = {
         "roles": ["admin"],
         "status": "ACTIVE",
@@ -209,9 +209,9 @@ async def test_members_that_a_request_does_not_have_change_nothing(
 async def test_sql_in_any_string_is_only_a_string(
     exchange: Exchange, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.users.REGISTRATION_SECONDS_MAX", 0.1)
-    monkeypatch.setattr("api.throttle.ACCOUNT_FREE", 10**6)
-    monkeypatch.setattr("api.throttle.ADDRESS_FREE", 10**6)
+    monkeypatch.setattr("api.routes.users.REGISTRATION_SECONDS_MAX", 0.1)
+    monkeypatch.setattr("api.limits.login_throttle.ACCOUNT_FREE", 10**6)
+    monkeypatch.setattr("api.limits.login_throttle.ADDRESS_FREE", 10**6)
     admin_id = await exchange.add_user("root@example.com")
     count = "SELECT (SELECT count(*) FROM users.users), (SELECT count(*) FROM auth.auth_credentials)"
     before = await pool.fetchrow(count)

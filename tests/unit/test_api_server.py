@@ -11,11 +11,11 @@ import pytest
 import uvloop
 from fastapi import FastAPI
 
-from api import server as api_server
-from api.gateway import Gateway
-from api.http_protocol import refusable
-from api.load import Load
-from api.server import Server, server_config
+from api.edge import server as api_server
+from api.edge.gateway import Gateway
+from api.edge.http_protocol import refusable
+from api.edge.server import Server, server_config
+from api.limits.load import Load
 
 ORDER = b"POST /api/orders HTTP/1.1\r\nHost: x\r\nX-Request-Id: abc\r\nContent-Length: 5\r\n\r\nhello"
 PROBE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -6,7 +6,7 @@ from decimal import Decimal
 import pytest
 from msgspec import convert
 
-from api.examples import BODIES
+from api.schema.examples import BODIES
 from client import Order, Refused
 from demo.messages import Steps
 from demo.own_orders import Order as OwnOrder

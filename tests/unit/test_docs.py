@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from starlette.routing import WebSocketRoute
 
 from api.app import create_app
-from api.sockets import router as sockets_router
+from api.routes.sockets import router as sockets_router
 from settings import Settings
 from telemetry.alerts import NAMES
 from tests.replay import every_workflow

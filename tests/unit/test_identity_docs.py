@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from api.signatures import canonical
+from api.identity.signatures import canonical
 
 PAGE = (Path(__file__).parents[2] / "docs" / "identity.md").read_text(encoding="utf-8")
 

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from argon2 import PasswordHasher
 
-from api import passwords
-from api.passwords import Passwords, is_argon2id
+from api.identity import passwords
+from api.identity.passwords import Passwords, is_argon2id
 from domain.identity import SERVICE, Identity, require_usable_credential, valid_email
 from domain.problems import Problem
 

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from api import tokens
-from api.tokens import AUDIENCE, ISSUER, AccessTokens, key_id, load_keys
+from api.identity import tokens
+from api.identity.tokens import AUDIENCE, ISSUER, AccessTokens, key_id, load_keys
 from domain.identity import Identity
 from domain.problems import Problem
 

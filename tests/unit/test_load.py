@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from api.load import BEGINNINGS_A_TURN, IN_FLIGHT_MIN, SAMPLE_SECONDS, SAMPLES, Beginnings, Load, Refusals
+from api.limits.load import BEGINNINGS_A_TURN, IN_FLIGHT_MIN, SAMPLE_SECONDS, SAMPLES, Beginnings, Load, Refusals
 
 Scope = dict[str, Any]
 
@@ -26,7 +26,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("api.load.time", clock)
+    monkeypatch.setattr("api.limits.load.time", clock)
     return clock
 
 
@@ -113,9 +113,9 @@ async def test_refusals_are_told_once_a_second_and_not_one_by_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def told() -> list[str]:
-        return [record.getMessage() for record in caplog.records if record.name == "api.load"]
+        return [record.getMessage() for record in caplog.records if record.name == "api.limits.load"]
 
-    monkeypatch.setattr("api.load.TELL_SECONDS", 0.2)
+    monkeypatch.setattr("api.limits.load.TELL_SECONDS", 0.2)
     load = Load(in_flight_max=0, lag_seconds_max=9, wait_seconds_max=1)
     watching = asyncio.create_task(load.watch())
     load.refused = 100

@@ -7,7 +7,7 @@ import jsonschema_rs
 import pytest
 
 from api.app import create_app
-from api.examples import BODIES
+from api.schema.examples import BODIES
 from domain.problems import HTTP_STATUS
 from settings import Settings
 

@@ -1,4 +1,4 @@
-"""A service's SQL names its own schema's tables and what the others publish (`v_…`), nothing else."""
+"""A service's SQL names its own schema's tables and what the others publish (`v_…`), nothing else; `api/` has none."""
 
 import ast
 import re
@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from storage.tables import SCHEMAS, metadata
+from storage.views import VIEWS
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("activities", "api", "engine", "market", "monitors", "reporting")
 NAMED = re.compile(rf"\b({'|'.join(SCHEMAS)})\.([a-z_]+)\b")
 TABLES = {f"{table.schema}.{table.name}" for table in metadata.tables.values()}
+PUBLISHED = TABLES | set(VIEWS)
 
 # Which service a module speaks for; one that is not here may only read what is published.
 SERVICE_OF = {
@@ -21,24 +23,22 @@ SERVICE_OF = {
     "activities/sessions.py": "auth",
     "activities/users.py": "users",
     "activities/orders.py": "orders",
+    "activities/orders_views.py": "orders",
     "activities/countdowns.py": "orders",
     "activities/order_entry.py": "orders",
     "activities/sagas.py": "orders",
     "activities/risk.py": "risk",
     "activities/liquidation.py": "risk",
     "activities/ledger.py": "ledger",
+    "activities/ledger_views.py": "ledger",
     "activities/insurance.py": "ledger",
     "activities/margin_commands.py": "ledger",
     "activities/audit.py": "ledger",
     "activities/positions.py": "positions",
+    "activities/positions_views.py": "positions",
     "activities/matching.py": "matching",
     "activities/market.py": "market",
-    "api/order_desk.py": "orders",
-    "api/orders.py": "orders",
-    "api/ledger.py": "ledger",
-    "api/positions.py": "positions",
-    "api/market_history.py": "market",
-    "api/funding.py": "positions",
+    "activities/market_views.py": "market",
     "engine/lease.py": "matching",
     "engine/log.py": "matching",
     "engine/retention.py": "matching",
@@ -50,11 +50,17 @@ SERVICE_OF = {
     "market/kline_store.py": "market",
     "market/marks.py": "market",
     "monitors/relay.py": "outbox",
-    "api/reports.py": "reporting",
     "reporting/build.py": "reporting",
     "reporting/consumer.py": "reporting",
     "reporting/counting.py": "reporting",
+    "reporting/views.py": "reporting",
 }
+# SQL is told by its verbs, by the names of tables and views, and by what runs it.
+SQL = re.compile(
+    r"\bSELECT\b|\bINSERT INTO\b|\bUPDATE [a-z_.]+ SET\b|\bDELETE FROM\b|\b(?:LISTEN|NOTIFY|LOCK TABLE)\b"
+    r"|\bFROM [a-z_]+\.[a-z_]+"
+)
+RUNNING = {"fetch", "fetchrow", "fetchval", "fetchmany", "executemany", "prepare", "copy_records_to_table"}
 MODULES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("**/*.py"))
 
 
@@ -69,6 +75,20 @@ def tables_named(source: str) -> set[str]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
             named.update(_copied_into(node))
     return named & TABLES
+
+
+def sql_in(source: str) -> set[str]:
+    """What looks like SQL in a module, its docstrings apart: literals, and calls that run statements."""
+    tree = ast.parse(source)
+    prose = set(_docstrings(tree))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in prose:
+            if SQL.search(node.value) or PUBLISHED.intersection(re.findall(r"[a-z]+\.[a-z_]+", node.value)):
+                found.add(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in RUNNING:
+            found.add(f".{node.func.attr}(…)")
+    return found
 
 
 def _docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
@@ -102,3 +122,27 @@ def test_the_scan_sees_tables_in_every_kind_of_literal() -> None:
         'conn.copy_records_to_table("events", schema_name="matching", columns=[])\n'
     )
     assert tables_named(source) == {"orders.orders", "risk.exposures", "matching.events"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("api/")])
+def test_the_api_has_no_sql(module: str) -> None:
+    found = sql_in((ROOT / module).read_text())
+    assert not found, f"Expected SQL in the `views` of a service only, was {sorted(found)}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "seen"),
+    [
+        ('pool.fetchrow(text, "Prose may SELECT")', 2),
+        ('"SELECT 1"', 1),
+        ('f"INSERT INTO {table} VALUES (1)"', 1),
+        ('"UPDATE orders.orders SET status = 1"', 1),
+        ('f"DELETE FROM {table}"', 1),
+        ('f"{columns} FROM orders.orders"', 1),
+        ('"risk.v_exposures"', 1),
+        ('conn.copy_records_to_table("events", schema_name="matching", columns=[])', 1),
+        ('redis.publish("engine:orders", "selected FROM a list; UPDATE it")', 0),
+    ],
+)
+def test_the_scan_sees_sql_in_every_form(statement: str, seen: int) -> None:
+    assert len(sql_in(f'"""Docstrings may SELECT."""\nx = {statement}\n')) == seen

@@ -1,0 +1,1 @@
+"""What every request passes before its endpoint: the server, its protocol, the gateway, counting, caching."""

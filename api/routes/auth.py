@@ -1,0 +1,366 @@
+"""Credentials, sign-in and sessions."""
+
+import hashlib
+import logging
+import secrets
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import AfterValidator, Field
+
+from activities.auth import (
+    DEVICE_LENGTH_MAX,
+    Device,
+    PasswordCredential,
+    audit_login,
+    change_password,
+    create_credential,
+    find_password,
+    find_password_of,
+    lock_until,
+    replace_hash,
+)
+from activities.sessions import Session, good_sessions, new_session, open_session, revoke, rotate
+from api.edge.gateway import SignedIn, limit_sign_ins, require_internal
+from api.identity.addresses import Address, client_address
+from api.identity.passwords import is_argon2id
+from api.limits.login_throttle import LOCK_SECONDS, locked
+from api.schema.models import ApiModel, Page, Timestamp, UserId
+from api.schema.openapi import problems
+from api.state import AppState, State
+from domain.identity import (
+    ACCESS_TOKEN_LIFETIME,
+    EMAIL_LENGTH_MAX,
+    PASSWORD_LENGTH_MAX,
+    PASSWORD_LENGTH_MIN,
+    SESSION_LIFETIME,
+    Identity,
+    normalised_email,
+    require_usable_credential,
+)
+from domain.passwords import good_password
+from domain.problems import Problem
+
+log = logging.getLogger(__name__)
+
+SESSIONS_MAX = 100
+
+router = APIRouter(prefix="/api/auth", tags=["auth"])
+
+
+def _argon2id(secret_hash: str) -> str:
+    if not is_argon2id(secret_hash):
+        raise ValueError("must be an Argon2id hash ($argon2id$…)")
+    return secret_hash
+
+
+class AuthCredentialCreateRequest(ApiModel):
+    """A secret that is already hashed; an Argon2id hash carries its salt."""
+
+    user_id: UserId
+    type: Literal["PASSWORD"]
+    secret_hash: Annotated[str, Field(max_length=512, repr=False), AfterValidator(_argon2id)]
+
+
+class AuthCredentialResponse(ApiModel):
+    """A credential, without its secret."""
+
+    user_id: UserId
+    type: str
+    status: str
+    created_at: Timestamp
+
+
+class LoginRequest(ApiModel):
+    """An address and its password."""
+
+    email: Annotated[str, Field(min_length=1, max_length=EMAIL_LENGTH_MAX), AfterValidator(normalised_email)]
+    password: str = Field(min_length=1, max_length=PASSWORD_LENGTH_MAX, repr=False)
+
+
+class PasswordChangeRequest(ApiModel):
+    """The password as it is, and as it is to be."""
+
+    current_password: str = Field(min_length=1, max_length=PASSWORD_LENGTH_MAX, repr=False)
+    new_password: str = Field(min_length=PASSWORD_LENGTH_MIN, max_length=PASSWORD_LENGTH_MAX, repr=False)
+
+
+class PasswordRenewalRequest(PasswordChangeRequest):
+    """The same from outside: for a password that has expired, with which nobody can sign in."""
+
+    email: Annotated[str, Field(min_length=1, max_length=EMAIL_LENGTH_MAX), AfterValidator(normalised_email)]
+
+
+class RefreshRequest(ApiModel):
+    """A refresh token, good for one use."""
+
+    refresh_token: str = Field(min_length=1, max_length=256, repr=False)
+
+
+class TokenResponse(ApiModel):
+    """The tokens of a session; lifetimes in seconds."""
+
+    access_token: str
+    refresh_token: str
+    token_type: str = "Bearer"
+    expires_in: int = int(ACCESS_TOKEN_LIFETIME.total_seconds())
+    refresh_expires_in: int = int(SESSION_LIFETIME.total_seconds())
+    session_id: str
+
+
+class SessionResponse(ApiModel):
+    """A signed-in device; `current` marks the one that asks."""
+
+    session_id: str
+    ip: str | None
+    device_fingerprint: str | None
+    created_at: Timestamp
+    expires_at: Timestamp
+    current: bool
+
+
+def device_of(request: Request) -> Device:
+    """Where the request comes from. The headers say what the client likes: they are kept, never trusted."""
+    agent = request.headers.get("user-agent", "")[:DEVICE_LENGTH_MAX] or None
+    fingerprint = request.headers.get("x-device-fingerprint", "")[:DEVICE_LENGTH_MAX] or agent
+    return Device(client_address(request.scope), agent, fingerprint)
+
+
+ClientDevice = Annotated[Device, Depends(device_of)]
+
+
+@router.post(
+    "/credentials",
+    status_code=201,
+    dependencies=[Depends(require_internal)],
+    responses=problems("NOT_FOUND"),
+)
+async def create(request: AuthCredentialCreateRequest, state: State) -> AuthCredentialResponse:
+    """Create a user's credential (internal). A repeat answers with the one that exists, unchanged."""
+    credential = await create_credential(state.pool, request.user_id, request.type, request.secret_hash)
+    if credential is None:
+        raise Problem("NOT_FOUND", "There is no such user")
+    return AuthCredentialResponse(
+        user_id=credential.user_id, type=credential.type, status=credential.status, created_at=credential.created_at
+    )
+
+
+@router.post(
+    "/login",
+    dependencies=[Depends(limit_sign_ins)],
+    responses=problems("INVALID_CREDENTIALS", "CREDENTIAL_LOCKED", "CREDENTIAL_EXPIRED"),
+)
+async def login(request: LoginRequest, device: ClientDevice, state: State, response: Response) -> TokenResponse:
+    """Sign in; 401 for a wrong email or password, 403 when the credential is locked or has expired, and 429 while the
+    account or the address must wait after failures."""
+    now = datetime.now(UTC)
+    credential = await _verified(state, request.email, request.password, device, now)
+    anew = await state.passwords.hash(request.password) if state.passwords.outdated(credential.secret_hash) else None
+    session = new_session(credential.user_id, credential.roles, _text(device.ip), device.fingerprint, now)
+    refresh_token = _new_refresh_token(session.session_id)
+    async with state.pool.acquire() as conn, conn.transaction():
+        await audit_login(conn, email=request.email, user_id=session.user_id, device=device, reason=None)
+        if anew is not None:
+            await replace_hash(conn, session.user_id, credential.secret_hash, anew)
+        await open_session(conn, state.redis, session, _digest(refresh_token))
+    return _tokens(state, session, refresh_token, response, now)
+
+
+@router.post("/token/refresh", responses=problems("UNAUTHENTICATED"))
+async def refresh(request: RefreshRequest, state: State, response: Response) -> TokenResponse:
+    """Exchange a refresh token for new tokens of the same session; one used before revokes the session."""
+    now = datetime.now(UTC)
+    session_id = _session_id_in(request.refresh_token)
+    refresh_token = _new_refresh_token(session_id)
+    session = await rotate(
+        state.pool,
+        state.redis,
+        session_id,
+        old_hash=_digest(request.refresh_token),
+        new_hash=_digest(refresh_token),
+        now=now,
+    )
+    return _tokens(state, session, refresh_token, response, now)
+
+
+@router.post("/logout", status_code=204)
+async def logout(user: SignedIn, state: State) -> None:
+    """End the session of the access token."""
+    await _end(state, user, user.session_id, "LOGOUT")
+
+
+@router.post("/password", status_code=204, responses=problems("INVALID_CREDENTIALS", "CREDENTIAL_LOCKED", "NOT_FOUND"))
+async def change_own_password(
+    request: PasswordChangeRequest, device: ClientDevice, user: SignedIn, state: State
+) -> None:
+    """Change one's password, which ends all other sessions; 401 INVALID_CREDENTIALS when the current one is wrong."""
+    now = datetime.now(UTC)
+    credential = await find_password_of(state.pool, user.user_id)
+    if credential is None:
+        raise Problem("NOT_FOUND", "There is no password to change")
+    await _verified(state, credential.email, request.current_password, device, now)
+    await _change(state, credential, request, now, but=user.session_id)
+
+
+@router.post(
+    "/password/renew",
+    status_code=204,
+    dependencies=[Depends(limit_sign_ins)],
+    responses=problems("INVALID_CREDENTIALS", "CREDENTIAL_LOCKED"),
+)
+async def renew_password(request: PasswordRenewalRequest, device: ClientDevice, state: State) -> None:
+    """Replace a password that has expired, or any, and end all sessions; refused like a login."""
+    now = datetime.now(UTC)
+    credential = await _verified(state, request.email, request.current_password, device, now, may_be_expired=True)
+    await _change(state, credential, request, now, but=None)
+
+
+@router.get("/sessions")
+async def sessions(
+    user: SignedIn,
+    state: State,
+    limit: Annotated[int, Query(ge=1, le=SESSIONS_MAX)] = SESSIONS_MAX,
+    cursor: Annotated[uuid.UUID | None, Query(description="nextCursor of the part before")] = None,
+) -> Page[SessionResponse]:
+    """One's own sessions, newest first."""
+    after = str(cursor) if cursor is not None else None
+    found = await good_sessions(state.pool, user.user_id, datetime.now(UTC), after, limit)
+    next_cursor = found[-1].session_id if len(found) == limit else None
+    return Page(items=[_session_response(session, user) for session in found], next_cursor=next_cursor)
+
+
+@router.delete("/sessions/{session_id}", status_code=204, responses=problems("NOT_FOUND"))
+async def delete_session(session_id: uuid.UUID, user: SignedIn, state: State) -> None:
+    """End one of one's own sessions; its access token is refused and its sockets close at once."""
+    if not await _end(state, user, str(session_id), "REVOKED_BY_USER"):
+        raise Problem("NOT_FOUND", "There is no such session")
+
+
+async def _verified(
+    state: AppState, email: str, password: str, device: Device, now: datetime, *, may_be_expired: bool = False
+) -> PasswordCredential:
+    """The credential that this password opens. Every attempt that fails is counted, audited and logged."""
+    credential = await find_password(state.pool, email)
+    try:
+        if credential is not None:
+            _require_unlocked(credential, now)
+        matched = await _matches(state, email, password, credential, device, now)
+        return _usable(credential, now, matched=matched, may_be_expired=may_be_expired)
+    except Problem as problem:
+        user_id = credential.user_id if credential else None
+        await audit_login(state.pool, email=email, user_id=user_id, device=device, reason=problem.code)
+        log.warning("sign-in from %s refused for user %s: %s", device.ip, user_id, problem.code)
+        raise
+
+
+async def _matches(
+    state: AppState,
+    email: str,
+    password: str,
+    credential: PasswordCredential | None,
+    device: Device,
+    now: datetime,
+) -> bool:
+    attempt = await state.throttle.admit(email, device.ip)
+    try:
+        matched = await state.passwords.matches(password, credential.secret_hash if credential else None)
+    except Problem:
+        await state.throttle.take_back(attempt)
+        raise
+    if matched:
+        await state.throttle.succeeded(attempt)
+    elif attempt.locks and credential is not None:
+        await lock_until(state.pool, credential.user_id, now + timedelta(seconds=LOCK_SECONDS))
+        log.error("user %d is locked after %d failures", credential.user_id, attempt.failures)
+    return matched
+
+
+def _require_unlocked(credential: PasswordCredential, now: datetime) -> None:
+    # Whatever the password: a lock that told right from wrong would let the guessing go on.
+    if credential.locked_until is not None and credential.locked_until > now:
+        raise locked(int((credential.locked_until - now).total_seconds()) + 1)
+
+
+def _usable(
+    credential: PasswordCredential | None, now: datetime, *, matched: bool, may_be_expired: bool
+) -> PasswordCredential:
+    # One answer for both: nobody learns which addresses have an account.
+    if credential is None or not matched:
+        raise Problem("INVALID_CREDENTIALS", "Wrong email or password")
+    try:
+        require_usable_credential(credential.status, credential.expires_at, now)
+    except Problem as problem:
+        if not (may_be_expired and problem.code == "CREDENTIAL_EXPIRED"):
+            raise
+    return credential
+
+
+async def _change(
+    state: AppState, credential: PasswordCredential, request: PasswordChangeRequest, now: datetime, *, but: str | None
+) -> None:
+    if request.new_password == request.current_password:
+        raise _refused("must not be the current password")
+    try:
+        good_password(request.new_password, credential.email)
+    except ValueError as error:
+        raise _refused(str(error)) from None
+    secret_hash = await state.passwords.hash(request.new_password)
+    user_id = credential.user_id
+    async with state.pool.acquire() as conn, conn.transaction():
+        if not await change_password(conn, user_id, credential.secret_hash, secret_hash):
+            raise Problem("INVALID_CREDENTIALS", "The password has been changed meanwhile")
+        await revoke(conn, state.redis, user_id, session_id=None, but=but, reason="PASSWORD_CHANGED", now=now)
+    log.info("user %d has changed the password", user_id)
+
+
+def _refused(why: str) -> Problem:
+    errors = [{"field": "newPassword", "message": why}]
+    return Problem("VALIDATION_FAILED", "The request is not valid", errors=errors)
+
+
+async def _end(state: AppState, user: Identity, session_id: str, reason: str) -> bool:
+    now = datetime.now(UTC)
+    async with state.pool.acquire() as conn, conn.transaction():
+        ended = await revoke(conn, state.redis, user.user_id, session_id=session_id, reason=reason, now=now)
+    return bool(ended)
+
+
+def _tokens(state: AppState, session: Session, refresh_token: str, response: Response, now: datetime) -> TokenResponse:
+    response.headers["Cache-Control"] = "no-store"
+    identity = Identity(session.user_id, frozenset(session.roles), session.session_id)
+    return TokenResponse(
+        access_token=state.tokens.issue(identity, now), refresh_token=refresh_token, session_id=session.session_id
+    )
+
+
+def _session_response(session: Session, user: Identity) -> SessionResponse:
+    return SessionResponse(
+        session_id=session.session_id,
+        ip=session.ip,
+        device_fingerprint=session.device_fingerprint,
+        created_at=session.created_at,
+        expires_at=session.expires_at,
+        current=session.session_id == user.session_id,
+    )
+
+
+def _new_refresh_token(session_id: str) -> str:
+    return f"{session_id}.{secrets.token_urlsafe(32)}"
+
+
+def _session_id_in(refresh_token: str) -> str:
+    session_id = refresh_token.partition(".")[0]
+    try:
+        return str(uuid.UUID(session_id))
+    except ValueError as error:
+        raise Problem("UNAUTHENTICATED", "The refresh token is not valid") from error
+
+
+def _digest(refresh_token: str) -> str:
+    return hashlib.sha256(refresh_token.encode()).hexdigest()
+
+
+def _text(ip: Address | None) -> str | None:
+    return str(ip) if ip is not None else None
