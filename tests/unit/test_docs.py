@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from starlette.routing import WebSocketRoute
 
@@ -87,6 +88,27 @@ def test_every_file_that_a_page_names_exists() -> None:
                   r"|reporting|telemetry|client)/[\w./-]*\.\w+)`")  # fmt: skip
     # That page may also name what is still to come.
     assert [place for place in named if place[0] != "status.md" and not _exists(place[1])] == []
+
+
+def test_every_link_to_a_file_or_a_section_of_ours_leads_there() -> None:
+    links = [
+        (page, *link)
+        for page in PAGES
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 50
+    assert [(page.name, file, section) for page, file, section in links if not _leads(page, file, section)] == []
+
+
+def _leads(page: Path, file: str, section: str) -> bool:
+    target = page.parent / file if file else page
+    return target.exists() and (not section or section in _sections(target))
+
+
+def _sections(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _exists(name: str) -> bool:
