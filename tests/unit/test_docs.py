@@ -8,7 +8,10 @@ from starlette.routing import WebSocketRoute
 
 from api.app import create_app
 from api.sockets import router as sockets_router
+from domain.events import CATALOGUE
 from settings import Settings
+from storage.tables import SCHEMAS, metadata
+from storage.views import VIEWS
 from telemetry.alerts import NAMES
 from tests.replay import every_workflow
 from tests.servers import ROOT
@@ -109,6 +112,18 @@ def _sections(page: Path) -> set[str]:
     """The anchors that GitHub gives to the headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_table_view_and_step_that_a_page_names_exists() -> None:
+    known = {*metadata.tables, *VIEWS, *_steps(), *(event.topic for event in CATALOGUE.values())}
+    named = list(found(rf"`((?:{'|'.join(SCHEMAS)})\.\w+)(?:\.\w+)?`"))
+    assert len(named) > 100
+    assert [place for place in named if place[1] not in known] == []
+
+
+def _steps() -> set[str]:
+    sources = "".join(source.read_text(encoding="utf-8") for source in (ROOT / "domain").rglob("*.py"))
+    return set(re.findall(r'^[A-Z_]+ = "(\w+\.\w+)"$', sources, re.MULTILINE))
 
 
 def _exists(name: str) -> bool:
