@@ -122,7 +122,7 @@ async def start_saga(client: Client, saga: Saga, *, eager: bool) -> bool:
             id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE_FAILED_ONLY,
             id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
             request_eager_start=eager,
-            search_attributes=_search_attributes(saga.batch.order_ids, saga.owner),
+            search_attributes=search_attributes(saga.batch.order_ids, saga.owner),
             static_summary=_summary(saga),
         )
     except WorkflowAlreadyStartedError:
@@ -146,12 +146,13 @@ def _suffix(batch: OrderBatch) -> str:
     return f"-{token[0]}" if token else ""
 
 
-def _search_attributes(order_ids: Sequence[int], owner: tuple[int, str] | None) -> TypedSearchAttributes:
+def search_attributes(order_ids: Sequence[int], owner: tuple[int, str] | None) -> TypedSearchAttributes:
+    """`OrderIds` of up to SEARCHABLE_ORDERS_MAX orders, and what else is known of a single one."""
+    pairs: list[SearchAttributePair[int] | SearchAttributePair[str] | SearchAttributePair[Sequence[str]]] = []
+    if len(order_ids) <= SEARCHABLE_ORDERS_MAX:
+        pairs.append(SearchAttributePair(ORDER_IDS, [str(order_id) for order_id in order_ids]))
     if len(order_ids) == 1:
-        pairs: list[SearchAttributePair[int] | SearchAttributePair[str]] = [SearchAttributePair(ORDER_ID, order_ids[0])]
+        pairs.append(SearchAttributePair(ORDER_ID, order_ids[0]))
         if owner is not None:
             pairs += [SearchAttributePair(USER_ID, str(owner[0])), SearchAttributePair(INSTRUMENT_ID, owner[1])]
-        return TypedSearchAttributes(pairs)
-    if len(order_ids) <= SEARCHABLE_ORDERS_MAX:
-        return TypedSearchAttributes([SearchAttributePair(ORDER_IDS, [str(order_id) for order_id in order_ids])])
-    return TypedSearchAttributes.empty
+    return TypedSearchAttributes(pairs)

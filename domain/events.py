@@ -1,4 +1,4 @@
-"""The catalogue of business events: every name, its topic and its fields (specification, event table).
+"""The catalogue of business events: every name, its topic and its fields; `docs/events.md` is made from it.
 
 Events are written to the outbox in the transaction that makes them true and relayed in order to the Redis
 Stream named by the topic. Money, prices and quantities are decimal strings, times ISO-8601 UTC.
@@ -26,6 +26,8 @@ class BusinessEvent(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class AuthSessionRevoked(BusinessEvent, frozen=True):
+    """A session has ended before its time; its access token is refused and its sockets close."""
+
     topic: ClassVar[str] = "auth.session-revoked"
     session_id: str
     user_id: str
@@ -33,6 +35,8 @@ class AuthSessionRevoked(BusinessEvent, frozen=True):
 
 
 class OrderSubmitted(BusinessEvent, frozen=True):
+    """An order is taken in (PENDING); the caller has its id."""
+
     topic: ClassVar[str] = "order.submitted"
     order_id: int
     user_id: str
@@ -44,18 +48,24 @@ class OrderSubmitted(BusinessEvent, frozen=True):
 
 
 class MarginPreCheckPassed(BusinessEvent, frozen=True):
+    """Risk admits the order, or the amendment with this id, and asks the ledger for this much."""
+
     topic: ClassVar[str] = "risk.margin-check-passed"
     order_id: int
     required_margin: str
 
 
 class MarginPreCheckFailed(BusinessEvent, frozen=True):
+    """Risk refuses the order, or the amendment with this id."""
+
     topic: ClassVar[str] = "risk.margin-check-failed"
     order_id: int
     reason: str
 
 
 class FundsFrozen(BusinessEvent, frozen=True):
+    """The ledger has moved `amount` from available to reserved for the order, or for the amendment with this id."""
+
     topic: ClassVar[str] = "ledger.funds-frozen"
     order_id: int
     user_id: str
@@ -64,6 +74,8 @@ class FundsFrozen(BusinessEvent, frozen=True):
 
 
 class FundsFrozenFailed(BusinessEvent, frozen=True):
+    """The money that risk saw was gone when the ledger came to freeze it; risk checks the order once more."""
+
     topic: ClassVar[str] = "ledger.funds-frozen-failed"
     order_id: int
     user_id: str
@@ -72,6 +84,8 @@ class FundsFrozenFailed(BusinessEvent, frozen=True):
 
 
 class FundsUnfrozen(BusinessEvent, frozen=True):
+    """The order has ended, or its placement was undone; what was reserved for it is available again."""
+
     topic: ClassVar[str] = "ledger.funds-unfrozen"
     order_id: int
     user_id: str
@@ -80,6 +94,8 @@ class FundsUnfrozen(BusinessEvent, frozen=True):
 
 
 class OrderCreated(BusinessEvent, frozen=True):
+    """The order is ACCEPTED and in the engine's command log."""
+
     topic: ClassVar[str] = "order.created"
     order_id: int
     user_id: str
@@ -92,6 +108,8 @@ class OrderCreated(BusinessEvent, frozen=True):
 
 
 class OrderCancelRequested(BusinessEvent, frozen=True):
+    """The engine is asked to end the order."""
+
     topic: ClassVar[str] = "order.cancel-requested"
     order_id: int
 
@@ -107,6 +125,8 @@ class OrderAmendRequested(BusinessEvent, frozen=True):
 
 
 class OrderPlaced(BusinessEvent, frozen=True):
+    """The order rests in the book with this quantity."""
+
     topic: ClassVar[str] = "matching.order-placed"
     order_id: int
     instrument_id: str
@@ -116,6 +136,8 @@ class OrderPlaced(BusinessEvent, frozen=True):
 
 
 class OrderFilled(BusinessEvent, frozen=True):
+    """The order is filled completely."""
+
     topic: ClassVar[str] = "matching.order-filled"
     order_id: int
     instrument_id: str
@@ -135,6 +157,8 @@ class OrderCancelled(BusinessEvent, frozen=True):
 
 
 class OrderRejected(BusinessEvent, frozen=True):
+    """The engine does not take the order; nothing of it was executed."""
+
     topic: ClassVar[str] = "matching.order-rejected"
     order_id: int
     instrument_id: str
@@ -176,12 +200,16 @@ class OrderTriggered(BusinessEvent, frozen=True):
 
 
 class InstrumentStateChanged(BusinessEvent, frozen=True):
+    """The engine has changed what it allows in the instrument."""
+
     topic: ClassVar[str] = "matching.instrument-state"
     instrument_id: str
     state: str
 
 
 class TradeExecuted(BusinessEvent, frozen=True):
+    """Two orders were matched."""
+
     topic: ClassVar[str] = "matching.trade-executed"
     trade_id: int
     instrument_id: str
@@ -199,6 +227,8 @@ class TradeExecuted(BusinessEvent, frozen=True):
 
 
 class LedgerEntryCreated(BusinessEvent, frozen=True):
+    """A row of the double-entry ledger that belongs to a user."""
+
     topic: ClassVar[str] = "ledger.entry-created"
     user_id: str
     instrument_id: str | None
@@ -212,6 +242,8 @@ class LedgerEntryCreated(BusinessEvent, frozen=True):
 
 
 class InsuranceFundRequired(BusinessEvent, frozen=True):
+    """A loss is larger than what its user had behind it; the insurance fund is asked for the rest."""
+
     topic: ClassVar[str] = "ledger.insurance-fund-required"
     user_id: str
     instrument_id: str
@@ -220,6 +252,8 @@ class InsuranceFundRequired(BusinessEvent, frozen=True):
 
 
 class PositionUpdated(BusinessEvent, frozen=True):
+    """A position has changed, or its profit has moved by a tenth of its margin since it was last published."""
+
     topic: ClassVar[str] = "positions.updated"
     user_id: str
     instrument_id: str
@@ -232,6 +266,8 @@ class PositionUpdated(BusinessEvent, frozen=True):
 
 
 class PositionClosed(BusinessEvent, frozen=True):
+    """A position has become flat, also for a moment, when a fill turned it from long to short or back."""
+
     topic: ClassVar[str] = "positions.closed"
     user_id: str
     instrument_id: str
@@ -239,6 +275,8 @@ class PositionClosed(BusinessEvent, frozen=True):
 
 
 class MarkPriceUpdated(BusinessEvent, frozen=True):
+    """A new mark price, or (`isFrozen`) the last one before the index became unusable."""
+
     topic: ClassVar[str] = "market.mark-price"
     instrument_id: str
     index_price: str
@@ -254,6 +292,8 @@ class MarkPriceUpdated(BusinessEvent, frozen=True):
 
 
 class FundingRateUpdated(BusinessEvent, frozen=True):
+    """The funding rate of the interval that ended at `effectiveAt` is fixed."""
+
     topic: ClassVar[str] = "market.funding-rate"
     instrument_id: str
     rate: str
@@ -262,6 +302,8 @@ class FundingRateUpdated(BusinessEvent, frozen=True):
 
 
 class KlineClosed(BusinessEvent, frozen=True):
+    """A kline is complete. A trade that arrives later still changes it, without a second event."""
+
     topic: ClassVar[str] = "market.kline"
     instrument_id: str
     period: str
@@ -274,6 +316,8 @@ class KlineClosed(BusinessEvent, frozen=True):
 
 
 class RiskUpdate(BusinessEvent, frozen=True):
+    """How far a position is from its liquidation."""
+
     topic: ClassVar[str] = "risk.update"
     user_id: str
     instrument_id: str
@@ -283,6 +327,8 @@ class RiskUpdate(BusinessEvent, frozen=True):
 
 
 class LiquidationTriggered(BusinessEvent, frozen=True):
+    """A position is taken over for liquidation."""
+
     topic: ClassVar[str] = "risk.liquidation-triggered"
     position_id: str
     user_id: str
@@ -292,6 +338,8 @@ class LiquidationTriggered(BusinessEvent, frozen=True):
 
 
 class AutoDeleveraged(BusinessEvent, frozen=True):
+    """A position was reduced to close the position of a bankrupt user, for whom there was no other buyer or seller."""
+
     topic: ClassVar[str] = "risk.auto-deleveraged"
     user_id: str
     instrument_id: str

@@ -1,4 +1,4 @@
-"""Funding rate: what the longs pay the shorts for the perpetual standing above its index (DESIGN section 8).
+"""Funding rate: what the longs pay the shorts for the perpetual standing above its index.
 
 rate = clamp((P + clamp(I - P, +-0.05 %)) * interval / 8 h, +-cap)
 

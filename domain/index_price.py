@@ -1,8 +1,8 @@
 """Index price: what several spot exchanges say an asset is worth, so that no single one of them decides it.
 
-Specification: index = sum of weight_i * price_i, smoothed by VWAP, outliers filtered. DESIGN section 8: stale sources
-are dropped, each of the others is clamped to the median +- 2 %, fewer than two give no index. Prices are quote per
-base at 8 decimals, rounded half-even; weights are relative, those of the sources in use are scaled to a sum of one.
+index = sum of weight_i * price_i, each price smoothed by VWAP. Outliers are filtered: stale sources are dropped, each
+of the others is clamped to the median +- 2 %, fewer than two give no index. Prices are quote per base at 8 decimals,
+rounded half-even; weights are relative, those of the sources in use are scaled to a sum of one.
 """
 
 from collections.abc import Mapping, Sequence

@@ -39,7 +39,7 @@ class Holding:
 
 
 def must_liquidate(holding: Holding, mark: Decimal, tiers: Sequence[Tier]) -> bool:
-    """Whether equity is down to the maintenance margin. Source: the specification, margin_ratio <= maintenance rate."""
+    """Whether equity is down to the maintenance margin. In one tier: margin ratio <= maintenance rate."""
     notional = abs(holding.signed_quantity) * mark
     return notional > ZERO and holding.equity(mark) <= maintenance_margin(notional, tiers)
 

@@ -1,4 +1,4 @@
-"""Mark price: the index, moved by what the book is willing to pay, within a limit (DESIGN section 8).
+"""Mark price: the index, moved by what the book is willing to pay, within a limit.
 
 fair price = mid of the impact bid and the impact ask; premium index = (fair - index) / index;
 mark price = index * (1 + clamp(premium index + funding basis, +-limit)).

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import AsyncIterator, Awaitable
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -313,27 +314,38 @@ def python_of(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [(0, [rb"Order\(order_id=.*", rb"\S+ \S+"]), (1, [rb"\[\]", rb"UserMessage\(channel='auth'.*"])],
-    ids=["session", "API key"],
-)
-async def test_the_examples_of_the_readme_run(exchange: Exchange, number: int, said: list[bytes]) -> None:
-    code = python_of("README.md")[number]
-    here = code.replace("http://127.0.0.1:8000", exchange.url)
-    assert here != code
+async def said_by(code: str) -> list[str]:
+    """The lines that a program prints, which must end well."""
     child = await asyncio.create_subprocess_exec(
-        sys.executable, "-u", "-c", here, cwd=ROOT, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-c", code, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    assert child.stdout is not None
     try:
         async with asyncio.timeout(20):
-            for pattern in said:
-                line = await child.stdout.readline()
-                assert re.fullmatch(pattern, line.strip()), line
+            said, complaints = await child.communicate()
     finally:
-        child.kill()
-        await child.wait()
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    assert (child.returncode, complaints) == (0, b"")
+    return said.decode().splitlines()
+
+
+async def test_the_examples_of_the_readme_place_an_order_each(exchange: Exchange, tmp_path: Path) -> None:
+    password_file = tmp_path / "admin-password"
+    password_file.write_text(PASSWORD + "\n", encoding="utf-8")
+    first_order, bot = (
+        code.replace("http://127.0.0.1:8000", exchange.url).replace(".exchange/admin-password", str(password_file))
+        for code in python_of("README.md")
+    )
+    order, book = await said_by(first_order)
+    placed = re.fullmatch(r"\d+ PLACED (\S+)", order)
+    assert placed is not None, order
+    assert re.fullmatch(r"best bid \S+ best ask \S+", book), book
+    messages = await said_by(bot)
+    assert messages[0].startswith("auth ")
+    assert messages[-1].startswith("order ")
+    assert "'status': 'PLACED'" in messages[-1]
+    await exchange.until_settled()
 
 
 async def test_the_signature_of_the_document_is_right(exchange: Exchange, alice: Trader) -> None:

@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from starlette.routing import WebSocketRoute
 
 from api.app import create_app
 from api.routes.sockets import router as sockets_router
+from domain.events import CATALOGUE
 from settings import Settings
+from storage.tables import SCHEMAS, metadata
+from storage.views import VIEWS
 from telemetry.alerts import NAMES
 from tests.replay import every_workflow
 from tests.servers import ROOT
@@ -94,6 +98,39 @@ def test_every_file_that_a_page_names_exists() -> None:
                   r"|reporting|telemetry|client)/[\w./-]*\.\w+)`")  # fmt: skip
     # That page may also name what is still to come.
     assert [place for place in named if place[0] != "status.md" and not _exists(place[1])] == []
+
+
+def test_every_link_to_a_file_or_a_section_of_ours_leads_there() -> None:
+    links = [
+        (page, *link)
+        for page in PAGES
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 50
+    assert [(page.name, file, section) for page, file, section in links if not _leads(page, file, section)] == []
+
+
+def _leads(page: Path, file: str, section: str) -> bool:
+    target = page.parent / file if file else page
+    return target.exists() and (not section or section in _sections(target))
+
+
+def _sections(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_table_view_and_step_that_a_page_names_exists() -> None:
+    known = {*metadata.tables, *VIEWS, *_steps(), *(event.topic for event in CATALOGUE.values())}
+    named = list(found(rf"`((?:{'|'.join(SCHEMAS)})\.\w+)(?:\.\w+)?`"))
+    assert len(named) > 100
+    assert [place for place in named if place[1] not in known] == []
+
+
+def _steps() -> set[str]:
+    sources = "".join(source.read_text(encoding="utf-8") for source in (ROOT / "domain").rglob("*.py"))
+    return set(re.findall(r'^[A-Z_]+ = "(\w+\.\w+)"$', sources, re.MULTILINE))
 
 
 def _exists(name: str) -> bool:
