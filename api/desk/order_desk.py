@@ -18,21 +18,21 @@ from temporalio.client import Client
 from temporalio.service import RPCError
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
-from activities.instruments import read_instruments
-from activities.order_entry import (
+from activities.matching.instruments import read_instruments
+from activities.orders.intake import (
     find_by_client_ids,
     lock_for_amendment,
     take_in,
     take_in_amendment,
     take_in_cancels,
 )
-from activities.orders import (
+from activities.orders.sagas import Saga, merge_sagas, start_saga
+from activities.orders.steps import (
     IN_ENGINE_STATUSES,
     order_view,
 )
-from activities.orders_views import find_amendment, find_order
+from activities.orders.views import find_amendment, find_order
 from activities.registry import order_activities
-from activities.sagas import Saga, merge_sagas, start_saga
 from api.desk.batcher import Answer, Lane
 from api.desk.order_views import pending_view, verdict_view
 from api.desk.verdicts import Verdicts

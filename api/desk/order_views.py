@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from activities.orders import OrderChange, average_price, order_view
+from activities.orders.steps import OrderChange, average_price, order_view
 from domain.money import ZERO, plain
 from domain.order_entry import NewOrder
 

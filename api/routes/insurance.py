@@ -5,14 +5,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from activities.insurance import (
+from activities.ledger.insurance import (
     deposit_to_fund,
     read_fund,
     read_fund_entries,
     read_system_balances,
 )
-from activities.liquidation import liquidation_view, read_liquidations
-from activities.matching_views import require_asset
+from activities.liquidation.steps import liquidation_view, read_liquidations
+from activities.matching.views import require_asset
 from api.edge.gateway import Admin
 from api.schema.models import ApiModel, Page, SafeText, Timestamp, TransferAmount
 from api.schema.paging import PageCursor, PageLimit, next_cursor

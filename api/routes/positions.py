@@ -11,13 +11,13 @@ from temporalio.client import WorkflowFailureError
 from temporalio.common import SearchAttributePair, TypedSearchAttributes
 from temporalio.service import RPCError
 
-from activities import positions_views
-from activities.instruments import read_tiers
-from activities.liquidation import cross_backing, deleverage_ranks
-from activities.positions import position_view
-from activities.risk import set_margin_mode
-from activities.sagas import INSTRUMENT_ID, USER_ID
-from activities.unfinished import patiently, refused_with
+from activities.liquidation.steps import cross_backing, deleverage_ranks
+from activities.matching.instruments import read_tiers
+from activities.orders.sagas import INSTRUMENT_ID, USER_ID
+from activities.positions import views as positions_views
+from activities.positions.steps import position_view
+from activities.risk.steps import set_margin_mode
+from activities.risk.unfinished import patiently, refused_with
 from api.edge.gateway import ServedUserId, User
 from api.schema.models import ApiModel, SafeText
 from api.schema.openapi import problems

@@ -8,11 +8,11 @@ import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client
 
-from activities.audit import run_audit
-from activities.ledger import transfer_external
-from activities.liquidation import ABORT_PAUSE, LiquidationActivities, cross_backing, deleverage_ranks, warn
-from activities.positions import position_view, tell_moved
-from activities.risk import pre_check
+from activities.ledger.audit import run_audit
+from activities.ledger.steps import transfer_external
+from activities.liquidation.steps import ABORT_PAUSE, LiquidationActivities, cross_backing, deleverage_ranks, warn
+from activities.positions.steps import position_view, tell_moved
+from activities.risk.steps import pre_check
 from domain.liquidation_saga import Claim, Ending
 from domain.mark_price import MARK_AGE_MAX
 from monitors.liquidations import LiquidationMonitor

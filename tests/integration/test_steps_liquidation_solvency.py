@@ -9,9 +9,9 @@ import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client
 
-from activities.audit import run_audit
-from activities.ledger import DEPOSITS, INSURANCE_FUND, Book, transfer_external, write_book
-from activities.liquidation import Opened
+from activities.ledger.audit import run_audit
+from activities.ledger.steps import DEPOSITS, INSURANCE_FUND, Book, transfer_external, write_book
+from activities.liquidation.steps import Opened
 from domain.instruments import Instrument
 from domain.liquidation_saga import PlanRequest
 from monitors.liquidations import LiquidationMonitor

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from activities.instruments import Rules, read_instruments, read_tiers
-from activities.liquidation import Opened, trigger, warn
-from activities.positions import forget_told_marks, tell_moved
+from activities.liquidation.steps import Opened, trigger, warn
+from activities.matching.instruments import Rules, read_instruments, read_tiers
+from activities.positions.steps import forget_told_marks, tell_moved
 from storage.db import Pool
 from tests.integration.ledger_world import (
     BTC,

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import asyncpg
 from temporalio import activity
 
-from activities.engine_log import EngineLog, SequencedEvent
-from activities.instruments import RuleBook, Rules
-from activities.market import latest_marks
-from activities.risk import OPPOSITE
+from activities.market.prices import latest_marks
+from activities.matching.engine_log import EngineLog, SequencedEvent
+from activities.matching.instruments import RuleBook, Rules
+from activities.risk.steps import OPPOSITE
 from domain.clock import from_ms, iso
 from domain.events import AutoDeleveraged, BusinessEvent, PositionClosed, PositionUpdated, RiskUpdate
 from domain.funding import (

@@ -8,7 +8,7 @@ from typing import Literal
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
-from activities.users import take_pending_credential
+from activities.identity.users import take_pending_credential
 from domain.identity import CREATE_CREDENTIALS, PASSWORD_CREDENTIAL, REGISTRATION_ATTEMPTS_MAX, Registration
 from storage.db import DATABASE_ERRORS, Connection, Pool
 

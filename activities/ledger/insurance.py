@@ -6,7 +6,7 @@ from decimal import Decimal
 import asyncpg
 from temporalio import activity
 
-from activities.ledger import DEPOSITS, INSURANCE_FUND, SHORTFALL, Book, write_book
+from activities.ledger.steps import DEPOSITS, INSURANCE_FUND, SHORTFALL, Book, write_book
 from domain.liquidation_saga import CLAIM_INSURANCE, RELEASE_INSURANCE, Claim
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem

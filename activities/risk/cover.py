@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal
 
-from activities.collateral import read_collateral
-from activities.matching import append_commands
+from activities.matching.steps import append_commands
+from activities.risk.collateral import read_collateral
 from domain.clock import to_ms
 from domain.matching import AnyCommand, SetCover, margin_units
 from domain.money import AMOUNT_STEP, ZERO

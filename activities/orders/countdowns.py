@@ -2,9 +2,9 @@
 
 from datetime import datetime, timedelta
 
-from activities.order_entry import take_in_cancels
-from activities.orders import OPEN_STATUSES
-from activities.sagas import Saga
+from activities.orders.intake import take_in_cancels
+from activities.orders.sagas import Saga
+from activities.orders.steps import OPEN_STATUSES
 from storage.db import Connection
 
 USERS_A_TIME = 100

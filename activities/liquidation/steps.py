@@ -14,14 +14,14 @@ import asyncpg
 from redis.asyncio import Redis
 from temporalio import activity
 
-from activities.collateral import read_collateral
-from activities.instruments import RuleBook, Rules, read_instruments
-from activities.ledger import lock_money
-from activities.market import latest_marks
-from activities.matching import append_commands
-from activities.orders import submit_liquidation_order
-from activities.positions import change_status, lock_confirmed, mark_warned, position_view
-from activities.risk import lock_exposures, take_in_liquidation_order
+from activities.ledger.steps import lock_money
+from activities.market.prices import latest_marks
+from activities.matching.instruments import RuleBook, Rules, read_instruments
+from activities.matching.steps import append_commands
+from activities.orders.steps import submit_liquidation_order
+from activities.positions.steps import change_status, lock_confirmed, mark_warned, position_view
+from activities.risk.collateral import read_collateral
+from activities.risk.steps import lock_exposures, take_in_liquidation_order
 from domain.clock import iso, to_ms
 from domain.events import BusinessEvent, LiquidationTriggered, RiskUpdate
 from domain.instruments import Instrument

@@ -1,6 +1,6 @@
 """What the matching service shows of its instruments."""
 
-from activities.instruments import read_instruments
+from activities.matching.instruments import read_instruments
 from domain.problems import Problem
 from storage.db import Connection, Pool
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from redis.asyncio import Redis
 
-from activities.sessions import REVOKED_CHANNEL
+from activities.identity.sessions import REVOKED_CHANNEL
 from domain.problems import Problem
 from storage.db import Connection, Pool
 

@@ -13,9 +13,9 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from temporalio import activity
 
-from activities.engine_log import EngineLog, SequencedEvent
-from activities.instruments import RuleBook
-from activities.matching import append_commands
+from activities.matching.engine_log import EngineLog, SequencedEvent
+from activities.matching.instruments import RuleBook
+from activities.matching.steps import append_commands
 from domain.clock import iso, to_ms
 from domain.events import BusinessEvent, OrderAmendRequested, OrderCancelRequested, OrderCreated
 from domain.instruments import Instrument

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import asyncpg
 
-from activities.orders import OPEN_STATUSES, ORDER_COLUMNS
+from activities.orders.steps import OPEN_STATUSES, ORDER_COLUMNS
 from storage.db import Connection, Pool
 
 

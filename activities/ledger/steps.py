@@ -15,9 +15,9 @@ import asyncpg
 import msgspec
 from temporalio import activity
 
-from activities.collateral import free_collateral, read_collateral
-from activities.cover import tell_covers_again
-from activities.margin_commands import announce, await_engine, await_liquidations, read_announced, tell_engine
+from activities.ledger.margin_commands import announce, await_engine, await_liquidations, read_announced, tell_engine
+from activities.risk.collateral import free_collateral, read_collateral
+from activities.risk.cover import tell_covers_again
 from domain.events import (
     BusinessEvent,
     FundsFrozen,

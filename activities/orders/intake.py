@@ -6,8 +6,8 @@ from datetime import datetime
 
 import asyncpg
 
-from activities.orders import IN_ENGINE_STATUSES, MARGIN_COLUMNS, ORDER_COLUMNS
-from activities.sagas import Saga, record_saga
+from activities.orders.sagas import Saga, record_saga
+from activities.orders.steps import IN_ENGINE_STATUSES, MARGIN_COLUMNS, ORDER_COLUMNS
 from domain.events import OrderSubmitted
 from domain.money import plain
 from domain.order_entry import Amendment, NewOrder, OpenOrder, OrderRequest

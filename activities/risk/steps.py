@@ -15,13 +15,13 @@ import asyncpg
 from msgspec.structs import replace
 from temporalio import activity
 
-from activities.collateral import free_collateral
-from activities.cover import Cover, read_covers, tell_covers
-from activities.engine_log import EngineLog, SequencedEvent
-from activities.instruments import RuleBook, Rules, read_instruments, read_tiers
-from activities.market import latest_marks
-from activities.matching import append_commands
-from activities.unfinished import Unfinished, once_applied, read_unfinished
+from activities.market.prices import latest_marks
+from activities.matching.engine_log import EngineLog, SequencedEvent
+from activities.matching.instruments import RuleBook, Rules, read_instruments, read_tiers
+from activities.matching.steps import append_commands
+from activities.risk.collateral import free_collateral
+from activities.risk.cover import Cover, read_covers, tell_covers
+from activities.risk.unfinished import Unfinished, once_applied, read_unfinished
 from domain.clock import to_ms
 from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPassed
 from domain.exposure import Exposure, Side

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-from activities.matching import append_commands
+from activities.matching.steps import append_commands
 from domain.clock import to_ms
 from domain.matching import AnyCommand, MoveMargin, margin_units
 from domain.money import ZERO

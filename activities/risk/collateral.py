@@ -1,6 +1,6 @@
 """Free collateral: what of their money users may still use or take out (`domain.collateral`).
 
-Read without a lock it is a forecast, good for refusing early. Where the money moves (`activities/ledger.py`) it is read
+Read without a lock it is a forecast, good for refusing early. Where the money moves (`activities/ledger`) it is read
 again under the balance's lock: every statement that starts under it sees all that was booked before, and nothing of
 that user is booked, or collected, meanwhile.
 """
