@@ -19,7 +19,9 @@ from activities.market.prices import latest_marks
 from activities.matching.instruments import RuleBook, Rules, read_instruments
 from activities.matching.steps import append_commands
 from activities.orders.steps import submit_liquidation_order
-from activities.positions.steps import change_status, lock_confirmed, mark_warned, position_view
+from activities.positions.rows import PositionRow
+from activities.positions.status import change_status, lock_confirmed, mark_warned
+from activities.positions.views import position_view
 from activities.risk.collateral import read_collateral
 from activities.risk.steps import lock_exposures, take_in_liquidation_order
 from domain.clock import iso, to_ms
@@ -374,13 +376,13 @@ async def warn(conn: Connection, marks: Marks, rules: Rules) -> int:
         cross_near, cross_recovered = await _cross_warnings(conn, marks)
         await mark_warned(conn, [row["position_id"] for row in recovered] + cross_recovered, warned=False)
         confirmed = await lock_confirmed(conn, [row["position_id"] for row in near] + cross_near)
-        adopted = [row["position_id"] for row in confirmed if row["is_adopted"]]
+        adopted = [found.position.position_id for found in confirmed if found.is_adopted]
         warned = await mark_warned(conn, adopted, warned=True)
         if not warned:
             return 0
         await _record(conn, warned, marks, rules, "WARNING")
         pushes = [
-            UserPush(p["user_id"], "liquidation", {**_names(p), "status": "WARNING", **_figures(p, marks, rules)})
+            UserPush(p.user_id, "liquidation", {**_names(p), "status": "WARNING", **_figures(p, marks, rules)})
             for p in warned
         ]
         await outbox.emit(conn, [_risk_update(p, marks, rules, "WARNING") for p in warned], pushes)
@@ -537,11 +539,11 @@ async def _open(conn: Connection, due: Sequence[Endangered], rules: Rules) -> li
     # A check that holds these locks counts its orders before we do; one that comes later sees the row.
     await lock_exposures(conn, sorted((e.row["user_id"], e.row["instrument_id"]) for e in due))
     # What was filled since it was found due waits for the next look, with the margin that belongs to it.
-    confirmed = [row["position_id"] for row in await lock_confirmed(conn, list(by_id))]
+    confirmed = [found.position.position_id for found in await lock_confirmed(conn, list(by_id))]
     taken = await change_status(conn, confirmed, "OPEN", "LIQUIDATION_PENDING")
     if not taken:
         return []
-    chosen = [by_id[position["position_id"]] for position in taken]
+    chosen = [by_id[position.position_id] for position in taken]
     rows = await conn.fetch(
         "INSERT INTO risk.liquidation_queue (position_id, user_id, instrument_id, reason, margin_mode)"
         " SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[])"
@@ -556,20 +558,20 @@ async def _open(conn: Connection, due: Sequence[Endangered], rules: Rules) -> li
     events: list[BusinessEvent] = []
     pushes: list[UserPush] = []
     for position, endangered in zip(taken, chosen, strict=True):
-        user_id, name = position["user_id"], position["instrument_id"]
-        liquidation_id = ids[position["position_id"]]
+        user_id, name = position.user_id, position.instrument_id
+        liquidation_id = ids[position.position_id]
         events.append(
-            LiquidationTriggered(str(position["position_id"]), str(user_id), name, endangered.reason, liquidation_id)
+            LiquidationTriggered(str(position.position_id), str(user_id), name, endangered.reason, liquidation_id)
         )
         events.append(_risk_update(position, marks, rules))
-        pushes.append(UserPush(user_id, "position", position_view(name, position, marks[name], rules.tiers[name])))
+        pushes.append(UserPush(user_id, "position", position_view(position, marks[name], rules.tiers[name])))
         view = {"liquidationId": liquidation_id, "status": "TRIGGERED", "reason": endangered.reason}
         pushes.append(
             UserPush(user_id, "liquidation", {**view, **_names(position), **_figures(position, marks, rules)})
         )
     await _record(conn, taken, marks, rules)
     await outbox.emit(conn, events, pushes)
-    return [Opened(p["position_id"], ids[p["position_id"]], p["user_id"], p["instrument_id"]) for p in taken]
+    return [Opened(p.position_id, ids[p.position_id], p.user_id, p.instrument_id) for p in taken]
 
 
 async def _plan(conn: Connection, request: PlanRequest, marks: Marks, rules: Rules) -> Plan:
@@ -734,7 +736,7 @@ async def _remember_command(conn: Connection, liquidation_id: int, seq: int) -> 
 
 async def _record(
     conn: Connection,
-    positions: Sequence[asyncpg.Record],
+    positions: Sequence[PositionRow],
     marks: Marks,
     rules: Rules,
     status: str | None = None,
@@ -742,24 +744,24 @@ async def _record(
     """Keep what the risk of these positions was when their status changed; nothing is known without a mark price."""
     rows = []
     for p in positions:
-        mark = marks.get(p["instrument_id"])
+        mark = marks.get(p.instrument_id)
         if mark is None:
             continue
-        quantity, entry, margin = p["signed_quantity"], p["entry_notional"], p["margin"]
+        quantity, entry, margin = p.signed_quantity, p.entry_notional, p.margin
         # What a cross position is up against depends on the whole account: no figures of its own (as `position_view`).
-        is_cross = p["margin_mode"] == "CROSS"
+        is_cross = p.margin_mode == "CROSS"
         ratio = None if is_cross else margin_ratio(quantity, entry, margin, mark)
         rows.append(
             (
-                p["user_id"],
-                p["instrument_id"],
+                p.user_id,
+                p.instrument_id,
                 mark,
                 margin,
                 unrealized_pnl(quantity, entry, mark),
-                maintenance_margin(abs(quantity) * mark, rules.tiers[p["instrument_id"]]),
+                maintenance_margin(abs(quantity) * mark, rules.tiers[p.instrument_id]),
                 None if ratio is None else max(min(ratio, Decimal(10**11)), Decimal(-(10**11))),
-                None if is_cross else p["liquidation_price"],
-                status or p["status"],
+                None if is_cross else p.liquidation_price,
+                status or p.status,
             )
         )
     await conn.execute(
@@ -801,24 +803,24 @@ async def _less_funding(conn: Connection, row: asyncpg.Record, asset: str, held:
     return max(ZERO, held - max(ZERO, owed))
 
 
-def _names(position: asyncpg.Record) -> dict[str, str]:
-    return {"positionId": str(position["position_id"]), "instrumentId": position["instrument_id"]}
+def _names(position: PositionRow) -> dict[str, str]:
+    return {"positionId": str(position.position_id), "instrumentId": position.instrument_id}
 
 
-def _figures(position: asyncpg.Record, marks: Marks, rules: Rules) -> dict[str, str | None]:
-    name = position["instrument_id"]
-    view = position_view(name, position, marks.get(name), rules.tiers[name])
+def _figures(position: PositionRow, marks: Marks, rules: Rules) -> dict[str, str | None]:
+    name = position.instrument_id
+    view = position_view(position, marks.get(name), rules.tiers[name])
     return {key: view[key] for key in ("markPrice", "marginRatio", "liquidationPrice", "quantity")}
 
 
-def _risk_update(position: asyncpg.Record, marks: Marks, rules: Rules, status: str | None = None) -> RiskUpdate:
+def _risk_update(position: PositionRow, marks: Marks, rules: Rules, status: str | None = None) -> RiskUpdate:
     figures = _figures(position, marks, rules)
     return RiskUpdate(
-        str(position["user_id"]),
-        position["instrument_id"],
+        str(position.user_id),
+        position.instrument_id,
         figures["marginRatio"],
         figures["liquidationPrice"],
-        status or position["status"],
+        status or position.status,
     )
 
 

@@ -24,7 +24,7 @@ from activities.risk.cover import Cover, read_covers, tell_covers
 from activities.risk.unfinished import Unfinished, once_applied, read_unfinished
 from domain.clock import to_ms
 from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPassed
-from domain.exposure import Exposure, Side
+from domain.exposure import OPPOSITE, Exposure, Side
 from domain.instruments import Instrument
 from domain.liquidation_saga import liquidation_workflow_id
 from domain.margin import Tier, margin_to_keep, releveraged_margin, tier_of
@@ -69,7 +69,6 @@ WAITING_MAX = 200
 PATIENCE_SECONDS = 1.0
 # The engine has rates in millionths.
 RATE_UNITS = 1_000_000
-OPPOSITE: dict[Side, Side] = {"BUY": "SELL", "SELL": "BUY"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ from pydantic import Field, ValidationError
 from activities.orders import views as orders_views
 from activities.orders.countdowns import set_countdown, stop_countdown
 from activities.orders.steps import OPEN_STATUSES, order_view
-from activities.positions.steps import fill_view
-from activities.positions.views import list_fills
+from activities.positions.views import fill_view, list_fills
 from api.edge.gateway import User, require_internal
 from api.schema.models import ApiModel, Page, Price, Quantity, SafeText, Timestamp
 from api.schema.openapi import links, problems

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from decimal import Decimal
 
-from activities.positions.steps import TradeSide, sides_of
+from activities.positions.trades import TradeSide, sides_of
 from domain.exposure import Exposure
 from domain.funding import Holding as Held
 from domain.funding import draw_margin_first

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from activities.ledger import steps as ledger
 from activities.ledger.steps import transfer_external
-from activities.positions import steps as positions
+from activities.positions import funding as positions
 from activities.risk.collateral import free_collateral, read_collateral
 from activities.risk.steps import set_margin_mode
 from domain.collateral import Collateral

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from activities.ledger import steps as ledger
 from activities.ledger.audit import run_audit
 from activities.ledger.insurance import deposit_to_fund
-from activities.positions import steps as positions
+from activities.positions import funding as positions
 from domain.funding import FundingPage, FundingRun, FundingSnapshot, FundingTotals, LogPosition, funding_payment
 from domain.money import plain
 from engine.guards import ONE

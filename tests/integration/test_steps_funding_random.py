@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from activities.ledger import audit
 from activities.ledger import steps as ledger
-from activities.positions import steps as positions
+from activities.positions import funding as positions
 from domain.funding import FundingRun
 from storage.db import Pool
 from storage.once import NotYetError

@@ -11,7 +11,8 @@ from temporalio.client import Client
 from activities.ledger.audit import run_audit
 from activities.ledger.steps import transfer_external
 from activities.liquidation.steps import ABORT_PAUSE, LiquidationActivities, cross_backing, deleverage_ranks, warn
-from activities.positions.steps import position_view, tell_moved
+from activities.positions.telling import tell_moved
+from activities.positions.views import list_positions, position_view
 from activities.risk.steps import pre_check
 from domain.liquidation_saga import Claim, Ending
 from domain.mark_price import MARK_AGE_MAX
@@ -354,11 +355,8 @@ async def test_the_liquidation_price_of_a_cross_position_is_where_its_account_is
     prices = {}
     for name, mark in marks.items():
         backing = (await cross_backing(world.pool, marks, 1))[name]
-        row = await world.pool.fetchrow(
-            "SELECT * FROM positions.positions WHERE user_id = 1 AND instrument_id = $1", name
-        )
-        assert row is not None
-        view = position_view(name, row, mark, tiers[name], backing)
+        [row] = await list_positions(world.pool, 1, name)
+        view = position_view(row, mark, tiers[name], backing)
         assert D(view["marginRatio"]) > D("0.01")
         prices[name] = D(view["liquidationPrice"])
     for name, price in prices.items():

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from activities.liquidation.steps import Opened, trigger, warn
 from activities.matching.instruments import Rules, read_instruments, read_tiers
-from activities.positions.steps import forget_told_marks, tell_moved
+from activities.positions.telling import forget_told_marks, tell_moved
 from storage.db import Pool
 from tests.integration.ledger_world import (
     BTC,
