@@ -22,8 +22,7 @@ from temporalio.common import SearchAttributePair, TypedSearchAttributes
 from activities.identity.auth import AuthActivities
 from activities.identity.users import RESUMER_SCHEDULE, RESUMER_SCHEDULE_ID, UserActivities
 from activities.ledger.audit import AuditActivities
-from activities.ledger.insurance import InsuranceActivities
-from activities.ledger.steps import LedgerActivities
+from activities.ledger.steps import InsuranceActivities, LedgerActivities
 from activities.liquidation.steps import LiquidationActivities
 from activities.matching.engine_log import EngineLog
 from activities.matching.steps import MatchingActivities

@@ -21,7 +21,7 @@ from temporalio.client import Client, WorkflowHandle, WorkflowHistory
 from temporalio.worker import Worker
 
 from activities.ledger.audit import run_audit
-from activities.ledger.steps import transfer_external
+from activities.ledger.transfers import transfer_external
 from activities.orders.intake import lock_for_amendment, take_in, take_in_amendment, take_in_cancels
 from activities.orders.sagas import Saga, start_saga
 from activities.registry import (

@@ -1,43 +1,113 @@
-"""The insurance fund: claims of liquidations on it, deposits by the exchange, and what it has done."""
+"""The insurance fund: claims of liquidations on it, what it gives and gets, and deposits by the exchange."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
-import asyncpg
-from temporalio import activity
-
-from activities.ledger.steps import DEPOSITS, INSURANCE_FUND, SHORTFALL, Book, write_book
-from domain.liquidation_saga import CLAIM_INSURANCE, RELEASE_INSURANCE, Claim
+from activities.ledger.accounts import DEPOSITS, INSURANCE_FUND, SHORTFALL
+from activities.ledger.book import Book, write_book
+from domain.events import InsuranceFundRequired
+from domain.liquidation_saga import Claim
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
-from storage.db import Connection, Pool
+from domain.wallet import Settled
+from storage.db import Connection
 from storage.once import first_result, store_result
+from telemetry.alerts import INSURANCE_SHORTFALL, alert
 
+INSURANCE = "INSURANCE_FUND"
 # Names the deposit that the fund starts with: once per database.
 SEED_REFERENCE = "seed"
 DEPOSIT = "INSURANCE_FUND_DEPOSIT"
 
 
-class InsuranceActivities:
-    """Activities on the ledger service's own tables."""
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """What makes users need the insurance fund, or pay to it: SETTLEMENT or FUNDING_FEE, and in what."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-
-    @activity.defn(name=CLAIM_INSURANCE)
-    async def claim(self, claim: Claim) -> str:
-        """What the fund grants (quote, up to what is asked for): its balance less what it has promised to others."""
-        async with self._pool.acquire() as conn, conn.transaction():
-            return plain(await _claim(conn, claim))
-
-    @activity.defn(name=RELEASE_INSURANCE)
-    async def release(self, liquidation_id: int) -> None:
-        """The claims of a liquidation end; what it needed is booked."""
-        async with self._pool.acquire() as conn, conn.transaction():
-            await _release(conn, liquidation_id)
+    reference_type: str
+    reference_id: str
+    instrument_id: str
+    asset: str
 
 
-async def _claim(conn: Connection, claim: Claim) -> Decimal:
+async def post_insurance(
+    conn: Connection, book: Book, cause: Cause, settled: Mapping[int, Settled], liquidated: Collection[int] = ()
+) -> None:
+    """A journal of what the insurance fund gave to users and got from them.
+
+    The fund gives no more than it has; what is missing the account SHORTFALL gives, and an operator is called. Each
+    draw is written down with the liquidation that justifies it, which only those who are `liquidated` have.
+    """
+    asset = cause.asset
+    book.open_journal(INSURANCE, cause.reference_id)
+    for user_id, of_user in settled.items():
+        for entry_type, amount in (
+            ("LIQUIDATION_FEE", of_user.liquidation_fee),
+            ("LIQUIDATION_SURPLUS", of_user.surplus),
+        ):
+            _between(book, user_id, INSURANCE_FUND, cause, entry_type, -amount)
+    draws = {user_id: of_user.insurance for user_id, of_user in settled.items() if of_user.insurance}
+    if not draws:
+        return
+    left = await _lock_up_to_fund(conn, asset) + book.system.get((INSURANCE_FUND, asset), ZERO)
+    for user_id, amount in draws.items():
+        given = min(amount, max(ZERO, left))
+        left -= given
+        _between(book, user_id, INSURANCE_FUND, cause, "INSURANCE_FUND", given)
+        _between(book, user_id, SHORTFALL, cause, "SHORTFALL", amount - given)
+        book.events.append(
+            InsuranceFundRequired(
+                user_id=str(user_id), instrument_id=cause.instrument_id, asset=asset, amount=plain(amount)
+            )
+        )
+        if given < amount:
+            alert(INSURANCE_SHORTFALL, "insurance fund lacks %s %s for user %d", plain(amount - given), asset, user_id)
+    await _write_draws(conn, cause, draws, liquidated)
+
+
+def _between(book: Book, user_id: int, account: str, cause: Cause, entry_type: str, amount: Decimal) -> None:
+    """Give `amount` from a system account to a user; below zero the other way."""
+    if amount:
+        book.post_user(user_id, cause.asset, entry_type, amount, instrument_id=cause.instrument_id)
+        book.post_system(account, cause.asset, entry_type, -amount)
+
+
+async def _lock_up_to_fund(conn: Connection, asset: str) -> Decimal:
+    """What the insurance fund has, locked; so are the accounts that `write_book` locks before it."""
+    rows = await conn.fetch(
+        "SELECT account, balance FROM ledger.system_balances WHERE account <= $1 AND asset = $2"
+        " ORDER BY account FOR UPDATE",
+        INSURANCE_FUND,
+        asset,
+    )
+    return sum((row["balance"] for row in rows if row["account"] == INSURANCE_FUND), ZERO)
+
+
+async def _write_draws(
+    conn: Connection, cause: Cause, draws: Mapping[int, Decimal], liquidated: Collection[int]
+) -> None:
+    await conn.execute(
+        "INSERT INTO ledger.insurance_draws (reference_type, reference_id, user_id, instrument_id, asset, amount,"
+        " liquidation_id, round, mark_price, bankruptcy_price)"
+        " SELECT $1, $2, d.user_id, $3, $4, d.amount, q.liquidation_id, k.round, k.mark_price, k.bankruptcy_price"
+        " FROM unnest($5::bigint[], $6::numeric[]) AS d (user_id, amount)"
+        " LEFT JOIN risk.v_liquidations q ON q.user_id = d.user_id AND q.instrument_id = $3"
+        "   AND q.status = 'PROCESSING' AND q.user_id = ANY($7::bigint[])"
+        " LEFT JOIN LATERAL (SELECT round, mark_price, bankruptcy_price FROM ledger.insurance_claims c"
+        "   WHERE c.liquidation_id = q.liquidation_id ORDER BY round DESC LIMIT 1) k ON TRUE",
+        cause.reference_type,
+        cause.reference_id,
+        cause.instrument_id,
+        cause.asset,
+        list(draws),
+        list(draws.values()),
+        list(liquidated),
+    )
+
+
+async def claim_insurance(conn: Connection, claim: Claim) -> Decimal:
+    """Promise to a round of a liquidation what is asked for, or what the fund has not promised to others (quote)."""
     # The fund's row, locked: two claims cannot both see the same money.
     balance = await _lock_fund(conn, claim.asset)
     granted: Decimal | None = await conn.fetchval(
@@ -47,7 +117,7 @@ async def _claim(conn: Connection, claim: Claim) -> Decimal:
     )
     if granted is not None:
         return granted
-    await _release(conn, claim.liquidation_id)
+    await release_insurance(conn, claim.liquidation_id)
     promised = await conn.fetchval(
         "SELECT coalesce(sum(amount), 0) FROM ledger.insurance_claims WHERE asset = $1 AND is_open", claim.asset
     )
@@ -85,7 +155,8 @@ async def _lock_shortfall(conn: Connection, asset: str) -> Decimal:
     return -sum((row["balance"] for row in rows if row["account"] == SHORTFALL), ZERO)
 
 
-async def _release(conn: Connection, liquidation_id: int) -> None:
+async def release_insurance(conn: Connection, liquidation_id: int) -> None:
+    """End the claims of a liquidation."""
     await conn.execute(
         "UPDATE ledger.insurance_claims SET is_open = FALSE, updated_at = now() WHERE liquidation_id = $1 AND is_open",
         liquidation_id,
@@ -128,38 +199,3 @@ async def seed_fund(conn: Connection, asset: str, amount: Decimal) -> None:
     seeded = await first_result(conn, "ledger", f"{DEPOSIT}:{SEED_REFERENCE}", tuple[str, Decimal])
     if amount and seeded is None:
         await deposit_to_fund(conn, SEED_REFERENCE, asset, amount)
-
-
-@dataclass(frozen=True, slots=True)
-class FundState:
-    """The fund in one asset: its balance, what of it is promised to liquidations, and how many these are."""
-
-    asset: str
-    balance: Decimal
-    promised: Decimal
-    open_claims: int
-
-
-async def read_fund(conn: Connection | Pool) -> list[FundState]:
-    """The insurance fund per asset."""
-    rows = await conn.fetch(
-        "SELECT s.asset, s.balance, coalesce(sum(c.amount), 0), count(c.liquidation_id)"
-        " FROM ledger.system_balances s LEFT JOIN ledger.insurance_claims c ON c.asset = s.asset AND c.is_open"
-        " WHERE s.account = $1 GROUP BY s.asset, s.balance ORDER BY s.asset",
-        INSURANCE_FUND,
-    )
-    return [FundState(*row) for row in rows]
-
-
-async def read_fund_entries(conn: Connection | Pool, limit: int) -> list[asyncpg.Record]:
-    """The last movements of the fund, newest first."""
-    return await conn.fetch(
-        "SELECT entry_id, entry_type, asset, instrument_id, delta_available, reference_type, reference_id, created_at"
-        " FROM ledger.ledger_entries WHERE account = 'exchange:insurance_fund' ORDER BY entry_id DESC LIMIT $1",
-        limit,
-    )
-
-
-async def read_system_balances(conn: Connection | Pool) -> list[asyncpg.Record]:
-    """Balances of the exchange's own accounts: account, asset, balance."""
-    return await conn.fetch("SELECT account, asset, balance FROM ledger.system_balances ORDER BY account, asset")

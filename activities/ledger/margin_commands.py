@@ -104,7 +104,7 @@ async def await_liquidations(conn: Connection, payers: Collection[int], drawn: C
     """Raises NotYetError while an order or a deleveraging of a liquidation is under way that counts on money of
     `payers`: on all of it in cross mode, else on a margin that is `drawn` from.
 
-    The caller has locked the payers' balances, which keeps new ones from being submitted (see `ledger.lock_money`).
+    The caller has locked the payers' balances, which keeps new ones from being submitted (see `book.lock_money`).
     """
     rows = await conn.fetch(
         "SELECT instrument_id, max(command_seq) AS command_seq FROM risk.v_liquidations"

@@ -1,10 +1,54 @@
-"""What the ledger shows of its tables: a user's balances and the entries behind them."""
+"""What the ledger shows of its tables: a user's balances and the entries behind them, and the insurance fund."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 
 import asyncpg
 
+from activities.ledger.accounts import INSURANCE_FUND
+from domain.money import plain
 from storage.db import Connection, Pool
+
+
+def balance_view(available: Decimal, reserved: Decimal) -> dict[str, str]:
+    """A balance as clients see it."""
+    return {"available": plain(available), "reserved": plain(reserved), "total": plain(available + reserved)}
+
+
+@dataclass(frozen=True, slots=True)
+class FundState:
+    """The fund in one asset: its balance, what of it is promised to liquidations, and how many these are."""
+
+    asset: str
+    balance: Decimal
+    promised: Decimal
+    open_claims: int
+
+
+async def read_fund(conn: Connection | Pool) -> list[FundState]:
+    """The insurance fund per asset."""
+    rows = await conn.fetch(
+        "SELECT s.asset, s.balance, coalesce(sum(c.amount), 0), count(c.liquidation_id)"
+        " FROM ledger.system_balances s LEFT JOIN ledger.insurance_claims c ON c.asset = s.asset AND c.is_open"
+        " WHERE s.account = $1 GROUP BY s.asset, s.balance ORDER BY s.asset",
+        INSURANCE_FUND,
+    )
+    return [FundState(*row) for row in rows]
+
+
+async def read_fund_entries(conn: Connection | Pool, limit: int) -> list[asyncpg.Record]:
+    """The last movements of the fund, newest first."""
+    return await conn.fetch(
+        "SELECT entry_id, entry_type, asset, instrument_id, delta_available, reference_type, reference_id, created_at"
+        " FROM ledger.ledger_entries WHERE account = 'exchange:insurance_fund' ORDER BY entry_id DESC LIMIT $1",
+        limit,
+    )
+
+
+async def read_system_balances(conn: Connection | Pool) -> list[asyncpg.Record]:
+    """Balances of the exchange's own accounts: account, asset, balance."""
+    return await conn.fetch("SELECT account, asset, balance FROM ledger.system_balances ORDER BY account, asset")
 
 
 async def list_balances(conn: Connection | Pool, user_id: int) -> Sequence[asyncpg.Record]:

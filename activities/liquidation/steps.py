@@ -14,7 +14,7 @@ import asyncpg
 from redis.asyncio import Redis
 from temporalio import activity
 
-from activities.ledger.steps import lock_money
+from activities.ledger.book import lock_money
 from activities.market.prices import latest_marks
 from activities.matching.instruments import RuleBook, Rules, read_instruments
 from activities.matching.steps import append_commands

@@ -5,12 +5,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from activities.ledger.insurance import (
-    deposit_to_fund,
-    read_fund,
-    read_fund_entries,
-    read_system_balances,
-)
+from activities.ledger.insurance import deposit_to_fund
+from activities.ledger.views import read_fund, read_fund_entries, read_system_balances
 from activities.liquidation.steps import liquidation_view, read_liquidations
 from activities.matching.views import require_asset
 from api.edge.gateway import Admin

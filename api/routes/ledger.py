@@ -9,7 +9,8 @@ from pydantic import Field
 
 from activities.identity.views import is_user
 from activities.ledger import views as ledger_views
-from activities.ledger.steps import balance_view, transfer_external
+from activities.ledger.transfers import transfer_external
+from activities.ledger.views import balance_view
 from activities.matching.views import require_asset
 from activities.risk.unfinished import patiently, refused_with
 from api.edge.gateway import Admin, ServedUserId, User

@@ -299,7 +299,7 @@ class Exchange:
     def _divide(
         self, user_id: int, name: str, exposure: Exposure, fills: list[BookedFill], position: Position | None = None
     ) -> None:
-        """Book fills and what orders need more or less, as `activities.ledger._settle`."""
+        """Book fills and what orders need more or less, as `activities.ledger.settlement`."""
         account = self.accounts[user_id]
         stake, rate = account.stakes[name], self.venues[name].instrument.taker_fee_rate
         delta = exposure.order_margin(rate) - stake.exposure.order_margin(rate)

@@ -191,7 +191,7 @@ class House(Desk):
             self.tell_cover(user_id)
 
     def collect(self) -> None:
-        """Collect the oldest funding time (as `activities.ledger._book_funding`)."""
+        """Collect the oldest funding time (as `activities.ledger.funding`)."""
         if not self.due:
             return
         time = self.due.pop(0)

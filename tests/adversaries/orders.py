@@ -216,7 +216,7 @@ class Desk(Exchange):
         return ""
 
     def _move(self, user_id: int, name: str, amount: Decimal, order_delta: Decimal) -> None:
-        """As `activities.ledger._move_margin`: nothing is touched that stands for a loss or for funding."""
+        """As `activities.ledger.margin`: nothing is touched that stands for a loss or for funding."""
         account, venue = self.accounts[user_id], self.venues[name]
         stake, wallet = account.stakes[name], account.wallet(name)
         free = max(ZERO, account.collateral(self.marks).free)

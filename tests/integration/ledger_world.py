@@ -16,7 +16,8 @@ from typing import Any, cast
 from redis.asyncio import Redis
 
 from activities.ledger.audit import run_audit
-from activities.ledger.steps import LedgerActivities, transfer_external
+from activities.ledger.steps import LedgerActivities
+from activities.ledger.transfers import transfer_external
 from activities.matching.engine_log import EngineLog
 from activities.matching.steps import MatchingActivities
 from activities.orders.intake import lock_for_amendment, take_in, take_in_amendment, take_in_cancels

@@ -9,7 +9,8 @@ from typing import cast
 import msgspec
 from redis.asyncio import Redis
 
-from activities.ledger.insurance import InsuranceActivities, deposit_to_fund
+from activities.ledger.insurance import deposit_to_fund
+from activities.ledger.steps import InsuranceActivities
 from activities.liquidation.steps import LiquidationActivities, Opened, trigger
 from activities.matching.instruments import Rules, read_instruments, read_tiers
 from domain.clock import iso

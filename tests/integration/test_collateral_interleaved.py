@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.ledger.audit import run_audit
-from activities.ledger.steps import transfer_external
+from activities.ledger.transfers import transfer_external
 from activities.risk.collateral import free_collateral
 from activities.risk.steps import set_margin_mode
 from domain.funding import FundingRun

@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from activities.ledger import steps as ledger
-from activities.ledger.steps import transfer_external
+from activities.ledger import funding as ledger
+from activities.ledger.transfers import transfer_external
 from activities.positions import funding as positions
 from activities.risk.collateral import free_collateral, read_collateral
 from activities.risk.steps import set_margin_mode

@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.ledger.audit import run_audit
-from activities.ledger.steps import transfer_external
+from activities.ledger.transfers import transfer_external
 from domain.funding import FundingPage, FundingRun, FundingSnapshot
 from domain.matching import Side
 from storage.db import Pool

@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities.ledger.steps import transfer_external
+from activities.ledger.transfers import transfer_external
 from activities.liquidation.steps import Opened
 from domain.funding import FundingPage, FundingRun, FundingSnapshot
 from domain.instruments import Instrument

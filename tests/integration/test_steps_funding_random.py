@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.ledger import audit
-from activities.ledger import steps as ledger
+from activities.ledger import funding as ledger
 from activities.positions import funding as positions
 from domain.funding import FundingRun
 from storage.db import Pool

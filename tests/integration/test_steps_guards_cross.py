@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from activities.ledger.steps import transfer_external
+from activities.ledger.transfers import transfer_external
 from activities.risk.steps import tell_lower_covers
 from domain.matching import Side
 from tests.integration.ledger_world import SOL

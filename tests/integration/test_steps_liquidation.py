@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 from temporalio.client import Client
 
 from activities.ledger.audit import run_audit
-from activities.ledger.steps import transfer_external
+from activities.ledger.transfers import transfer_external
 from activities.liquidation.steps import ABORT_PAUSE, LiquidationActivities, cross_backing, deleverage_ranks, warn
 from activities.positions.telling import tell_moved
 from activities.positions.views import list_positions, position_view

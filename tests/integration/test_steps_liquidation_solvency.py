@@ -9,8 +9,10 @@ import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client
 
+from activities.ledger.accounts import DEPOSITS, INSURANCE_FUND
 from activities.ledger.audit import run_audit
-from activities.ledger.steps import DEPOSITS, INSURANCE_FUND, Book, transfer_external, write_book
+from activities.ledger.book import Book, write_book
+from activities.ledger.transfers import transfer_external
 from activities.liquidation.steps import Opened
 from domain.instruments import Instrument
 from domain.liquidation_saga import PlanRequest

@@ -7,7 +7,7 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from activities.ledger.steps import transfer_external
+from activities.ledger.transfers import transfer_external
 from activities.risk.collateral import free_collateral
 from activities.risk.steps import set_margin_mode
 from domain.problems import Problem

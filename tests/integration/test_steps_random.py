@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.ledger import audit
-from activities.ledger.steps import transfer_external
+from activities.ledger.transfers import transfer_external
 from domain.instruments import Instrument
 from domain.order_entry import NewOrder
 from domain.problems import Problem

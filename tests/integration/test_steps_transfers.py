@@ -7,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.ledger.audit import run_audit
-from activities.ledger.steps import transfer_external
+from activities.ledger.transfers import transfer_external
 from domain.problems import Problem
 from storage.db import Pool
 from tests.integration.ledger_world import World, assert_conserved, dump, limit, outbox_events
