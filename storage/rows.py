@@ -33,6 +33,11 @@ def unnest(kind: type[NamedTuple], first: int = 1) -> str:
     return f"unnest({arrays}) AS n ({column_list(kind)})"
 
 
+def parameters(kind: type[NamedTuple], first: int = 1) -> str:
+    """The parameters of one row, from number `first` on: `$1, $2`."""
+    return ", ".join(f"${first + i}" for i in range(len(kind._fields)))
+
+
 def assignments(kind: type[NamedTuple], *, source: str = "n", without: Sequence[str] = ()) -> str:
     """What an UPDATE sets from a batch of rows: `a = n.a, b = n.b` of all columns but those of the key."""
     return ", ".join(f"{name} = {source}.{name}" for name in kind._fields if name not in without)

@@ -18,7 +18,7 @@ from activities.ledger.book import lock_money
 from activities.market.prices import latest_marks
 from activities.matching.instruments import RuleBook, Rules, read_instruments
 from activities.matching.steps import append_commands
-from activities.orders.steps import submit_liquidation_order
+from activities.orders.acceptance import submit_liquidation_order
 from activities.positions.rows import PositionRow
 from activities.positions.status import change_status, lock_confirmed, mark_warned
 from activities.positions.views import position_view

@@ -3,8 +3,8 @@
 from datetime import datetime, timedelta
 
 from activities.orders.intake import take_in_cancels
+from activities.orders.rows import OPEN_STATUSES
 from activities.orders.sagas import Saga
-from activities.orders.steps import OPEN_STATUSES
 from storage.db import Connection
 
 USERS_A_TIME = 100

@@ -26,6 +26,11 @@ INSTRUMENT_ID = SearchAttributeKey.for_keyword("InstrumentId")
 SEARCHABLE_ORDERS_MAX = 100
 
 
+async def close_saga(conn: Connection, saga_id: str) -> None:
+    """Write down that a workflow has done all that its sagas asked for."""
+    await conn.execute("UPDATE orders.sagas SET done = TRUE WHERE workflow_id = $1 AND NOT done", saga_id)
+
+
 @dataclass(frozen=True, slots=True)
 class Saga:
     """One placement (kind PLACE) or cancellation (CANCEL) to be run as a workflow.

@@ -21,7 +21,8 @@ from activities.ledger.transfers import transfer_external
 from activities.matching.engine_log import EngineLog
 from activities.matching.steps import MatchingActivities
 from activities.orders.intake import lock_for_amendment, take_in, take_in_amendment, take_in_cancels
-from activities.orders.steps import IN_ENGINE_STATUSES, OrderActivities
+from activities.orders.rows import IN_ENGINE_STATUSES
+from activities.orders.steps import OrderActivities
 from activities.positions.steps import PositionActivities
 from activities.risk.steps import RiskActivities, set_margin_mode
 from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition

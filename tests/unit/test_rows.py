@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from storage.rows import assignments, batch, column_list, unnest
+from storage.rows import assignments, batch, column_list, parameters, unnest
 
 
 class Row(NamedTuple):
@@ -40,6 +40,11 @@ def test_a_batch_is_one_array_per_column_whether_there_are_rows_or_none() -> Non
 def test_the_arrays_have_the_types_of_the_fields_from_the_first_parameter_on() -> None:
     arrays = "$2::bigint[], $3::text[], $4::numeric[], $5::boolean[], $6::timestamptz[]"
     assert unnest(Row, 2) == f"unnest({arrays}) AS n (user_id, name, amount, is_open, at)"
+
+
+def test_one_row_has_a_parameter_per_column() -> None:
+    assert parameters(Row) == "$1, $2, $3, $4, $5"
+    assert parameters(Row, 3) == "$3, $4, $5, $6, $7"
 
 
 def test_a_type_without_an_sql_type_is_refused() -> None:
