@@ -21,7 +21,7 @@ from temporalio.service import RPCError
 from activities.liquidation.steps import Opened, stalled, trigger, warn
 from activities.matching.instruments import Rules, read_instruments, read_tiers
 from activities.positions.telling import tell_moved
-from activities.risk.steps import tell_lower_covers
+from activities.risk.terms import tell_lower_covers
 from clients import LIQUIDATION_QUEUE
 from domain.liquidation_saga import LIQUIDATION, LiquidationInput
 from storage.db import Connection, Pool

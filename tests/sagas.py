@@ -30,7 +30,7 @@ from activities.registry import (
     order_activities,
     settlement_activities,
 )
-from activities.risk.steps import set_margin_mode
+from activities.risk.exposures import set_margin_mode
 from clients import LIQUIDATION_QUEUE, OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
 from domain.instruments import SHIPPED, Instrument
 from domain.matching import AnyEvent

@@ -23,7 +23,7 @@ from activities.positions.rows import PositionRow
 from activities.positions.status import change_status, lock_confirmed, mark_warned
 from activities.positions.views import position_view
 from activities.risk.collateral import read_collateral
-from activities.risk.steps import lock_exposures, take_in_liquidation_order
+from activities.risk.exposures import lock_exposures, take_in_liquidation_order
 from domain.clock import iso, to_ms
 from domain.events import BusinessEvent, LiquidationTriggered, RiskUpdate
 from domain.instruments import Instrument

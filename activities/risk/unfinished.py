@@ -75,7 +75,7 @@ async def read_unfinished(
 async def _last_events(
     conn: Connection, ranges: Sequence[EventRange], user_ids: Collection[int]
 ) -> dict[int, dict[str, int]]:
-    """The last event in `ranges` of each of `user_ids` whom some touch (as `activities.risk.users_of` has it)."""
+    """The last event in `ranges` of each of `user_ids` whom some touch (as `events.users_of` has it)."""
     if sum(events.to_seq - events.after_seq for events in ranges) > EVENTS_SEARCHED_MAX:
         return {user_id: {events.instrument_id: events.to_seq for events in ranges} for user_id in user_ids}
     # Postgres looks through the payloads: the process that asks has other things to do.

@@ -16,7 +16,7 @@ from activities.matching.instruments import read_tiers
 from activities.orders.sagas import INSTRUMENT_ID, USER_ID
 from activities.positions import views as positions_views
 from activities.positions.views import position_view
-from activities.risk.steps import set_margin_mode
+from activities.risk.exposures import set_margin_mode
 from activities.risk.unfinished import patiently, refused_with
 from api.edge.gateway import ServedUserId, User
 from api.schema.models import ApiModel, SafeText

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from activities.risk.steps import pre_check
+from activities.risk.check import pre_check
 from activities.risk.unfinished import patiently
 from api.edge.gateway import Caller, require_may_act_for
 from api.schema.models import ApiModel, Price, Quantity, UserId

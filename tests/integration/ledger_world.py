@@ -24,7 +24,8 @@ from activities.orders.intake import lock_for_amendment, take_in, take_in_amendm
 from activities.orders.rows import IN_ENGINE_STATUSES
 from activities.orders.steps import OrderActivities
 from activities.positions.steps import PositionActivities
-from activities.risk.steps import RiskActivities, set_margin_mode
+from activities.risk.exposures import set_margin_mode
+from activities.risk.steps import RiskActivities
 from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
 from domain.instruments import SHIPPED, Instrument
 from domain.margin_changes import MarginChange, MarginMoved

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from activities.ledger.audit import run_audit
 from activities.ledger.transfers import transfer_external
 from activities.risk.collateral import free_collateral
-from activities.risk.steps import set_margin_mode
+from activities.risk.exposures import set_margin_mode
 from domain.funding import FundingRun
 from domain.problems import Problem
 from storage.db import Pool

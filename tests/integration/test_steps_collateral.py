@@ -14,7 +14,7 @@ from activities.ledger import funding as ledger
 from activities.ledger.transfers import transfer_external
 from activities.positions import funding as positions
 from activities.risk.collateral import free_collateral, read_collateral
-from activities.risk.steps import set_margin_mode
+from activities.risk.exposures import set_margin_mode
 from domain.collateral import Collateral
 from domain.funding import FundingRun
 from domain.instruments import Instrument

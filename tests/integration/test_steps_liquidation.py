@@ -13,7 +13,7 @@ from activities.ledger.transfers import transfer_external
 from activities.liquidation.steps import ABORT_PAUSE, LiquidationActivities, cross_backing, deleverage_ranks, warn
 from activities.positions.telling import tell_moved
 from activities.positions.views import list_positions, position_view
-from activities.risk.steps import pre_check
+from activities.risk.check import pre_check
 from domain.liquidation_saga import Claim, Ending
 from domain.mark_price import MARK_AGE_MAX
 from monitors.liquidations import LiquidationMonitor

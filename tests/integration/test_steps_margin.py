@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from activities.ledger.transfers import transfer_external
 from activities.risk.collateral import free_collateral
-from activities.risk.steps import set_margin_mode
+from activities.risk.exposures import set_margin_mode
 from domain.problems import Problem
 from domain.sagas import StepRequest
 from storage.db import Pool

@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.matching.instruments import read_instruments
-from activities.risk.steps import pre_check
+from activities.risk.check import pre_check
 from domain.sagas import Acceptance, StepRequest
 from storage.db import Pool
 from tests.integration.ledger_world import (
