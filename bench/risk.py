@@ -20,7 +20,7 @@ from temporalio.client import Client
 
 from activities.ledger.audit import run_audit
 from activities.ledger.steps import LedgerActivities
-from activities.liquidation.steps import TRIGGERED_MAX
+from activities.liquidation.triggering import TRIGGERED_MAX
 from activities.matching.engine_log import EngineLog
 from activities.positions.steps import PositionActivities
 from bench.database import own_postgres, own_valkey

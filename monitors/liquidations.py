@@ -18,7 +18,8 @@ from temporalio.common import (
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
-from activities.liquidation.steps import Opened, stalled, trigger, warn
+from activities.liquidation.triggering import Opened, stalled, trigger
+from activities.liquidation.warnings import warn
 from activities.matching.instruments import Rules, read_instruments, read_tiers
 from activities.positions.telling import tell_moved
 from activities.risk.terms import tell_lower_covers

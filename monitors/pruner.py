@@ -11,7 +11,7 @@ import logging
 from datetime import timedelta
 
 from activities.identity.auth import forget_login_audits
-from activities.liquidation.steps import forget_snapshots
+from activities.liquidation.telling import forget_snapshots
 from activities.market.prices import forget_prices
 from activities.orders.sagas import forget_done_sagas, time_before_open_sagas
 from activities.positions.funding import forget_funding_positions

@@ -11,7 +11,8 @@ from temporalio.client import WorkflowFailureError
 from temporalio.common import SearchAttributePair, TypedSearchAttributes
 from temporalio.service import RPCError
 
-from activities.liquidation.steps import cross_backing, deleverage_ranks
+from activities.liquidation.accounts import cross_backing
+from activities.liquidation.views import deleverage_ranks
 from activities.matching.instruments import read_tiers
 from activities.orders.sagas import INSTRUMENT_ID, USER_ID
 from activities.positions import views as positions_views

@@ -11,7 +11,8 @@ from redis.asyncio import Redis
 
 from activities.ledger.insurance import deposit_to_fund
 from activities.ledger.steps import InsuranceActivities
-from activities.liquidation.steps import LiquidationActivities, Opened, trigger
+from activities.liquidation.steps import LiquidationActivities
+from activities.liquidation.triggering import Opened, trigger
 from activities.matching.instruments import Rules, read_instruments, read_tiers
 from domain.clock import iso
 from domain.instruments import SHIPPED, Instrument

@@ -9,7 +9,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.ledger.transfers import transfer_external
-from activities.liquidation.steps import Opened
+from activities.liquidation.triggering import Opened
 from domain.funding import FundingPage, FundingRun, FundingSnapshot
 from domain.instruments import Instrument
 from domain.matching import Side

@@ -10,7 +10,11 @@ from temporalio.client import Client
 
 from activities.ledger.audit import run_audit
 from activities.ledger.transfers import transfer_external
-from activities.liquidation.steps import ABORT_PAUSE, LiquidationActivities, cross_backing, deleverage_ranks, warn
+from activities.liquidation.accounts import cross_backing
+from activities.liquidation.steps import LiquidationActivities
+from activities.liquidation.triggering import ABORT_PAUSE
+from activities.liquidation.views import deleverage_ranks
+from activities.liquidation.warnings import warn
 from activities.positions.telling import tell_moved
 from activities.positions.views import list_positions, position_view
 from activities.risk.check import pre_check

@@ -7,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.ledger import audit
-from activities.liquidation.steps import warn
+from activities.liquidation.warnings import warn
 from domain.instruments import Instrument
 from domain.money import ZERO
 from storage.db import Pool

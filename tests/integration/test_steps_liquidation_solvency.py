@@ -13,7 +13,7 @@ from activities.ledger.accounts import DEPOSITS, INSURANCE_FUND
 from activities.ledger.audit import run_audit
 from activities.ledger.book import Book, write_book
 from activities.ledger.transfers import transfer_external
-from activities.liquidation.steps import Opened
+from activities.liquidation.triggering import Opened
 from domain.instruments import Instrument
 from domain.liquidation_saga import PlanRequest
 from monitors.liquidations import LiquidationMonitor
