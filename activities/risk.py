@@ -418,12 +418,11 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules, unfinishe
     taken_over = await positions_in_liquidation(conn, keys)
     waiting = await _unfrozen(conn, exposures)
     limits = await _read_limits(conn, keys)
-    free = await free_collateral(conn, {key[0] for key in keys})
-    budgets = dict(free)
+    budgets = await free_collateral(conn, {key[0] for key in keys})
+    spent, losses = defaultdict[Key, Decimal](Decimal), defaultdict[Key, Decimal](Decimal)
     marks = await latest_marks(conn, sorted({key[1] for key in keys}))
 
-    states = {key: _exposure(row) for key, row in exposures.items()}
-    margins = {key: row["order_margin"] for key, row in exposures.items()}
+    states, margins = _current(exposures)
     done = CheckResult([], [], [], unfinished.ranges, [])
     for order in orders:
         key = (order["user_id"], order["instrument_id"])
@@ -456,11 +455,12 @@ async def _check(conn: Connection, request: StepRequest, rules: Rules, unfinishe
         if opening < order["quantity"]:
             done.backed.append(Backing(order["order_id"], instrument.quantity_to_lots(opening) if opening else 0))
         states[key], margins[key], budgets[purse] = after, margin, budget - added
+        spent[key], losses[key] = spent[key] + added, losses[key] + loss
         done.passed.append(OrderMargin(order["order_id"], *key, instrument.quote_asset, added))
 
     touched = {(margin.user_id, margin.instrument_id) for margin in done.passed}
     await _tell_terms(conn, {key: states[key] for key in touched}, exposures, rules)
-    await _tell_covers(conn, {key for key in touched if states[key].cross}, free, budgets)
+    await _tell_covers(conn, {key for key in touched if states[key].cross}, spent, losses)
     await _save(conn, {key: (states[key], margins[key]) for key in touched}, pending_step=request.step_id)
     await outbox.emit(conn, _verdicts(done.passed, done.refused))
     return done
@@ -527,18 +527,18 @@ async def _tell_terms(
 
 
 async def _tell_covers(
-    conn: Connection,
-    keys: Collection[Key],
-    before: Mapping[tuple[int, str], Decimal],
-    after: Mapping[tuple[int, str], Decimal],
+    conn: Connection, keys: Collection[Key], spent: Mapping[Key, Decimal], losses: Mapping[Key, Decimal]
 ) -> None:
-    """Tell the engine what covers these cross positions, once checked orders have taken free collateral from `before`
-    down to `after`."""
+    """Tell the engine what covers these cross positions, once the checked orders hold their money: what is `spent` for
+    other instruments goes, and for their own the open loss (quote)."""
     if not keys:
         return
-    spent = {purse: before[purse] - left for purse, left in after.items() if purse in before}
-    covers = await read_covers(conn, {user_id for user_id, _ in keys}, spent)
-    await _tell(conn, {key: cover for key, cover in covers.items() if key in keys})
+    covers = await read_covers(conn, {user_id for user_id, _ in keys})
+    told = {}
+    for key in keys:
+        elsewhere = sum((amount for other, amount in spent.items() if other[0] == key[0] and other != key), ZERO)
+        told[key] = covers[key].less(elsewhere + losses.get(key, ZERO))
+    await _tell(conn, told)
 
 
 async def tell_lower_covers(conn: Connection) -> int:
@@ -604,6 +604,11 @@ async def _release(conn: Connection, request: StepRequest, rules: Rules) -> Marg
         *columns(step_keys, 2),
     )
     return MarginMoves(_moves(exposures, margins, instruments), ended)
+
+
+def _current(rows: Mapping[Key, asyncpg.Record]) -> tuple[dict[Key, Exposure], dict[Key, Decimal]]:
+    """Exposures, and the margin that their orders need, by user and instrument."""
+    return {key: _exposure(row) for key, row in rows.items()}, {key: row["order_margin"] for key, row in rows.items()}
 
 
 async def _apply(conn: Connection, events: EventRange, log: list[SequencedEvent], rules: Rules) -> MarginMoves:

@@ -181,7 +181,8 @@ def book_fill(
     """Fold a fill of `bought` lots (below 0: sold) into what backs the position, which has it already.
 
     `loss` is what the order held per lot (`New.loss`); a cross account pays with it, and with the rest it has, what
-    closing costs beyond the margin of what is closed, and the fee, if there is one. What is gained makes good what the
+    closing costs beyond the margin of what is closed, and the fee, if there is one. Opening makes margin of its cover.
+    What is gained makes good what the
     account lacks (a cover below 0), so that it makes no difference in how many fills a position is closed; more is
     believed in when it is told.
     """
@@ -200,14 +201,19 @@ def book_fill(
             return
         account.backing = 0
         bought = account.position
+        if not bought:
+            return
+    initial = ONE // account.leverage
     if bought > 0:
-        initial = ONE // account.leverage
-        account.backing += bought * (price * (ONE - initial) - open_loss * ONE)
-    elif bought < 0:
-        initial = ONE // account.leverage
+        margin = price * initial
+        account.backing += bought * (price * ONE - margin - open_loss * ONE)
+    else:
         # The fee was held at the basis, too.
-        margin = min(price + open_loss, basis) * initial + open_loss * ONE - max(0, price - basis) * guards.taker_fee
-        account.backing -= bought * (price * ONE + margin)
+        margin = min(price + open_loss, basis) * initial - max(0, price - basis) * guards.taker_fee
+        account.backing -= bought * (price * ONE + margin + open_loss * ONE)
+    if account.cross:
+        # What the order held for it is counted in the cover; its open loss is not.
+        account.cover -= abs(bought) * (margin + price * guards.taker_fee)
 
 
 def move_margin(account: Account, amount: int, after_seq: int) -> None:
