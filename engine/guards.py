@@ -148,7 +148,9 @@ def book_fill(
     """Fold a fill of `bought` lots (below 0: sold) into what backs the position, which has it already.
 
     `loss` is what the order held per lot (`New.loss`); a cross account pays with it, and with the rest it has, what
-    closing costs beyond the margin of what is closed, and the fee.
+    closing costs beyond the margin of what is closed, and the fee. What is gained makes good what the account lacks (a
+    cover below 0), so that it makes no difference in how many fills a position is closed; more is believed in when it
+    is told.
     """
     position = account.position - bought
     account.fill_seq = seq
@@ -158,7 +160,7 @@ def book_fill(
         shared = shared // held if position > 0 else -(-shared // held)
         if account.cross:
             gain = closed * price * ONE - shared if position > 0 else shared - closed * price * ONE
-            account.cover += min(0, gain + closed * loss * ONE - closed * price * guards.taker_fee)
+            account.cover += min(max(0, -account.cover), gain + closed * loss * ONE - closed * price * guards.taker_fee)
         if closed < held:
             account.backing -= shared - guards.rounding if position > 0 else shared + guards.rounding
             return
