@@ -33,18 +33,19 @@ NO_SALE = 1 << 63
 
 class Guards:
     """The mark as the engine has heard it, and the rules of this module. `mark` is rounded down, `ceiling` up; both
-    are 0 as long as there is none. Until `live_until` (Unix milliseconds) it is live.
+    are 0 as long as there is none. Until `live_until` (Unix milliseconds) it is live. `asked`: somebody has terms.
 
     `taker_fee` is a rate. `rounding` is what the ledger may lose by rounding when a position is closed in part, in
     millionths of a tick times a lot.
     """
 
-    __slots__ = ("ceiling", "live_until", "mark", "rounding", "taker_fee")
+    __slots__ = ("asked", "ceiling", "live_until", "mark", "rounding", "taker_fee")
 
     def __init__(self, taker_fee: int, rounding: int = 0) -> None:
         self.mark = 0
         self.ceiling = 0
         self.live_until = 0
+        self.asked = False
         self.taker_fee = taker_fee
         self.rounding = rounding
 

@@ -180,6 +180,7 @@ class Matcher:
             account = matcher.book.accounts[kept.user_id]
             account.leverage, account.maintenance, account.cross = kept.leverage, kept.maintenance, kept.cross
             account.backing, account.fill_seq, account.cover = int(kept.backing), kept.fill_seq, int(kept.cover)
+            matcher.guards.asked = matcher.guards.asked or account.leverage > 0
         for order in snapshot.resting:
             matcher._rest(order)
         for order in snapshot.waiting:
@@ -224,6 +225,7 @@ class Matcher:
                 self._mark_reached()
         elif isinstance(command, SetTerms):
             set_terms(self.book.accounts[command.user_id], command)
+            self.guards.asked = True
         elif isinstance(command, SetCover):
             set_cover(self.book.accounts[command.user_id], command)
         elif isinstance(command, MoveMargin):

@@ -80,3 +80,11 @@ def test_what_an_account_lacks_is_made_good_by_what_closing_a_part_frees(closes:
             assert end_of(events) == (Filled, "", 4)
     events = run([*account, *waiting(closes, (2, 2), (7, 2)), closing(closes, 4)])
     assert end_of(events) == (Expired, "MARGIN_AT_MARK", 2)
+
+
+@WAYS
+def test_a_fill_or_kill_order_is_guarded_before_any_mark_is_heard(closes: Side) -> None:
+    account = opened(closes, 4, bankruptcy=worse(closes, 10) * ONE, cross=False)
+    order = closing(closes, 4, time_in_force="FOK", reduce_only=True)
+    assert end_of(run([*account, *waiting(closes, (5, 2), (20, 2)), order])) == (Expired, "FOK_NOT_FILLABLE", 0)
+    assert end_of(run([*account, *waiting(closes, (5, 2), (6, 2)), order])) == (Filled, "", 4)
