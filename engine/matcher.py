@@ -408,12 +408,14 @@ class Matcher:
                 account.position -= bought
                 if covers:
                     self._back(taker, bought, new, account, maker_new, covers, events)
-                if open_lots:
-                    maker.remaining = open_lots
-                else:
+                maker.remaining = open_lots
+                if not open_lots:
                     self._maker_filled(level, maker, account, opposite, at, events)
                 if reducing:
                     self._position_changed(maker, open_lots, quantity, user_id, at, events)
+                if guarded and phase and (taker.position < 0 if buys else taker.position > 0):
+                    # It goes on closing: what backs the rest was rounded.
+                    phase = self.guards.lots(taker, new, price, remaining)
             if not remaining:
                 events.append(Filled(at, order_id, user_id))
                 return 0

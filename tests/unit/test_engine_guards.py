@@ -88,3 +88,16 @@ def test_a_fill_or_kill_order_is_guarded_before_any_mark_is_heard(closes: Side) 
     order = closing(closes, 4, time_in_force="FOK", reduce_only=True)
     assert end_of(run([*account, *waiting(closes, (5, 2), (20, 2)), order])) == (Expired, "FOK_NOT_FILLABLE", 0)
     assert end_of(run([*account, *waiting(closes, (5, 2), (6, 2)), order])) == (Filled, "", 4)
+
+
+@WAYS
+def test_what_rounding_may_have_lost_counts_in_the_next_fill_at_the_same_price(closes: Side) -> None:
+    # At 990 the position is worth just the fee. Closed in two parts it lacks what is lost by rounding the first.
+    fee = 500 if closes == "BUY" else -500
+    account = [
+        *opened(closes, 4, bankruptcy=worse(closes, 10) * (ONE + fee), cross=False),
+        MarkPrice(at=AT, price=1000),
+    ]
+    assert end_of(run([*account, *waiting(closes, (10, 4)), closing(closes, 4)])) == (Filled, "", 4)
+    two = run([*account, *waiting(closes, (10, 2), (10, 2)), closing(closes, 4)])
+    assert end_of(two) == (Expired, "MARGIN_AT_MARK", 2)
