@@ -144,14 +144,23 @@ def _equity(account: Account, mark: int, ceiling: int) -> int:
 
 
 def book_fill(
-    guards: Guards, account: Account, bought: int, price: int, basis: int, open_loss: int, seq: int, loss: int = 0
+    guards: Guards,
+    account: Account,
+    bought: int,
+    price: int,
+    basis: int,
+    open_loss: int,
+    seq: int,
+    loss: int = 0,
+    *,
+    free_of_fee: bool = False,
 ) -> None:
     """Fold a fill of `bought` lots (below 0: sold) into what backs the position, which has it already.
 
     `loss` is what the order held per lot (`New.loss`); a cross account pays with it, and with the rest it has, what
-    closing costs beyond the margin of what is closed, and the fee. What is gained makes good what the account lacks (a
-    cover below 0), so that it makes no difference in how many fills a position is closed; more is believed in when it
-    is told.
+    closing costs beyond the margin of what is closed, and the fee, if there is one. What is gained makes good what the
+    account lacks (a cover below 0), so that it makes no difference in how many fills a position is closed; more is
+    believed in when it is told.
     """
     position = account.position - bought
     account.fill_seq = seq
@@ -161,7 +170,8 @@ def book_fill(
         shared = shared // held if position > 0 else -(-shared // held)
         if account.cross:
             gain = closed * price * ONE - shared if position > 0 else shared - closed * price * ONE
-            account.cover += min(max(0, -account.cover), gain + closed * loss * ONE - closed * price * guards.taker_fee)
+            fee = 0 if free_of_fee else closed * price * guards.taker_fee
+            account.cover += min(max(0, -account.cover), gain + closed * loss * ONE - fee)
         if closed < held:
             account.backing -= shared - guards.rounding if position > 0 else shared + guards.rounding
             return

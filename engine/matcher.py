@@ -554,7 +554,8 @@ class Matcher:
             for account, lots_bought in ((accounts[user_id], bought), (accounts[counterparty], -bought)):
                 account.position += lots_bought
                 if account.leverage:
-                    book_fill(self.guards, account, lots_bought, command.price, 0, 0, self.event_seq + len(events) + 1)
+                    seq = self.event_seq + len(events) + 1
+                    book_fill(self.guards, account, lots_bought, command.price, 0, 0, seq, free_of_fee=True)
             events.append(
                 Deleveraged(
                     at=command.at,

@@ -8,6 +8,7 @@ from domain.instruments import SHIPPED
 from domain.matching import (
     AnyCommand,
     AnyEvent,
+    Deleverage,
     Event,
     Expired,
     Filled,
@@ -101,3 +102,16 @@ def test_what_rounding_may_have_lost_counts_in_the_next_fill_at_the_same_price(c
     assert end_of(run([*account, *waiting(closes, (10, 4)), closing(closes, 4)])) == (Filled, "", 4)
     two = run([*account, *waiting(closes, (10, 2), (10, 2)), closing(closes, 4)])
     assert end_of(two) == (Expired, "MARGIN_AT_MARK", 2)
+
+
+@WAYS
+def test_deleveraging_costs_a_cross_account_no_fee(closes: Side) -> None:
+    # Worth nothing at the mark, with 6 in the account: five lots can pay a fee of one tick each.
+    account = [
+        *opened(closes, 10, bankruptcy=worse(closes, 10) * ONE, cross=True),
+        SetCover(at=AT, user_id=USER, cover=6 * ONE, after_seq=10**6),
+        MarkPrice(at=AT, price=worse(closes, 10)),
+        Deleverage(at=AT, user_id=USER, side=closes, price=worse(closes, 10), quantity=5, counterparties=[9]),
+    ]
+    assert end_of(run([*account, *waiting(closes, (10, 5)), closing(closes, 5)])) == (Filled, "", 5)
+    assert end_of(run([*account, *waiting(closes, (11, 5)), closing(closes, 5)])) == (Expired, "MARGIN_AT_MARK", 0)
