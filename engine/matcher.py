@@ -62,7 +62,7 @@ RESTING = frozenset({"LIMIT", "STOP_LIMIT", "TAKE_PROFIT_LIMIT"})
 
 
 class Guarded(msgspec.Struct, frozen=True, array_like=True):
-    """What `engine.book.Account` keeps of a user with terms."""
+    """What `engine.book.Account` keeps of a user with terms, or of one whose cover was told before them."""
 
     user_id: int
     leverage: int
@@ -156,7 +156,7 @@ class Matcher:
                         str(own.cover),
                     )
                     for user_id, own in sorted(self.book.accounts.items(), key=lambda item: item[0])
-                    if own.leverage
+                    if own.leverage or own.cover
                 ],
             )
         )

@@ -18,6 +18,7 @@ from domain.matching import (
     SetTerms,
     Side,
     Trade,
+    encode,
 )
 from engine.guards import ONE
 from engine.matcher import Matcher
@@ -115,3 +116,20 @@ def test_deleveraging_costs_a_cross_account_no_fee(closes: Side) -> None:
     ]
     assert end_of(run([*account, *waiting(closes, (10, 5)), closing(closes, 5)])) == (Filled, "", 5)
     assert end_of(run([*account, *waiting(closes, (11, 5)), closing(closes, 5)])) == (Expired, "MARGIN_AT_MARK", 0)
+
+
+@WAYS
+def test_a_cover_told_before_the_terms_is_in_the_dump(closes: Side) -> None:
+    told, loaded = Matcher(SHIPPED[0]), Matcher(SHIPPED[0])
+    log = [
+        SetCover(at=AT, user_id=USER, cover=-80 * ONE, after_seq=0),
+        *opened(closes, 4, bankruptcy=worse(closes, 10) * ONE, cross=True),
+        MarkPrice(at=AT, price=1000),
+        *waiting(closes, (2, 4)),
+        closing(closes, 4),
+    ]
+    for command in log:
+        loaded = Matcher.load(SHIPPED[0], loaded.dump())
+        events = told.apply(command)
+        assert list(map(encode, loaded.apply(command))) == list(map(encode, events))
+    assert end_of(events) == (Expired, "MARGIN_AT_MARK", 0)
