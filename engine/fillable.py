@@ -34,7 +34,7 @@ def fillable(taker: New, wanted: int, book: Book, opposite: BookSide, reductions
     """Whether `wanted` lots would trade at once, self-trade prevention, reduce-only orders and guards considered."""
     limit_key = opposite.sign * taker.price
     account = book.accounts.get(taker.user_id)
-    if (account and account.orders) or reductions.users or guards.mark:
+    if (account and account.orders) or reductions.users or guards.asked:
         return _fillable_by_orders(taker, wanted, book, opposite, limit_key, reductions, guards)
     for level in opposite:
         if level.key > limit_key:

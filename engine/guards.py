@@ -36,18 +36,19 @@ NO_SALE = 1 << 63
 
 class Guards:
     """The mark as the engine has heard it, and the rules of this module. `mark` is rounded down, `ceiling` up; both
-    are 0 as long as there is none. Until `live_until` (Unix milliseconds) it is live.
+    are 0 as long as there is none. Until `live_until` (Unix milliseconds) it is live. `asked`: somebody has terms.
 
     `taker_fee` is a rate. `rounding` is what the ledger may lose by rounding when a position is closed in part, in
     millionths of a tick times a lot.
     """
 
-    __slots__ = ("ceiling", "live_until", "mark", "rounding", "taker_fee")
+    __slots__ = ("asked", "ceiling", "live_until", "mark", "rounding", "taker_fee")
 
     def __init__(self, taker_fee: int, rounding: int = 0) -> None:
         self.mark = 0
         self.ceiling = 0
         self.live_until = 0
+        self.asked = False
         self.taker_fee = taker_fee
         self.rounding = rounding
 
@@ -166,12 +167,23 @@ def _equity(account: Account, mark: int, ceiling: int) -> int:
 
 
 def book_fill(
-    guards: Guards, account: Account, bought: int, price: int, basis: int, open_loss: int, seq: int, loss: int = 0
+    guards: Guards,
+    account: Account,
+    bought: int,
+    price: int,
+    basis: int,
+    open_loss: int,
+    seq: int,
+    loss: int = 0,
+    *,
+    free_of_fee: bool = False,
 ) -> None:
     """Fold a fill of `bought` lots (below 0: sold) into what backs the position, which has it already.
 
     `loss` is what the order held per lot (`New.loss`); a cross account pays with it, and with the rest it has, what
-    closing costs beyond the margin of what is closed, and the fee.
+    closing costs beyond the margin of what is closed, and the fee, if there is one. What is gained makes good what the
+    account lacks (a cover below 0), so that it makes no difference in how many fills a position is closed; more is
+    believed in when it is told.
     """
     position = account.position - bought
     account.fill_seq = seq
@@ -181,7 +193,8 @@ def book_fill(
         shared = shared // held if position > 0 else -(-shared // held)
         if account.cross:
             gain = closed * price * ONE - shared if position > 0 else shared - closed * price * ONE
-            account.cover += min(0, gain + closed * loss * ONE - closed * price * guards.taker_fee)
+            fee = 0 if free_of_fee else closed * price * guards.taker_fee
+            account.cover += min(max(0, -account.cover), gain + closed * loss * ONE - fee)
         if closed < held:
             account.backing -= shared - guards.rounding if position > 0 else shared + guards.rounding
             return

@@ -63,7 +63,7 @@ RESTING = frozenset({"LIMIT", "STOP_LIMIT", "TAKE_PROFIT_LIMIT"})
 
 
 class Guarded(msgspec.Struct, frozen=True, array_like=True):
-    """What `engine.book.Account` keeps of a user with terms."""
+    """What `engine.book.Account` keeps of a user with terms, or of one whose cover was told before them."""
 
     user_id: int
     leverage: int
@@ -106,7 +106,6 @@ class Matcher:
         "_due",
         "_fees",
         "_folded",
-        "_guards_anybody",
         "_instrument_number",
         "book",
         "event_seq",
@@ -130,8 +129,8 @@ class Matcher:
         self.event_seq = 0
         # Triggered orders that have not entered yet; empty between commands.
         self._due: deque[Order] = deque()
-        # Whether any user has terms; how many events of this command the accounts know of; what its amendment backs.
-        self._guards_anybody, self._folded, self._amendment_backed = False, 0, -1
+        # How many events of this command the accounts know of; what its amendment backs.
+        self._folded, self._amendment_backed = 0, -1
         self._instrument_number = instrument.number
         # Fee units of maker and taker per tick and lot, and what divides both: fees are exact with integers alone.
         notional_units = Fraction(instrument.tick_size) * Fraction(instrument.lot_size) * FEE_UNITS
@@ -167,7 +166,7 @@ class Matcher:
                         own.asks_backed,
                     )
                     for user_id, own in sorted(self.book.accounts.items(), key=lambda item: item[0])
-                    if own.leverage
+                    if own.leverage or own.cover
                 ],
             )
         )
@@ -191,6 +190,7 @@ class Matcher:
             account = matcher.book.accounts[kept.user_id]
             account.leverage, account.maintenance, account.cross = kept.leverage, kept.maintenance, kept.cross
             account.backing, account.fill_seq, account.cover = int(kept.backing), kept.fill_seq, int(kept.cover)
+            matcher.guards.asked = matcher.guards.asked or account.leverage > 0
         for order in snapshot.resting:
             matcher._rest(order)
         for order in snapshot.waiting:
@@ -215,7 +215,7 @@ class Matcher:
             self._apply_rare(command, events)
         if self._due or self.stops.orders:
             self._trigger(command.at, events)
-        if self._guards_anybody:
+        if self.guards.asked:
             self._fold(events)
         self.event_seq += len(events)
         return events
@@ -262,7 +262,7 @@ class Matcher:
         set_terms(account, terms)
 
     def _count_openings(self, user_id: int) -> None:
-        self._guards_anybody = True
+        self.guards.asked = True
         account = self.book.accounts[user_id]
         openings.begin(account, [*account.orders.values(), *self.stops.users.get(user_id, {}).values()])
 
@@ -288,7 +288,7 @@ class Matcher:
         if order_id in self.book.orders or order_id in self.stops.orders:
             # The same command twice. An event would be about the order that is there, which is in good order.
             return
-        if self._guards_anybody:
+        if self.guards.asked:
             self._fold(events)
             self._admit(new)
         quantity = new.quantity
@@ -457,12 +457,14 @@ class Matcher:
                 account.position -= bought
                 if covers:
                     self._back(taker, bought, new, account, maker_new, covers, events)
-                if open_lots:
-                    maker.remaining = open_lots
-                else:
+                maker.remaining = open_lots
+                if not open_lots:
                     self._maker_filled(level, maker, account, opposite, at, events)
                 if reducing:
                     self._position_changed(maker, open_lots, quantity, user_id, at, events)
+                if guarded and phase and (taker.position < 0 if buys else taker.position > 0):
+                    # It goes on closing: what backs the rest was rounded.
+                    phase = self.guards.lots(taker, new, price, remaining)
             if not remaining:
                 events.append(Filled(at, order_id, user_id))
                 return 0
@@ -603,7 +605,8 @@ class Matcher:
                 account.position += lots_bought
                 if account.leverage:
                     openings.filled(account, lots_bought, reduces=True)
-                    book_fill(self.guards, account, lots_bought, command.price, 0, 0, self.event_seq + len(events) + 1)
+                    seq = self.event_seq + len(events) + 1
+                    book_fill(self.guards, account, lots_bought, command.price, 0, 0, seq, free_of_fee=True)
             events.append(
                 Deleveraged(
                     at=command.at,
