@@ -527,7 +527,7 @@ class Matcher:
             (maker, -bought, maker_new, trade.maker_open_loss),
         ):
             if account.leverage:
-                openings.filled(account, lots, reduces=terms.reduce_only or terms.liquidation)
+                openings.filled(account, lots, reduces=terms.reduce_only)
                 basis = terms.basis or terms.price
                 book_fill(self.guards, account, lots, price, basis, open_loss, seq, terms.loss)
 

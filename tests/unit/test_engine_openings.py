@@ -305,3 +305,16 @@ def test_an_order_that_is_refused_leaves_what_was_backed(side: Side) -> None:
     scene.matcher.apply(SetState(at=AT, state="HALTED"))
     assert ends(scene.send(7, 0)) == [("INSTRUMENT_NOT_TRADING", 7)]
     assert scene.counted == (6, 2)
+
+
+@SIDES
+def test_liquidation_orders_count_as_others_do(side: Side) -> None:
+    # Those of the exchange only reduce, and count for nothing. One that could open is counted in and out.
+    for reduces in (True, False):
+        scene = Scene(side, held=4)
+        scene.send(5, 3)
+        scene.send(2, user=C, side=OPPOSITE[side])
+        events = scene.send(4, liquidation=True, reduce_only=reduces, time_in_force="IOC")
+        assert (traded(events), ends(events)) == (2, [("IOC", 2)])
+        assert scene.counted == (5, 3 if not reduces else 1)
+        scene.reload()
