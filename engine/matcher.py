@@ -335,7 +335,7 @@ class Matcher:
         best = opposite.best
         crosses = best is not None and (best.price <= price if buys else best.price >= price)
         guarded = book.accounts[new.user_id].leverage
-        if guarded:
+        if self.guards.asked:
             self._fold(events)
         if guarded or new.post_only or new.reduce_only:
             refusal = self._entry_refusal(new, quantity, at, refused, crosses=crosses)

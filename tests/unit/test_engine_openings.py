@@ -318,3 +318,17 @@ def test_liquidation_orders_count_as_others_do(side: Side) -> None:
         assert (traded(events), ends(events)) == (2, [("IOC", 2)])
         assert scene.counted == (5, 3 if not reduces else 1)
         scene.reload()
+
+
+@SIDES
+def test_fill_or_kill_knows_what_has_ended_before_it_in_the_same_command(side: Side) -> None:
+    # A stop of B meets A's order, which is beyond its guard. Then a fill-or-kill stop of C meets A's next.
+    scene, away = Scene(side), OPPOSITE[side]
+    scene.send(5, -200, backed=0)
+    scene.send(3, 5, backed=3)
+    stop = MARK - 3 if away == "SELL" else MARK + 3
+    terms: dict[str, Any] = {"side": away, "type": "STOP_LIMIT", "stop_price": stop}
+    scene.send(1, 4, user=B, time_in_force="IOC", **terms)
+    scene.send(3, 5, user=C, time_in_force="FOK", **terms)
+    events = scene.matcher.apply(MarkPrice(at=AT, price=stop))
+    assert (traded(events), scene.turned) == (3, 3)
