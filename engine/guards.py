@@ -11,7 +11,8 @@ mark is not below maintenance. With m = mark, i = initial and u = maintenance ma
     SELL: price >= m - loss - slack    slack = m * (i - u) / (1 + i)    margin = min(price + open loss, basis) * i
                                                                                  + open loss
 
-Nothing opens on the side of an isolated position that is below its maintenance margin already: it is the liquidation's.
+Nothing opens on the side of a position that is below its maintenance margin already (a cross one: with what covers it):
+it is the liquidation's.
 
 The open loss is put behind the position, as far as it is held, when it is more than half of the slack: nobody shall be
 liquidated by the next tick.

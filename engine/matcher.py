@@ -462,8 +462,8 @@ class Matcher:
                     self._maker_filled(level, maker, account, opposite, at, events)
                 if reducing:
                     self._position_changed(maker, open_lots, quantity, user_id, at, events)
-                if guarded and phase and (taker.position < 0 if buys else taker.position > 0):
-                    # It goes on closing: what backs the rest was rounded.
+                if guarded and phase:
+                    # What backs the rest was rounded, and what has become due does not grow.
                     phase = self.guards.lots(taker, new, price, remaining)
             if not remaining:
                 events.append(Filled(at, order_id, user_id))

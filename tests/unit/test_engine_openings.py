@@ -15,6 +15,7 @@ from domain.matching import (
     Expired,
     MarkPrice,
     Rejected,
+    SetCover,
     SetState,
     SetTerms,
     Side,
@@ -332,3 +333,15 @@ def test_fill_or_kill_knows_what_has_ended_before_it_in_the_same_command(side: S
     scene.send(3, 5, user=C, time_in_force="FOK", **terms)
     events = scene.matcher.apply(MarkPrice(at=AT, price=stop))
     assert (traded(events), scene.turned) == (3, 3)
+
+
+@SIDES
+def test_what_a_fill_makes_due_does_not_grow_at_the_same_price(side: Side) -> None:
+    # The account lacks more than the first lots bring.
+    scene = Scene(side)
+    scene.set_terms(cross=True)
+    scene.matcher.apply(SetCover(at=AT, user_id=A, cover=-500 * ONE, after_seq=0))
+    for lots in (3, 7):
+        scene.send(lots, user=C, side=OPPOSITE[side])
+    events = scene.send(10, time_in_force="IOC")
+    assert (traded(events), ends(events)) == (3, [("MARGIN_AT_MARK", 7)])
