@@ -133,8 +133,21 @@ class Guards:
             price_then = price + 1 if buys else price - 1
             worst.append((price_then, self.worst_price(account, new, closes=True)))
         if quantity > closing or not new.reduce_only:
+            if not self._may_open_more(account, new, price):
+                return False
             worst.append((price, self.worst_price(account, new, closes=False)))
         return all(at <= limit if buys else at >= limit for at, limit in worst)
+
+    def _may_open_more(self, account: Account, new: New, price: int) -> bool:
+        """Whether a position that has grown by an order at `price` can grow again: each lot is above its maintenance
+        margin by itself, and the account of one that has none yet does not lack anything."""
+        if account.cross and not account.position and account.cover < 0:
+            return False
+        buys, basis = new.side == "BUY", new.basis or new.price
+        backing = _opened(self, account, price, basis, self.open_loss(account, new, price), buys=buys)
+        if buys:
+            return self.mark * ONE - backing >= self.mark * account.maintenance
+        return backing - self.ceiling * ONE >= self.ceiling * account.maintenance
 
     def _bankruptcy_price(self, account: Account) -> int:
         held = abs(account.position)
@@ -201,14 +214,18 @@ def book_fill(
             return
         account.backing = 0
         bought = account.position
-    if bought > 0:
-        initial = ONE // account.leverage
-        account.backing += bought * (price * (ONE - initial) - open_loss * ONE)
-    elif bought < 0:
-        initial = ONE // account.leverage
-        # The fee was held at the basis, too.
-        margin = min(price + open_loss, basis) * initial + open_loss * ONE - max(0, price - basis) * guards.taker_fee
-        account.backing -= bought * (price * ONE + margin)
+    if bought:
+        account.backing += abs(bought) * _opened(guards, account, price, basis, open_loss, buys=bought > 0)
+
+
+def _opened(guards: Guards, account: Account, price: int, basis: int, open_loss: int, *, buys: bool) -> int:
+    """What a lot that is opened adds to the `backing` of a position."""
+    initial = ONE // account.leverage
+    if buys:
+        return price * (ONE - initial) - open_loss * ONE
+    # The fee was held at the basis, too.
+    margin = min(price + open_loss, basis) * initial + open_loss * ONE - max(0, price - basis) * guards.taker_fee
+    return price * ONE + margin
 
 
 def move_margin(account: Account, amount: int, after_seq: int) -> None:

@@ -345,3 +345,38 @@ def test_what_a_fill_makes_due_does_not_grow_at_the_same_price(side: Side) -> No
         scene.send(lots, user=C, side=OPPOSITE[side])
     events = scene.send(10, time_in_force="IOC")
     assert (traded(events), ends(events)) == (3, [("MARGIN_AT_MARK", 7)])
+
+
+@SIDES
+def test_fill_or_kill_does_not_begin_in_an_account_that_lacks_something(side: Side) -> None:
+    for lacks, filled in ((1, 0), (0, 10)):
+        scene = Scene(side)
+        scene.set_terms(cross=True)
+        scene.matcher.apply(SetCover(at=AT, user_id=A, cover=-lacks, after_seq=0))
+        for lots in (3, 7):
+            scene.send(lots, user=C, side=OPPOSITE[side])
+        assert traded(scene.send(10, time_in_force="FOK")) == filled
+
+
+@SIDES
+def test_fill_or_kill_counts_on_nothing_of_a_maker_that_a_guard_may_stop(side: Side) -> None:
+    # The first order is beyond its guard. Had it closed something, there would be less for the second to reduce.
+    scene = Scene(side, held=4)
+    scene.send(6, -200, backed=6)
+    scene.send(4, 0, reduce_only=True)
+    scene.send(4, 0, user=C)
+    taker: dict[str, Any] = {"user": B, "side": OPPOSITE[side], "time_in_force": "FOK"}
+    assert traded(scene.send(5, 0, **taker)) == 0
+    assert traded(scene.send(4, 0, **taker)) == 4
+
+
+@SIDES
+def test_fill_or_kill_does_not_count_on_makers_that_are_due_after_one_fill(side: Side) -> None:
+    # Margin of 10 % and maintenance of 20 %: every lot is due at once.
+    for maintenance, filled in ((200_000, 0), (100_000, 6)):
+        scene = Scene(side)
+        scene.set_terms(maintenance=maintenance)
+        scene.send(3)
+        scene.send(3)
+        events = scene.send(6, user=B, side=OPPOSITE[side], time_in_force="FOK")
+        assert traded(events) == filled
