@@ -46,6 +46,8 @@ def assert_same_guards(matcher: Matcher, reference: ReferenceMatcher) -> None:
         assert (account.leverage, account.cross, account.fill_seq) == (holder.leverage, holder.cross, holder.filled_seq)
         assert money == holder.money * MILLION
         assert account.cover == holder.cover * MILLION
+        if account.leverage:
+            assert {"BUY": account.bids_backed, "SELL": account.asks_backed} == holder.backed
 
 
 def assert_sound(matcher: Matcher) -> None:

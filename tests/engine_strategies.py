@@ -72,6 +72,8 @@ BASES = st.sampled_from([0, 0, 99, 101, 104])
 LOSSES = st.sampled_from([0, 0, 1, 2, 5])
 # Millionths of a tick times a lot: of no position, of one lot, of some, and a little beside whole ticks.
 MONEY = st.builds(lambda ticks, beside: ticks * MILLION + beside, st.integers(-60, 60), st.sampled_from([0, 0, 1, -1]))
+# Of up to twelve lots: all, none, some.
+BACKED = st.sampled_from([-1, -1, 0, 2, 5, 12])
 AFTER_SEQS = st.sampled_from([0, 5, 20, 10**6])
 GUARDED_ORDERS = st.builds(
     New,
@@ -88,6 +90,7 @@ GUARDED_ORDERS = st.builds(
     stop_price=st.integers(98, 102),
     basis=BASES,
     loss=LOSSES,
+    backed=BACKED,
 )
 PROTECTED_ORDERS = st.builds(
     New,
@@ -104,6 +107,7 @@ PROTECTED_ORDERS = st.builds(
     stop_price=st.integers(98, 102),
     basis=BASES,
     protection=st.sampled_from([0, 1, 12_345, 50_000]),
+    backed=BACKED,
 )
 GUARDS = st.one_of(
     st.builds(
@@ -139,6 +143,7 @@ GUARDS = st.one_of(
         quantity=st.none() | st.integers(1, 12),
         basis=BASES,
         loss=LOSSES,
+        backed=BACKED,
     ),
     st.builds(CancelReplace, at=TIMES, cancel_order_id=ORDER_IDS, order=GUARDED_ORDERS),
 )

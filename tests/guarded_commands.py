@@ -59,7 +59,7 @@ def guarded_order(dice: random.Random, at: int, order_id: int) -> New:
     side: Side = dice.choice(("BUY", "SELL"))
     stops = dice.random() < 0.2
     order_type = dice.choice(STOP_TYPES) if stops else dice.choice(("LIMIT", "LIMIT", "LIMIT", "LIMIT", "MARKET"))
-    price, has_limit = price_near(dice), "LIMIT" in order_type
+    price, has_limit, quantity = price_near(dice), "LIMIT" in order_type, dice.randint(1, 20)
     return New(
         at=at,
         order_id=order_id,
@@ -68,7 +68,7 @@ def guarded_order(dice: random.Random, at: int, order_id: int) -> New:
         type=order_type,
         time_in_force=dice.choice(("GTC",) * 5 + ("IOC", "FOK", "FOK")),
         price=price,
-        quantity=dice.randint(1, 20),
+        quantity=quantity,
         stp_mode=dice.choice(("EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH")),
         liquidation=dice.random() < 0.05,
         post_only=has_limit and dice.random() < 0.05,
@@ -78,6 +78,7 @@ def guarded_order(dice: random.Random, at: int, order_id: int) -> New:
         basis=basis_near(dice, price),
         loss=_loss(dice) if has_limit else 0,
         protection=dice.choice((0, 3_333, 20_000, 50_000)) if stops and not has_limit else 0,
+        backed=backed_of(dice, quantity),
     )
 
 
@@ -122,7 +123,7 @@ def _change(dice: random.Random, at: int, number: int) -> AnyCommand:
         return CancelReplace(at=at, cancel_order_id=recent, order=guarded_order(dice, at, number))
     price, quantity = dice.choice((None, price_near(dice))), dice.choice((None, dice.randint(1, 20)))
     amend = partial(Amend, at=at, order_id=recent, user_id=user_id, price=price, quantity=quantity, amendment_id=number)
-    return amend(basis=basis_near(dice, price or PRICE), loss=_loss(dice))
+    return amend(basis=basis_near(dice, price or PRICE), loss=_loss(dice), backed=backed_of(dice, quantity or 5))
 
 
 def _circumstance(dice: random.Random, at: int) -> AnyCommand:
@@ -151,6 +152,11 @@ def price_near(dice: random.Random) -> int:
 def basis_near(dice: random.Random, price: int) -> int:
     """The price at which initial margin is held: none of its own, the order's, or one that binds."""
     return dice.choice((0, 0, price, price + dice.randint(-4, 20)))
+
+
+def backed_of(dice: random.Random, quantity: int) -> int:
+    """For how many lots there is initial margin: all, as most often and left out, none, a part, or all, in a number."""
+    return dice.choice((-1, -1, -1, 0, dice.randint(0, quantity), quantity))
 
 
 def _loss(dice: random.Random) -> int:

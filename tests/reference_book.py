@@ -33,7 +33,9 @@ from domain.matching import (
     Triggered,
     WorkingType,
 )
+from tests.reference_fillable import would_fill
 from tests.reference_guards import ReferenceGuards
+from tests.reference_openings import ReferenceOpenings
 from tests.reference_orders import Live, amended, is_rising, is_sensible, trade, trade_id
 
 
@@ -45,7 +47,10 @@ class ReferenceMatcher:
         self.resting: list[Live] = []
         self.waiting: list[Live] = []
         self.due: list[Live] = []
+        # The order that enters just now, which stands nowhere else.
+        self.entering: list[Live] = []
         self.guards = ReferenceGuards(instrument)
+        self.openings = ReferenceOpenings(self.guards)
         self.last_price = 0
         self.state = "TRADING"
         self.event_seq = 0
@@ -75,13 +80,16 @@ class ReferenceMatcher:
                     self.guards.hear_mark(command)
                     self._reached("MARK")
             case SetTerms():
+                is_new = not self.guards.holders[command.user_id].leverage
                 self.guards.set_terms(command)
+                if is_new:
+                    self.openings.begin(command.user_id, self.open())
             case SetCover():
                 self.guards.set_cover(command)
             case MoveMargin():
                 self.guards.move_margin(command)
         while self.due:
-            order = self.due.pop(0)
+            order = self.due[0]
             self.events.append(Triggered(at=self.at, **order.terms))
             self._protect(order)
             self._enter(order, triggered=True)
@@ -108,20 +116,29 @@ class ReferenceMatcher:
     def _live(self, order_id: int) -> list[Live]:
         return [order for order in self.resting + self.waiting if order.new.order_id == order_id]
 
+    def open(self) -> list[Live]:
+        """Every order that has not ended."""
+        return self.resting + self.waiting + self.due + self.entering
+
     def _end(self, kind: type[Cancelled | Expired | Rejected], order: Live, reason: str) -> None:
         self.events.append(kind(at=self.at, **order.terms, **order.held, reason=reason))
+        self._put(order)
+        self.openings.fit(self.open())
 
-    def _leave(self, order: Live) -> None:
-        # By identity: equal orders are not the same order.
-        self.resting = [other for other in self.resting if other is not order]
-        self.waiting = [other for other in self.waiting if other is not order]
+    def _put(self, order: Live, where: list[Live] | None = None) -> None:
+        """Let an order stand there only, or nowhere."""
+        for orders in (self.resting, self.waiting, self.due, self.entering):
+            # By identity: equal orders are not the same order.
+            orders[:] = [other for other in orders if other is not order]
+        if where is not None:
+            where.append(order)
 
     # Commands
 
     def _new(self, new: New) -> None:
         if self._live(new.order_id):
             return
-        order = Live(new, new.price, new.quantity)
+        order = self._admitted(new)
         if self.state != "TRADING":
             self._end(Rejected, order, "INSTRUMENT_NOT_TRADING")
         elif not is_sensible(new):
@@ -129,18 +146,23 @@ class ReferenceMatcher:
         elif new.type in ("LIMIT", "MARKET"):
             self._enter(order)
         elif self._is_reached(order, new.working_type):
-            self.due.append(order)
+            self._put(order, self.due)
         else:
-            self.waiting.append(order)
+            self._put(order, self.waiting)
             placed = StopPlaced(at=self.at, **order.terms, stop_price=new.stop_price, working_type=new.working_type)
             self.events.append(placed)
+
+    def _admitted(self, new: New) -> Live:
+        order = Live(new, new.price, new.quantity)
+        self._put(order, self.entering)
+        self.openings.back(order, order.remaining, new.backed, self.open())
+        return order
 
     def _cancel(self, command: Cancel | CancelAll) -> None:
         for order in self.resting + self.waiting:
             is_meant = isinstance(command, CancelAll) or order.new.order_id == command.order_id
             if is_meant and order.new.user_id == command.user_id:
                 self._end(Cancelled, order, command.reason)
-                self._leave(order)
 
     def _cancel_replace(self, command: CancelReplace) -> None:
         new = command.order
@@ -148,11 +170,10 @@ class ReferenceMatcher:
             return
         old = [order for order in self._live(command.cancel_order_id) if order.new.user_id == new.user_id]
         if not old:
-            self._end(Rejected, Live(new, new.price, new.quantity), "REPLACED_ORDER_NOT_FOUND")
+            self._end(Rejected, self._admitted(new), "REPLACED_ORDER_NOT_FOUND")
         else:
             if self.state == "TRADING" and is_sensible(new):
                 self._end(Cancelled, old[0], "REPLACED")
-                self._leave(old[0])
             self._new(new)
 
     def _deleverage(self, command: Deleverage) -> None:
@@ -168,6 +189,7 @@ class ReferenceMatcher:
                 seq = self.event_seq + len(self.events) + 1
                 self.guards.fill(command.user_id, sign * lots, command.price, seq)
                 self.guards.fill(giver, -sign * lots, command.price, seq)
+                self.openings.fit(self.open())
                 self.events.append(
                     Deleveraged(
                         at=self.at,
@@ -179,8 +201,8 @@ class ReferenceMatcher:
                         counterparty_user_id=giver,
                     )
                 )
-                self._position_changed(giver)
-                self._position_changed(command.user_id)
+                self.position_changed(giver)
+                self.position_changed(command.user_id)
 
     def _amend(self, command: Amend) -> None:
         who = {"order_id": command.order_id, "user_id": command.user_id, "amendment_id": command.amendment_id}
@@ -210,15 +232,15 @@ class ReferenceMatcher:
     def _amend_to(self, order: Live, price: int, quantity: int, command: Amend) -> None:
         rests = any(other is order for other in self.resting)
         if rests and order.new.reduce_only:
-            others = sum(other.remaining for other in self._reducing(order.new.user_id)) - order.remaining
+            others = sum(other.remaining for other in self.reducing(order.new.user_id)) - order.remaining
             quantity = min(quantity, self._reducible(order) - others)
         keeps_place = rests and price == order.price and quantity <= order.remaining
         old = copy.copy(order)
-        order.new = replace(order.new, basis=command.basis, loss=command.loss)
+        order.new = replace(order.new, price=price, basis=command.basis, loss=command.loss)
         order.price, order.remaining = price, quantity
         self.events.append(amended(self.at, order, old, rests, keeps_place, "USER_REQUEST", command.amendment_id))
+        self.openings.back(order, order.remaining - old.remaining, command.backed, self.open())
         if rests and not keeps_place:
-            self._leave(order)
             self._enter(order, triggered=True)
 
     # Triggers
@@ -235,8 +257,7 @@ class ReferenceMatcher:
         rising = sorted((o for o in reached if is_rising(o.new)), key=lambda order: order.new.stop_price)
         falling = sorted((o for o in reached if not is_rising(o.new)), key=lambda order: -order.new.stop_price)
         for order in rising + falling:
-            self._leave(order)
-            self.due.append(order)
+            self._put(order, self.due)
 
     def _protect(self, order: Live) -> None:
         """A triggered order without a limit is bound by the mark of now; initial margin stays held where it was."""
@@ -247,6 +268,7 @@ class ReferenceMatcher:
     # Entry
 
     def _enter(self, order: Live, triggered: bool = False) -> None:
+        self._put(order, self.entering)
         new, refused = order.new, Expired if triggered else Rejected
         opposite: Side = "SELL" if new.side == "BUY" else "BUY"
         if new.post_only and self._would_cross(new.side, order.price):
@@ -261,12 +283,13 @@ class ReferenceMatcher:
             # Part of it would open.
             self._end(refused, order, "MARK_PRICE_UNAVAILABLE")
             return
-        if new.time_in_force == "FOK" and not self._would_fill(order):
+        if new.time_in_force == "FOK" and not would_fill(self, order):
             self._end(Expired, order, "FOK_NOT_FILLABLE")
             return
         first = len(self.events)
         stopped_by = self._match(order)
         if order.remaining == 0:
+            self._put(order)
             self.events.append(Filled(at=self.at, order_id=new.order_id, user_id=new.user_id))
         elif stopped_by:
             self._end(Expired, order, stopped_by)
@@ -283,36 +306,18 @@ class ReferenceMatcher:
 
     def _rest(self, order: Live) -> None:
         if order.new.reduce_only:
-            room = self._reducible(order) - sum(other.remaining for other in self._reducing(order.new.user_id))
+            room = self._reducible(order) - sum(other.remaining for other in self.reducing(order.new.user_id))
             if room <= 0:
                 self._end(Expired, order, "REDUCE_ONLY")
                 return
             self._cut(order, room, rests=False)
-        self.resting.append(order)
+        self._put(order, self.resting)
         self.events.append(Placed(at=self.at, **order.terms))
 
     def _would_cross(self, side: Side, price: int) -> bool:
         if side == "BUY":
             return any(order.price <= price for order in self.queue("SELL"))
         return any(order.price >= price for order in self.queue("BUY"))
-
-    def _would_fill(self, order: Live) -> bool:
-        """A fill-or-kill order is filled if an immediate-or-cancel order in its place would be, in full, and surely so:
-        guards that may stop it on the way, its own or a maker's, count as if they did."""
-        trial, taker = copy.deepcopy((self, order))
-        for maker in trial.queue("SELL" if order.new.side == "BUY" else "BUY"):
-            away = maker.price - order.price if order.new.side == "BUY" else order.price - maker.price
-            if away > 0 or not taker.remaining:
-                break
-            if not order.new.liquidation and not self.guards.is_sure(order.new, maker.price):
-                return False
-            if maker.new.user_id == order.new.user_id:
-                if order.new.stp_mode != "EXPIRE_MAKER":
-                    return False
-            elif any(other is maker for other in trial.resting) and self.guards.is_sure(maker.new, maker.price):
-                trial._trade(taker, maker, min(taker.remaining, maker.remaining))
-                trial._position_changed(maker.new.user_id)
-        return taker.remaining == 0
 
     # Matching
 
@@ -330,21 +335,19 @@ class ReferenceMatcher:
             if maker.new.user_id != user_id:
                 lots = guards.lots(maker.new, maker.price, min(lots, maker.remaining))
                 if lots:
-                    self._trade(taker, maker, lots)
-                    self._position_changed(maker.new.user_id)
-                    self._position_changed(user_id)
+                    self.trade(taker, maker, lots)
+                    self.position_changed(maker.new.user_id)
+                    self.position_changed(user_id)
                 else:
                     self._end(Cancelled, maker, "MARGIN_AT_MARK")
-                    self._leave(maker)
                 continue
             if taker.new.stp_mode in ("EXPIRE_MAKER", "EXPIRE_BOTH"):
                 self._end(Expired, maker, "SELF_TRADE")
-                self._leave(maker)
             if taker.new.stp_mode in ("EXPIRE_TAKER", "EXPIRE_BOTH"):
                 return "SELF_TRADE"
         return ""
 
-    def _trade(self, taker: Live, maker: Live, quantity: int) -> None:
+    def trade(self, taker: Live, maker: Live, quantity: int) -> None:
         told = self._guards_told(taker, maker, quantity)
         seq = self.event_seq + len(self.events) + 1
         for order in (taker, maker):
@@ -353,9 +356,10 @@ class ReferenceMatcher:
             bought = quantity if order.new.side == "BUY" else -quantity
             open_loss = told.get("taker_open_loss" if order is taker else "maker_open_loss", 0)
             self.guards.fill(order.new.user_id, bought, maker.price, seq, order, open_loss)
+        self.openings.fit(self.open())
         self.events.append(trade(self.at, seq, self.instrument, taker, maker, quantity, told))
         if maker.remaining == 0:
-            self._leave(maker)
+            self._put(maker)
             self.events.append(Filled(at=self.at, order_id=maker.new.order_id, user_id=maker.new.user_id))
 
     def _guards_told(self, taker: Live, maker: Live, quantity: int) -> dict[str, int]:
@@ -371,19 +375,18 @@ class ReferenceMatcher:
 
     # Reduce-only
 
-    def _reducing(self, user_id: int) -> list[Live]:
+    def reducing(self, user_id: int) -> list[Live]:
         return [order for order in self.resting if order.new.reduce_only and order.new.user_id == user_id]
 
     def _reducible(self, order: Live) -> int:
         return self.guards.holders[order.new.user_id].can_close(order.new.side)
 
-    def _position_changed(self, user_id: int) -> None:
+    def position_changed(self, user_id: int) -> None:
         """The newest give way until the rest fits the position."""
-        for order in reversed(self._reducing(user_id)):
-            excess = sum(other.remaining for other in self._reducing(user_id)) - self._reducible(order)
+        for order in reversed(self.reducing(user_id)):
+            excess = sum(other.remaining for other in self.reducing(user_id)) - self._reducible(order)
             if excess >= order.remaining:
                 self._end(Expired, order, "REDUCE_ONLY")
-                self._leave(order)
             elif excess > 0:
                 self._cut(order, order.remaining - excess, rests=True)
 

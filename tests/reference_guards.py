@@ -8,7 +8,7 @@ Roundings are part of the rules where a comment says so, each against the user.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil, floor
 
@@ -34,7 +34,7 @@ def rounded_up(number: Fraction) -> Fraction:
 @dataclass
 class Holder:
     """A user's position, and with terms (`leverage` above 0) what guards its fills. `filled_seq` is the event of the
-    last fill on terms."""
+    last fill on terms; `backed` is how many lots of orders on a side may open (`tests.reference_openings`)."""
 
     position: int = 0
     leverage: int = 0
@@ -43,6 +43,7 @@ class Holder:
     money: Fraction = ZERO
     cover: Fraction = ZERO
     filled_seq: int = 0
+    backed: dict[Side, int] = field(default_factory=lambda: {"BUY": 0, "SELL": 0})
 
     @property
     def initial(self) -> Fraction:
@@ -113,8 +114,8 @@ class ReferenceGuards:
     # What may trade
 
     def lots(self, new: New, price: int, quantity: int) -> int:
-        """How many of `quantity` lots an order may trade at `price`. It closes first, then it opens; what opens cannot
-        come before what closes."""
+        """How many of `quantity` lots an order may trade at `price`. It closes first, then it opens as much as is
+        backed; what opens cannot come before what closes."""
         holder = self.holders[new.user_id]
         if not holder.leverage:
             return quantity
@@ -123,7 +124,7 @@ class ReferenceGuards:
             return 0
         if quantity > closing and not self._may_open(holder, new, price):
             return closing
-        return quantity
+        return min(quantity, closing + holder.backed[new.side])
 
     def is_sure(self, new: New, price: int) -> bool:
         """Whether the guard of an order will allow `price`, whatever else its user's orders do before: fill-or-kill
@@ -136,7 +137,17 @@ class ReferenceGuards:
             worse = price + 1 if new.side == "BUY" else price - 1
             if not self._may_close(holder, new, worse):
                 return False
-        return new.reduce_only or self._may_open(holder, new, price)
+        return new.reduce_only or (self._may_open(holder, new, price) and self._may_open_more(holder, new, price))
+
+    def _may_open_more(self, holder: Holder, new: New, price: int) -> bool:
+        """Whether a position that grows by an order at `price` can grow again: each lot is above its maintenance margin
+        by itself, and so is, to begin with, the account."""
+        if holder.cross and not holder.position and holder.cover < 0:
+            return False
+        buys = new.side == "BUY"
+        mark = self.low if buys else self.high
+        worth = self._brought(holder, new, price, self._open_loss(holder, new, price)) + (mark if buys else -mark)
+        return worth >= mark * holder.maintenance
 
     def open_loss(self, new: New, price: int, quantity: int) -> int:
         """The open loss per lot that goes behind what a fill opens: by how much it is worse than the mark, if that is
@@ -144,6 +155,9 @@ class ReferenceGuards:
         holder = self.holders[new.user_id]
         if not holder.leverage or quantity <= holder.can_close(new.side):
             return 0
+        return self._open_loss(holder, new, price)
+
+    def _open_loss(self, holder: Holder, new: New, price: int) -> int:
         worse = self._worse_than_mark(new.side, price)
         return min(new.loss, worse) if worse > self._slack(holder, new.side) / 2 else 0
 
@@ -161,12 +175,28 @@ class ReferenceGuards:
         return self.low * beyond / (1 if side == "BUY" else 1 + holder.initial)
 
     def _may_open(self, holder: Holder, new: New, price: int) -> bool:
-        if not self.low:
+        if not self.low or self._is_due(holder, new.side):
             return False
-        if new.side == "BUY" and new.basis and price > new.basis:
-            # Its initial margin is held at that price only.
+        if self._worse_than_mark(new.side, price) > new.loss + self._slack(holder, new.side):
             return False
-        return self._worse_than_mark(new.side, price) <= new.loss + self._slack(holder, new.side)
+        basis = new.basis or new.price
+        if new.side == "BUY":
+            # Its initial margin is held at its basis only.
+            return not new.basis or price <= basis
+        # A sale as well, however far the mark is above that. The fee of what is above it is paid out of the margin.
+        held = basis * holder.initial - max(0, self.high - basis) * self.taker_fee
+        return price + held + new.loss >= self.high * (1 + holder.maintenance)
+
+    def _worth(self, holder: Holder) -> Fraction:
+        """What a position is worth at the mark, which is rounded against the user: a long has the lower one."""
+        return holder.position * (self.low if holder.position > 0 else self.high) + holder.money
+
+    def _is_due(self, holder: Holder, side: Side) -> bool:
+        """Whether the position an order on `side` would add to is below its maintenance margin, all that is behind it
+        considered: to such a one nothing is added."""
+        size = holder.position if side == "BUY" else -holder.position
+        worth = self._worth(holder) + (holder.cover if holder.cross else 0)
+        return size > 0 and worth < size * (self.low if side == "BUY" else self.high) * holder.maintenance
 
     def _may_close(self, holder: Holder, new: New, price: int) -> bool:
         size = abs(holder.position)
@@ -175,10 +205,9 @@ class ReferenceGuards:
             return holder.position * price + holder.money >= self.taker_fee * size * price
         if not self.low:
             return False
-        # Rounded against the user: a long is worth the lower mark; the fee is a whole tick more than its whole ticks.
-        worth = holder.position * (self.low if holder.position > 0 else self.high) + holder.money
+        # Rounded against the user: the fee is a whole tick more than its whole ticks.
         fee = floor(self.high * self.taker_fee) + 1
-        spare = (worth + holder.cover) / size - fee
+        spare = (self._worth(holder) + holder.cover) / size - fee
         if spare >= 0:
             # As much worse than the mark as the maintenance margin, if there is that, and by what the order holds.
             spare = min(spare, max(ZERO, self.low * holder.maintenance - fee)) + new.loss
@@ -204,10 +233,19 @@ class ReferenceGuards:
         opened = size - closed
         if opened:
             assert order is not None, "Expected an order where a position grows"
-            # Who sells has initial margin for the mark, as far as it is held; without a basis at the order's own price.
-            at = price if bought > 0 else min(price + open_loss, order.new.basis or order.price)
-            paid = price if bought > 0 else -price
-            holder.money += opened * (at * holder.initial + open_loss - paid)
+            holder.money += opened * self._brought(holder, order.new, price, open_loss)
+            if not order.new.reduce_only:
+                holder.backed[order.new.side] -= opened
+
+    def _brought(self, holder: Holder, new: New, price: int, open_loss: int) -> Fraction:
+        """What a lot that opens brings with it: its margin, less the price if it was bought, or with it."""
+        if new.side == "BUY":
+            return price * holder.initial + open_loss - price
+        # Who sells has initial margin for the mark, as far as it is held; without a basis at the order's own price. The
+        # fee was held there, too: what is above it is paid out of the margin.
+        basis = new.basis or new.price
+        fee = max(0, price - basis) * self.taker_fee
+        return min(price + open_loss, basis) * holder.initial + open_loss - fee + price
 
     def _close(self, holder: Holder, before: int, closed: int, price: int, order: Live | None) -> None:
         """Take the share of `closed` lots out of the money of `before` lots. What stays is rounded down, so the share

@@ -8,6 +8,7 @@ from hypothesis.stateful import rule
 
 from domain.instruments import SHIPPED
 from domain.matching import AnyCommand, AnyEvent, Cancelled, CancelReplace, Expired, New, Rejected, Trade, encode
+from engine.book import Account
 from engine.matcher import Matcher
 from tests.engine_agreement import Agreement, assert_same_book, assert_sound
 from tests.engine_strategies import GUARDED_COMMANDS
@@ -44,12 +45,14 @@ def test_the_engine_and_the_reference_book_agree_where_fills_are_guarded(seed: i
 def test_guarded_logs_have_every_kind_of_event_about_guards() -> None:
     ended: set[tuple[str, str]] = set()
     trades: set[str] = set()
+    backed: set[str] = set()
     for seed in range(40):
         matcher = Matcher(SHIPPED[0])
         for command in guarded_commands(400, seed):
             accounts = matcher.book.accounts
             crosses = {user_id: account.cross for user_id, account in accounts.items() if account.leverage}
             lots = {user_id: account.position for user_id, account in accounts.items()}
+            backed |= {kind for account in accounts.values() if account.leverage for kind in kinds_of_backing(account)}
             events = matcher.apply(command)
             ended |= {(type(e).__name__, e.reason) for e in events if isinstance(e, Cancelled | Expired | Rejected)}
             for event in events[:2]:
@@ -66,6 +69,20 @@ def test_guarded_logs_have_every_kind_of_event_about_guards() -> None:
     sides = [(whose, mode, way) for whose in ("taker", "maker") for mode in (True, False) for way in ("long", "short")]
     assert trades >= {f"{whose} {mode} {way} {what}" for whose, mode, way in sides for what in ("closes", "flips")}
     assert trades >= {"taker open loss", "maker open loss", "reduce-only", "basis"}
+    assert backed == {f"{side} {what} backed" for side in ("bids", "asks") for what in ("not", "partly", "fully")}
+
+
+def kinds_of_backing(account: Account) -> set[str]:
+    """Of which sides the orders may open, and how much of that."""
+    kinds = set()
+    for side, lots, backed, closing in (
+        ("bids", account.bids, account.bids_backed, -account.position),
+        ("asks", account.asks, account.asks_backed, account.position),
+    ):
+        opening = lots - max(0, closing)
+        if opening > 0:
+            kinds.add(f"{side} {'fully' if backed == opening else 'partly' if backed else 'not'} backed")
+    return kinds
 
 
 def kinds_of(trade: Trade, lots: dict[int, int], crosses: dict[int, bool]) -> set[str]:
