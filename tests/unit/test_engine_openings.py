@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from domain.instruments import SHIPPED
@@ -294,6 +295,16 @@ def test_all_that_is_open_when_a_user_gets_terms_is_backed(side: Side) -> None:
     scene.send(5, 4, backed=0)
     scene.set_terms(maintenance=9_000)
     assert scene.counted == (12, 3)
+
+
+@SIDES
+def test_all_is_backed_in_a_snapshot_of_before(side: Side) -> None:
+    scene = Scene(side, held=4)
+    scene.send(6, 1, backed=0)
+    *others, guarded = msgspec.msgpack.decode(scene.matcher.dump())
+    before = [kept[:-2] for kept in guarded]
+    scene.matcher = Matcher.load(SHIPPED[0], msgspec.msgpack.encode([*others, before]))
+    assert scene.counted == (6, 2)
 
 
 @SIDES
