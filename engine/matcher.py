@@ -190,7 +190,6 @@ class Matcher:
             account = matcher.book.accounts[kept.user_id]
             account.leverage, account.maintenance, account.cross = kept.leverage, kept.maintenance, kept.cross
             account.backing, account.fill_seq, account.cover = int(kept.backing), kept.fill_seq, int(kept.cover)
-            matcher.guards.asked = matcher.guards.asked or account.leverage > 0
         for order in snapshot.resting:
             matcher._rest(order)
         for order in snapshot.waiting:
