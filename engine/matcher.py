@@ -603,7 +603,7 @@ class Matcher:
             for account, lots_bought in ((accounts[user_id], bought), (accounts[counterparty], -bought)):
                 account.position += lots_bought
                 if account.leverage:
-                    openings.filled(account, lots_bought, reduces=True)
+                    # Nothing for `openings`: a position that shrinks takes no backing away.
                     seq = self.event_seq + len(events) + 1
                     book_fill(self.guards, account, lots_bought, command.price, 0, 0, seq, free_of_fee=True)
             events.append(
