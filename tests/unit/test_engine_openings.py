@@ -383,11 +383,11 @@ def test_fill_or_kill_counts_on_nothing_of_a_maker_that_a_guard_may_stop(side: S
 
 @SIDES
 def test_fill_or_kill_does_not_count_on_makers_that_are_due_after_one_fill(side: Side) -> None:
-    # Margin of 10 % and maintenance of 20 %: every lot is due at once.
+    # Margin of 10 % and maintenance of 20 %: every lot is due at once, since at the mark no loss goes behind it.
     for maintenance, filled in ((200_000, 0), (100_000, 6)):
         scene = Scene(side)
         scene.set_terms(maintenance=maintenance)
-        scene.send(3)
-        scene.send(3)
+        scene.send(3, loss=200)
+        scene.send(3, loss=200)
         events = scene.send(6, user=B, side=OPPOSITE[side], time_in_force="FOK")
         assert traded(events) == filled
