@@ -144,3 +144,11 @@ def test_a_mark_is_live_to_the_last_millisecond(closes: Side) -> None:
     for at, end in ((AT + lasts, (Filled, "", 4)), (AT + lasts + 1, (Rejected, "MARK_PRICE_UNAVAILABLE", 0))):
         order = new(300, closes, 1000, 4, user_id=USER, at=at)
         assert end_of(run([terms, MarkPrice(at=AT, price=1000), *waiting(closes, (0, 4)), order])) == end
+
+
+@WAYS
+def test_fill_or_kill_counts_on_every_reduce_only_order_that_fits_the_position(closes: Side) -> None:
+    account = opened(closes, 8, bankruptcy=worse(closes, 10) * ONE, cross=False)
+    reducing = [new(n, closes, 1000, 4, user_id=USER, reduce_only=True) for n in (200, 201)]
+    order = new(300, OPPOSITE[closes], 1000, 8, time_in_force="FOK")
+    assert end_of(run([*account, *reducing, order])) == (Filled, "", 8)
