@@ -60,6 +60,8 @@ def _fillable_by_orders(
     guards: Guards,
 ) -> bool:
     trials = dict[int, _Trial]()
+    # Makers of whom a guard may stop an order: what their later ones could do is open.
+    unsure = set[int]()
     own = book.accounts[taker.user_id]
     asked = wanted
     for level in opposite:
@@ -75,10 +77,12 @@ def _fillable_by_orders(
                 continue
             account = book.accounts[user_id]
             reducers = reductions.users.get(user_id)
-            if account.leverage and not (
-                guards.covers_all(account, maker.new, level.price, maker.remaining)
-                and (maker.new.reduce_only or fully_backed(account, opposite.name, may_shrink=reducers is not None))
+            if account.leverage and (
+                user_id in unsure
+                or not guards.covers_all(account, maker.new, level.price, maker.remaining)
+                or not (maker.new.reduce_only or fully_backed(account, opposite.name, may_shrink=reducers is not None))
             ):
+                unsure.add(user_id)
                 continue
             lots = maker.remaining
             if reducers is not None and reducers.side == opposite.name:

@@ -11,7 +11,8 @@ mark is not below maintenance. With m = mark, i = initial and u = maintenance ma
     SELL: price >= m - loss - slack    slack = m * (i - u) / (1 + i)    margin = min(price + open loss, basis) * i
                                                                                  + open loss
 
-Nothing opens on the side of an isolated position that is below its maintenance margin already: it is the liquidation's.
+Nothing opens on the side of a position that is below its maintenance margin already (a cross one: with what covers it):
+it is the liquidation's.
 
 The open loss is put behind the position, as far as it is held, when it is more than half of the slack: nobody shall be
 liquidated by the next tick.
@@ -132,8 +133,32 @@ class Guards:
             price_then = price + 1 if buys else price - 1
             worst.append((price_then, self.worst_price(account, new, closes=True)))
         if quantity > closing or not new.reduce_only:
+            if not self._may_open_more(account, new, price):
+                return False
             worst.append((price, self.worst_price(account, new, closes=False)))
         return all(at <= limit if buys else at >= limit for at, limit in worst)
+
+    def _may_open_more(self, account: Account, new: New, price: int) -> bool:
+        """Whether a position that has grown by an order at `price` can grow again: each lot is above its maintenance
+        margin by itself, and a cross account with all that its orders may open."""
+        if account.cross and not self._may_open_all(account, new.side, price):
+            return False
+        buys, basis = new.side == "BUY", new.basis or new.price
+        backing = _opened(self, account, price, basis, self.open_loss(account, new, price), buys=buys)
+        if buys:
+            return self.mark * ONE - backing >= self.mark * account.maintenance
+        return backing - self.ceiling * ONE >= self.ceiling * account.maintenance
+
+    def _may_open_all(self, account: Account, side: Side, price: int) -> bool:
+        """Whether a cross account is not due after opening all that its orders of a side may open, at `price`. Where
+        they would turn its position round nobody knows that."""
+        lots, buys = backed(account, side), side == "BUY"
+        held, mark = (account.position, self.mark) if buys else (-account.position, self.ceiling)
+        if held < 0:
+            return not lots
+        gap = max(0, price - self.mark if buys else self.ceiling - price)
+        left = _equity(account, self.mark, self.ceiling) + account.cover - lots * (gap * ONE + price * self.taker_fee)
+        return left >= (held + lots) * mark * account.maintenance
 
     def _bankruptcy_price(self, account: Account) -> int:
         held = abs(account.position)
@@ -181,9 +206,9 @@ def book_fill(
     """Fold a fill of `bought` lots (below 0: sold) into what backs the position, which has it already.
 
     `loss` is what the order held per lot (`New.loss`); a cross account pays with it, and with the rest it has, what
-    closing costs beyond the margin of what is closed, and the fee, if there is one. What is gained makes good what the
-    account lacks (a cover below 0), so that it makes no difference in how many fills a position is closed; more is
-    believed in when it is told.
+    closing costs beyond the margin of what is closed, and the fee, if there is one. Opening takes its margin and fee
+    out of the cover, where they were counted. What is gained makes good what the account lacks (a cover below 0), so
+    that it makes no difference in how many fills a position is closed; more is believed in when it is told.
     """
     position = account.position - bought
     account.fill_seq = seq
@@ -200,14 +225,26 @@ def book_fill(
             return
         account.backing = 0
         bought = account.position
-    if bought > 0:
-        initial = ONE // account.leverage
-        account.backing += bought * (price * (ONE - initial) - open_loss * ONE)
-    elif bought < 0:
-        initial = ONE // account.leverage
-        # The fee was held at the basis, too.
-        margin = min(price + open_loss, basis) * initial + open_loss * ONE - max(0, price - basis) * guards.taker_fee
-        account.backing -= bought * (price * ONE + margin)
+    if bought:
+        account.backing += abs(bought) * _opened(guards, account, price, basis, open_loss, buys=bought > 0)
+        if account.cross:
+            margin = _initial_margin(guards, account, price, basis, open_loss, buys=bought > 0)
+            account.cover -= abs(bought) * (margin + price * guards.taker_fee)
+
+
+def _opened(guards: Guards, account: Account, price: int, basis: int, open_loss: int, *, buys: bool) -> int:
+    """What a lot that is opened adds to the `backing` of a position."""
+    margin = _initial_margin(guards, account, price, basis, open_loss, buys=buys) + open_loss * ONE
+    return price * ONE - margin if buys else price * ONE + margin
+
+
+def _initial_margin(guards: Guards, account: Account, price: int, basis: int, open_loss: int, *, buys: bool) -> int:
+    """The initial margin of a lot that is opened."""
+    initial = ONE // account.leverage
+    if buys:
+        return price * initial
+    # The fee was held at the basis, too.
+    return min(price + open_loss, basis) * initial - max(0, price - basis) * guards.taker_fee
 
 
 def move_margin(account: Account, amount: int, after_seq: int) -> None:

@@ -335,7 +335,7 @@ class Matcher:
         best = opposite.best
         crosses = best is not None and (best.price <= price if buys else best.price >= price)
         guarded = book.accounts[new.user_id].leverage
-        if guarded:
+        if self.guards.asked:
             self._fold(events)
         if guarded or new.post_only or new.reduce_only:
             refusal = self._entry_refusal(new, quantity, at, refused, crosses=crosses)
@@ -462,8 +462,8 @@ class Matcher:
                     self._maker_filled(level, maker, account, opposite, at, events)
                 if reducing:
                     self._position_changed(maker, open_lots, quantity, user_id, at, events)
-                if guarded and phase and (taker.position < 0 if buys else taker.position > 0):
-                    # It goes on closing: what backs the rest was rounded.
+                if guarded and phase:
+                    # What backs the rest was rounded, and what has become due does not grow.
                     phase = self.guards.lots(taker, new, price, remaining)
             if not remaining:
                 events.append(Filled(at, order_id, user_id))
@@ -527,7 +527,7 @@ class Matcher:
             (maker, -bought, maker_new, trade.maker_open_loss),
         ):
             if account.leverage:
-                openings.filled(account, lots, reduces=terms.reduce_only or terms.liquidation)
+                openings.filled(account, lots, reduces=terms.reduce_only)
                 basis = terms.basis or terms.price
                 book_fill(self.guards, account, lots, price, basis, open_loss, seq, terms.loss)
 
@@ -604,7 +604,7 @@ class Matcher:
             for account, lots_bought in ((accounts[user_id], bought), (accounts[counterparty], -bought)):
                 account.position += lots_bought
                 if account.leverage:
-                    openings.filled(account, lots_bought, reduces=True)
+                    # Nothing for `openings`: a position that shrinks takes no backing away.
                     seq = self.event_seq + len(events) + 1
                     book_fill(self.guards, account, lots_bought, command.price, 0, 0, seq, free_of_fee=True)
             events.append(

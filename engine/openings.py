@@ -17,7 +17,7 @@ from engine.book import Account, Order
 
 def admit(account: Account, new: New) -> None:
     """An order comes in: its lots are open, and those count that it has margin for."""
-    if new.reduce_only or new.liquidation:
+    if new.reduce_only:
         return
     _add(account, new.side, new.quantity, new.quantity if new.backed < 0 else new.backed)
 

@@ -1,7 +1,8 @@
 """The check of orders: those that limits and money allow are added to the exposures."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 
 from activities.market.prices import LatestMark, latest_marks
@@ -70,6 +71,9 @@ class _Bench:
     # Free collateral by user and asset.
     budgets: dict[tuple[int, str], Decimal]
     done: CheckResult
+    # What admitted orders hold, and how much of that is open loss (quote).
+    spent: defaultdict[Key, Decimal] = field(default_factory=lambda: defaultdict(Decimal))
+    losses: defaultdict[Key, Decimal] = field(default_factory=lambda: defaultdict(Decimal))
 
     async def judge(self, conn: Connection, order: ClaimRow, unfinished: Unfinished) -> None:
         """Admit an order and add it to its exposure, or refuse it, or let it wait."""
@@ -85,8 +89,9 @@ class _Bench:
         after = before.with_claim(side, order.quantity, order.notional, order.orders, order.loss)
         margin = after.order_margin(instrument.taker_fee_rate)
         added = margin - self.margins[key]
+        loss = after.open_loss(side) - before.open_loss(side)
         budget = self.budgets.get(purse, ZERO)
-        reason = self._why_refused(order, before, after, added, budget)
+        reason = self._why_refused(order, after, added, loss, budget)
         if reason:
             await self._refuse(conn, order, reason, unfinished)
             return
@@ -94,16 +99,16 @@ class _Bench:
         if opening < order.quantity:
             self.done.backed.append(Backing(order.order_id, instrument.quantity_to_lots(opening) if opening else 0))
         self.states[key], self.margins[key], self.budgets[purse] = after, margin, budget - added
+        self.spent[key], self.losses[key] = self.spent[key] + added, self.losses[key] + loss
         self.done.passed.append(OrderMargin(order.order_id, *key, instrument.quote_asset, added))
 
     def _why_refused(
-        self, order: ClaimRow, before: Exposure, after: Exposure, added: Decimal, budget: Decimal
+        self, order: ClaimRow, after: Exposure, added: Decimal, loss: Decimal, budget: Decimal
     ) -> str | None:
         key, side = order.key, order.side
         reduces = side if order.reduce_only else None
         if reduces is None and after.opens(side) and not (key[1] in self.marks and self.marks[key[1]].is_live):
             return "MARK_PRICE_UNAVAILABLE"
-        loss = after.open_loss(side) - before.open_loss(side)
         tiers = self.rules.tiers[key[1]]
         return refusal_reason(after, reduces, order.open_quantity, added, loss, budget, self.limits[key], tiers)
 
@@ -127,7 +132,7 @@ async def check_orders(conn: Connection, request: StepRequest, rules: Rules, unf
     taken_over = await positions_in_liquidation(conn, keys)
     waiting = await read_unfrozen(conn, exposures)
     limits = await read_limits(conn, keys)
-    free = await free_collateral(conn, {key[0] for key in keys})
+    budgets = await free_collateral(conn, {key[0] for key in keys})
     bench = _Bench(
         rules=rules,
         limits=limits,
@@ -136,7 +141,7 @@ async def check_orders(conn: Connection, request: StepRequest, rules: Rules, unf
         waiting=waiting,
         states={key: row.state for key, row in exposures.items()},
         margins={key: row.order_margin for key, row in exposures.items()},
-        budgets=dict(free),
+        budgets=budgets,
         done=CheckResult([], [], [], unfinished.ranges, []),
     )
     for order in orders:
@@ -144,7 +149,7 @@ async def check_orders(conn: Connection, request: StepRequest, rules: Rules, unf
     done, states = bench.done, bench.states
     touched = {(margin.user_id, margin.instrument_id) for margin in done.passed}
     await tell_terms(conn, {key: states[key] for key in touched}, exposures, rules)
-    await tell_covers_of(conn, {key for key in touched if states[key].cross}, free, bench.budgets)
+    await tell_covers_of(conn, {key for key in touched if states[key].cross}, bench.spent, bench.losses)
     saved = {key: (states[key], bench.margins[key]) for key in touched}
     await save_exposures(conn, saved, pending_step=request.step_id)
     await outbox.emit(conn, _verdicts(done.passed, done.refused))

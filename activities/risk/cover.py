@@ -6,14 +6,14 @@ become less: marks of other instruments move, and money goes to isolated positio
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_FLOOR, Decimal
 
 from activities.matching.steps import append_commands
 from activities.risk.collateral import read_collateral
 from domain.clock import to_ms
 from domain.matching import AnyCommand, SetCover, margin_units
-from domain.money import AMOUNT_STEP, ZERO
+from domain.money import AMOUNT_STEP
 from storage.db import Connection
 
 Key = tuple[int, str]
@@ -25,6 +25,7 @@ KEPT_BACK = Decimal("0.1")
 _CROSS = """
     SELECT e.user_id, e.instrument_id, i.quote_asset, i.tick_size * i.lot_size AS unit, e.told_cover,
            coalesce(l.applied_seq, 0) AS applied_seq, coalesce(h.position_margin, 0) AS margin,
+           greatest(0, coalesce(h.order_margin, 0) - e.bid_loss - e.ask_loss) AS order_margin,
            coalesce(p.signed_quantity * m.mark_price - sign(p.signed_quantity) * p.entry_notional, 0) AS profit,
            coalesce(abs(p.signed_quantity) * m.mark_price * t.maintenance_margin_rate - t.cumulative, 0) AS maintenance
     FROM risk.v_exposures e JOIN matching.v_instruments i USING (instrument_id)
@@ -53,31 +54,33 @@ class Cover:
     after_seq: int
     unit: Decimal
 
+    def less(self, amount: Decimal) -> "Cover":
+        """What is left of it when `amount` (quote) goes."""
+        return replace(self, amount=self.amount - amount)
+
     def command(self, user_id: int, at_ms: int) -> SetCover:
         """The engine's command that tells it."""
         units = max(-UNITS_MAX, min(UNITS_MAX, margin_units(self.amount, self.unit)))
         return SetCover(at=at_ms, user_id=user_id, cover=units, after_seq=self.after_seq)
 
 
-async def read_covers(
-    conn: Connection, user_ids: Collection[int], spent: Mapping[tuple[int, str], Decimal] | None = None
-) -> dict[Key, Cover]:
+async def read_covers(conn: Connection, user_ids: Collection[int]) -> dict[Key, Cover]:
     """The cover of all that `user_ids` hold or may hold in cross mode, by (user, instrument).
 
-    It is what nothing holds less funding that is owed, and of every other cross position its margin and unrealized
-    profit or loss less its maintenance margin. `spent` (quote, by user and asset) is held next.
+    It is what nothing holds less funding that is owed, the initial margin that orders in that instrument hold, and of
+    every other cross position its margin and unrealized profit or loss less its maintenance margin. What orders hold
+    for their open loss is their own; what those of other instruments hold may be lost with their fills.
     """
     rows = await conn.fetch(_CROSS, list(user_ids))
     collateral = await read_collateral(conn, {row["user_id"] for row in rows})
     accounts: defaultdict[tuple[int, str], Decimal] = defaultdict(Decimal)
     for (user_id, asset), money in collateral.items():
-        held_next = (spent or {}).get((user_id, asset), ZERO)
-        accounts[user_id, asset] = money.available - money.cross_loss - money.funding_owed - held_next
+        accounts[user_id, asset] = money.available - money.cross_loss - money.funding_owed
     for row in rows:
         accounts[row["user_id"], row["quote_asset"]] += row["margin"] - row["maintenance"]
     covers = {}
     for row in rows:
-        own = row["margin"] - row["maintenance"] + row["profit"]
+        own = row["margin"] - row["maintenance"] + row["profit"] - row["order_margin"]
         exact = accounts[row["user_id"], row["quote_asset"]] - own - KEPT_BACK * row["maintenance"]
         amount = exact.quantize(AMOUNT_STEP, ROUND_FLOOR)
         covers[row["user_id"], row["instrument_id"]] = Cover(amount, row["told_cover"], row["applied_seq"], row["unit"])

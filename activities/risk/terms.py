@@ -14,6 +14,7 @@ from domain.exposure import Exposure
 from domain.instruments import Instrument
 from domain.margin import tier_of
 from domain.matching import AnyCommand, SetTerms
+from domain.money import ZERO
 from storage.db import Connection
 from storage.rows import assignments, batch, unnest
 
@@ -70,18 +71,18 @@ async def tell_terms(
 
 
 async def tell_covers_of(
-    conn: Connection,
-    keys: Collection[Key],
-    before: Mapping[tuple[int, str], Decimal],
-    after: Mapping[tuple[int, str], Decimal],
+    conn: Connection, keys: Collection[Key], spent: Mapping[Key, Decimal], losses: Mapping[Key, Decimal]
 ) -> None:
-    """Tell the engine what covers these cross positions, once checked orders have taken free collateral from `before`
-    down to `after`."""
+    """Tell the engine what covers these cross positions, once the checked orders hold their money: what is `spent` for
+    other instruments goes, and for their own the open loss (quote)."""
     if not keys:
         return
-    spent = {purse: before[purse] - left for purse, left in after.items() if purse in before}
-    covers = await read_covers(conn, {user_id for user_id, _ in keys}, spent)
-    await _tell(conn, {key: cover for key, cover in covers.items() if key in keys})
+    covers = await read_covers(conn, {user_id for user_id, _ in keys})
+    told = {}
+    for key in keys:
+        elsewhere = sum((amount for other, amount in spent.items() if other[0] == key[0] and other != key), ZERO)
+        told[key] = covers[key].less(elsewhere + losses.get(key, ZERO))
+    await _tell(conn, told)
 
 
 async def tell_lower_covers(conn: Connection) -> int:

@@ -94,11 +94,14 @@ class Account:
         return Collateral(self.available, -pnl, self.owed)
 
     def cover(self, of: str, marks: Marks) -> Decimal:
-        """What the account has for its cross position in `of` beyond that position's own margin (quote)."""
+        """What the account has for its cross position in `of` beyond that position's own margin (quote): as
+        `activities.risk.cover`, but that nothing is kept back."""
         others = (
             stake.equity(marks[name]) - stake.maintenance(marks[name]) for name, stake in self.crossed() if name != of
         )
-        return sum(others, self.available - self.owed)
+        own, losses = self.stakes[of], self.stakes[of].exposure
+        orders = max(ZERO, own.order_margin - losses.bid_loss - losses.ask_loss)
+        return sum(others, self.available - self.owed + orders)
 
     def cross_equity(self, marks: Marks) -> Decimal:
         """What stands behind the cross positions, valued at the marks."""

@@ -87,8 +87,8 @@ async def test_trades_fees_margins_and_positions_add_up_to_the_last_decimal(exch
 
     # Both flip: 0.06 closed (-30, +30) and 0.04 opened at 59500, margin 238; fees 5950 * 0.0005 and 5950 * 0.0002.
     await alice.place("BUY", "0.1", "59500")
-    # The order reduces before it opens: only its fee of 2.975 is reserved.
-    assert await alice.balance() == (D("9665.591"), D("362.975"))
+    # What it opens has a margin of its own: 0.04 * 59500 / 10 = 238, and its fee of 2.975.
+    assert await alice.balance() == (D("9427.591"), D("600.975"))
     assert (await bob.place("SELL", "0.1", "59500"))["status"] == "FILLED"
     await exchange.until_settled()
     assert await bob.balance() == (D("9695.44"), D("238"))

@@ -35,7 +35,7 @@ from domain.matching import (
 )
 from domain.order_entry import NewOrder
 from domain.problems import Problem
-from domain.sagas import OrderBatch, Outcome, Refusal, StepRequest
+from domain.sagas import Backing, OrderBatch, Outcome, Refusal, StepRequest
 from storage.db import Connection, Pool
 from tests.integration.ledger_world import (
     BTC,
@@ -139,7 +139,7 @@ async def test_a_market_close_after_filled_needs_no_new_money(world: World, side
     checks, checked, ids = await ask(world, market(1, other, "1", bound))
     assert checked == Outcome(busy=ids)
     await world.settle()
-    assert await checks.next() == Outcome(passed=ids)
+    assert await checks.next() == Outcome(passed=ids, backed=[Backing(ids[0], 0)])
 
 
 @pytest.mark.parametrize(("side", "price"), [("BUY", 59_990), ("SELL", 60_010)])

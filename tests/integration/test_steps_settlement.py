@@ -219,6 +219,8 @@ async def test_an_order_that_fills_before_its_cancellation_leaves_nobody_negativ
     await world.trade(1, 2, "1", 60_000)
     await world.mark(60_000)
     await world.place(limit(1, "BUY", "0.001", 53_900))
+    # With terms, the engine would not let all but 3 of the money go.
+    world.matchers[BTC.instrument_id].book.accounts[1].leverage = 0
     await world.mark(54_000)
     await world.place(limit(3, "BUY", "1", 54_000))
     await world.place(market(1, "SELL", "1", 51_000), limit(2, "SELL", "0.001", 53_900))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from domain.instruments import SHIPPED
+from domain.mark_price import MARK_AGE_MAX
 from domain.matching import (
     AnyCommand,
     AnyEvent,
@@ -14,6 +15,7 @@ from domain.matching import (
     Filled,
     MarkPrice,
     New,
+    Rejected,
     SetCover,
     SetTerms,
     Side,
@@ -133,3 +135,20 @@ def test_a_cover_told_before_the_terms_is_in_the_dump(closes: Side) -> None:
         events = told.apply(command)
         assert list(map(encode, loaded.apply(command))) == list(map(encode, events))
     assert end_of(events) == (Expired, "MARGIN_AT_MARK", 0)
+
+
+@WAYS
+def test_a_mark_is_live_to_the_last_millisecond(closes: Side) -> None:
+    terms = SetTerms(at=AT, user_id=USER, leverage=10, maintenance=20_000)
+    lasts = int(MARK_AGE_MAX.total_seconds() * 1000)
+    for at, end in ((AT + lasts, (Filled, "", 4)), (AT + lasts + 1, (Rejected, "MARK_PRICE_UNAVAILABLE", 0))):
+        order = new(300, closes, 1000, 4, user_id=USER, at=at)
+        assert end_of(run([terms, MarkPrice(at=AT, price=1000), *waiting(closes, (0, 4)), order])) == end
+
+
+@WAYS
+def test_fill_or_kill_counts_on_every_reduce_only_order_that_fits_the_position(closes: Side) -> None:
+    account = opened(closes, 8, bankruptcy=worse(closes, 10) * ONE, cross=False)
+    reducing = [new(n, closes, 1000, 4, user_id=USER, reduce_only=True) for n in (200, 201)]
+    order = new(300, OPPOSITE[closes], 1000, 8, time_in_force="FOK")
+    assert end_of(run([*account, *reducing, order])) == (Filled, "", 8)

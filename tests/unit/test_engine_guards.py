@@ -99,3 +99,22 @@ def test_a_cross_account_is_due_by_all_that_covers_the_position(side: Side, is_c
         book.matcher.apply(SetCover(at=AT, user_id=A, cover=100 * 20 * 1_000_000, after_seq=1_000))
     assert reasons(book.trade(side, 1, price)) == ([] if is_covered else ["MARGIN_AT_MARK"])
     assert book.position == sign * (101 if is_covered else 100)
+
+
+@pytest.mark.parametrize(("price", "sold"), [(598_050, 1), (598_049, 0)])
+def test_a_sale_is_backed_at_its_basis_less_the_fee_of_what_is_above_that(price: int, sold: int) -> None:
+    # 1 % of 500,000, less 0.05 % of the 100,000 above: 4,950 of the 603,000 that 600,000 and its maintenance are.
+    book = Book()
+    book.send(B, "BUY", 1, price)
+    events = book.send(A, "SELL", 1, price, basis=500_000, time_in_force="IOC")
+    assert reasons(events) == ([] if sold else ["MARGIN_AT_MARK"])
+    assert book.position == -sold
+
+
+@pytest.mark.parametrize(("price", "bought"), [(600_500, 1), (600_501, 0)])
+def test_a_purchase_is_backed_up_to_its_basis(price: int, bought: int) -> None:
+    book = Book()
+    book.send(B, "SELL", 1, price)
+    events = book.send(A, "BUY", 1, price, basis=600_500, time_in_force="IOC")
+    assert reasons(events) == ([] if bought else ["MARGIN_AT_MARK"])
+    assert book.position == bought

@@ -7,9 +7,6 @@ from typing import TypeGuard
 import msgspec
 import pytest
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from msgspec import structs
 
 from domain.instruments import SHIPPED
 from domain.matching import (
@@ -19,165 +16,22 @@ from domain.matching import (
     AnyCommand,
     AnyEvent,
     Cancel,
-    CancelAll,
     Cancelled,
     CancelReplace,
-    Deleverage,
     Expired,
     Filled,
-    MarkPrice,
     New,
     Placed,
     Rejected,
-    SetState,
     Side,
     Trade,
-    TradingState,
-    decode_event,
     encode,
 )
-from engine.book import EMPTY_LEVELS_MIN, Order
+from engine.book import EMPTY_LEVELS_MIN
 from engine.matcher import Matcher
-from tests.engine_commands import AT, STOP_TYPES, any_commands, random_commands
-from tests.reference_book import Live, ReferenceMatcher
-
-# Few ids, users and prices: collisions, self-trades and duplicates are then frequent.
-ORDER_IDS = st.integers(1, 40)
-USERS = st.integers(1, 4)
-PRICES = st.one_of(st.integers(97, 103), st.integers(97, 103), st.integers(97, 103), st.integers(-1, 0))
-NEW_ORDERS = st.builds(
-    New,
-    at=st.integers(AT, AT + 9),
-    order_id=ORDER_IDS,
-    user_id=USERS,
-    side=st.sampled_from(["BUY", "SELL"]),
-    type=st.sampled_from(["LIMIT", "LIMIT", "LIMIT", "LIMIT", "MARKET", *STOP_TYPES]),
-    time_in_force=st.sampled_from(["GTC", "GTC", "GTC", "GTC", "IOC", "FOK"]),
-    price=PRICES,
-    quantity=st.integers(0, 12),
-    stp_mode=st.sampled_from(["EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH"]),
-    liquidation=st.booleans(),
-    post_only=st.sampled_from([False, False, False, True]),
-    reduce_only=st.sampled_from([False, False, True]),
-    stop_price=PRICES,
-    working_type=st.sampled_from(["MARK", "LAST"]),
-)
-CHANGES = st.one_of(
-    st.builds(Cancel, at=st.just(AT), order_id=ORDER_IDS, user_id=USERS),
-    st.builds(CancelAll, at=st.just(AT), user_id=USERS),
-    st.builds(
-        Amend,
-        at=st.just(AT),
-        order_id=ORDER_IDS,
-        user_id=USERS,
-        price=st.none() | PRICES,
-        quantity=st.none() | st.integers(-1, 12),
-        amendment_id=st.integers(0, 2),
-    ),
-    st.builds(CancelReplace, at=st.just(AT), cancel_order_id=ORDER_IDS, order=NEW_ORDERS),
-    st.builds(MarkPrice, at=st.just(AT), price=PRICES),
-    st.builds(
-        Deleverage,
-        at=st.just(AT),
-        user_id=USERS,
-        side=st.sampled_from(["BUY", "SELL"]),
-        price=PRICES,
-        quantity=st.integers(-1, 20),
-        counterparties=st.lists(USERS, max_size=5),
-    ),
-)
-COMMANDS = st.one_of(NEW_ORDERS, NEW_ORDERS, CHANGES)
-
-
-def as_told(order: Order | Live) -> tuple[New, int, int, int]:
-    """An order's terms apart from price and quantity, its price, what was filled and what is open."""
-    filled = order.filled if isinstance(order, Live) else order.new.quantity - order.remaining
-    return structs.replace(order.new, price=0, quantity=0), order.price, filled, order.remaining
-
-
-def assert_same_book(matcher: Matcher, reference: ReferenceMatcher) -> None:
-    book = matcher.book
-    for side in (book.bids, book.asks):
-        fast = [as_told(order) for order in book.resting(side)]
-        assert fast == [as_told(order) for order in reference.queue(side.name)]
-        assert book.depth(side) == reference.depth(side.name)
-    assert [as_told(order) for order in matcher.stops.orders.values()] == [
-        as_told(order) for order in reference.waiting
-    ]
-    accounts = book.accounts
-    assert {user: account.position for user, account in accounts.items() if account.position} == {
-        user: lots for user, lots in reference.positions.items() if lots
-    }
-    assert (matcher.event_seq, matcher.state) == (reference.event_seq, reference.state)
-
-
-def assert_sound(matcher: Matcher) -> None:
-    """Never crossed, nothing negative, every sum and every index right, no reduce-only order beyond the position."""
-    book = matcher.book
-    if book.bids.best is not None and book.asks.best is not None:
-        assert book.bids.best.price < book.asks.best.price
-    for side in (book.bids, book.asks):
-        assert sorted(side.heap) == sorted(level.key for level in side.levels.values() if level.queued)
-        live = sorted((level for level in side.levels.values() if level.lots), key=lambda level: level.key)
-        assert list(side) == live
-        assert side.best is (live[0] if live else None)
-        assert all(price == level.price and level.key == side.sign * price for price, level in side.levels.items())
-        assert all(level.queued for level in live)
-        for level in side.levels.values():
-            assert level.lots == sum(order.remaining for order in level)
-            assert all(order.remaining >= 0 for order in level.queue)
-            assert level.gone == sum(not order.remaining for order in level.queue)
-    resting = {order.new.order_id: order for side in (book.bids, book.asks) for order in book.resting(side)}
-    assert book.orders == resting
-    resting_of = {user: account.orders for user, account in book.accounts.items()}
-    for users, orders in ((resting_of, book.orders), (matcher.stops.users, matcher.stops.orders)):
-        assert {key: order for own in users.values() for key, order in own.items()} == orders
-        assert all({order.new.user_id for order in own.values()} <= {user} for user, own in users.items())
-    assert all(matcher.stops.users.values())
-    assert not resting.keys() & matcher.stops.orders.keys()
-    assert_reducing(matcher)
-
-
-def assert_reducing(matcher: Matcher) -> None:
-    reductions = matcher.reductions
-    reducing = {key: order for key, order in matcher.book.orders.items() if order.new.reduce_only}
-    assert {key: order for user in reductions.users.values() for key, order in user.orders.items()} == reducing
-    for user_id, reducers in reductions.users.items():
-        assert {(order.new.user_id, order.new.side) for order in reducers.orders.values()} == {(user_id, reducers.side)}
-        assert reducers.lots == sum(order.remaining for order in reducers.orders.values())
-        assert 0 < reducers.lots <= reductions.reducible(user_id, reducers.side)
-
-
-class Agreement(RuleBasedStateMachine):
-    """The engine and the reference book side by side, and a second engine that lives from dump to dump."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matcher, self.loaded = Matcher(SHIPPED[0]), Matcher(SHIPPED[0])
-        self.reference = ReferenceMatcher(SHIPPED[0])
-
-    @rule(command=COMMANDS)
-    def apply(self, command: AnyCommand) -> None:
-        events = self.matcher.apply(command)
-        assert events == self.reference.apply(command)
-        assert self.loaded.apply(command) == events
-        assert [decode_event(encode(event)) for event in events] == events
-
-    @rule(state=st.sampled_from(["TRADING", "TRADING", "TRADING", "CANCEL_ONLY", "HALTED"]))
-    def trading_is_open_or_not(self, state: TradingState) -> None:
-        self.apply(SetState(at=AT, state=state))
-
-    @rule()
-    def dump_and_load(self) -> None:
-        self.loaded = Matcher.load(SHIPPED[0], self.loaded.dump())
-        assert self.loaded.dump() == self.matcher.dump()
-
-    @invariant()
-    def same_book(self) -> None:
-        assert_same_book(self.matcher, self.reference)
-        assert_sound(self.matcher)
-        assert_sound(self.loaded)
-
+from tests.engine_agreement import Agreement, assert_same_book, assert_sound
+from tests.engine_commands import AT, any_commands, random_commands
+from tests.reference_book import ReferenceMatcher
 
 TestAgreement = Agreement.TestCase
 TestAgreement.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
