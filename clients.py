@@ -12,12 +12,6 @@ from storage.db import Pool
 from telemetry.health import CHECK_SECONDS_MAX, Checks
 from telemetry.tracing import temporal_interceptors
 
-# Task queues, one per kind of load. The api process hosts a worker on ORDERS so that sagas start eagerly there.
-ORDERS_QUEUE = "orders"
-SETTLEMENT_QUEUE = "settlement"
-LIQUIDATION_QUEUE = "liquidation"
-OPERATIONS_QUEUE = "operations"
-
 
 def open_redis(settings: Settings) -> Redis:
     """A client with a connection pool; commands raise redis.ConnectionError while the server is away.

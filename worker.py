@@ -20,15 +20,8 @@ from activities.registry import (
     schedules,
     settlement_activities,
 )
-from clients import (
-    LIQUIDATION_QUEUE,
-    OPERATIONS_QUEUE,
-    ORDERS_QUEUE,
-    SETTLEMENT_QUEUE,
-    connect_temporal,
-    open_redis,
-    server_checks,
-)
+from clients import connect_temporal, open_redis, server_checks
+from domain.contracts.queues import LIQUIDATION_QUEUE, OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
 from logs import set_up_logging
 from monitors.countdowns import run_countdowns
 from monitors.liquidations import run_liquidations

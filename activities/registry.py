@@ -26,13 +26,13 @@ from activities.ledger.steps import InsuranceActivities, LedgerActivities
 from activities.liquidation.steps import LiquidationActivities
 from activities.matching.engine_log import EngineLog
 from activities.matching.steps import MatchingActivities
-from activities.orders.sagas import INSTRUMENT_ID
 from activities.orders.steps import OrderActivities
 from activities.positions.steps import PositionActivities
 from activities.risk.steps import RiskActivities
-from clients import OPERATIONS_QUEUE, SETTLEMENT_QUEUE
-from domain.funding import FUNDING_SETTLEMENT, FundingInput
-from domain.sagas import LEDGER_AUDIT
+from domain.contracts.audit import LEDGER_AUDIT
+from domain.contracts.funding import FUNDING_SETTLEMENT, FundingInput
+from domain.contracts.queues import OPERATIONS_QUEUE, SETTLEMENT_QUEUE
+from domain.contracts.search import INSTRUMENT_ID
 from storage.db import Pool
 
 Activities = list[Callable[..., Any]]

@@ -26,7 +26,7 @@ from activities.positions.steps import PositionActivities
 from bench.database import own_postgres, own_valkey
 from clients import open_redis
 from domain.clock import iso
-from domain.funding import FundingPage, FundingRun, FundingSnapshot
+from domain.contracts.funding import FundingPage, FundingRun, FundingSnapshot
 from monitors.liquidations import LiquidationMonitor
 from settings import Settings
 from storage.db import Connection, Pool, open_pool

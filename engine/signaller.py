@@ -20,8 +20,8 @@ from temporalio.common import (
 from temporalio.service import RPCError
 
 from activities.matching.steps import SETTLEMENT_CONSUMER
-from clients import SETTLEMENT_QUEUE
-from domain.sagas import ADVANCE_SIGNAL, SETTLEMENT, SettlementInput
+from domain.contracts.queues import SETTLEMENT_QUEUE
+from domain.contracts.settlement import ADVANCE_SIGNAL, SETTLEMENT, SettlementInput
 from storage.db import DATABASE_ERRORS, Connection, Pool
 from storage.waiting import pause
 

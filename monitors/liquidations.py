@@ -23,8 +23,8 @@ from activities.liquidation.warnings import warn
 from activities.matching.instruments import Rules, read_instruments, read_tiers
 from activities.positions.telling import tell_moved
 from activities.risk.terms import tell_lower_covers
-from clients import LIQUIDATION_QUEUE
-from domain.liquidation_saga import LIQUIDATION, LiquidationInput
+from domain.contracts.liquidation import LIQUIDATION, LiquidationInput
+from domain.contracts.queues import LIQUIDATION_QUEUE
 from storage.db import Connection, Pool
 from storage.leadership import LIQUIDATION_LOCK, run_as_leader
 from storage.reference_prices import ReferencePrice, marks_are_live, read_reference_prices

@@ -9,7 +9,7 @@ from typing import TypeVar
 import msgspec
 from temporalio.exceptions import ApplicationError
 
-from domain.sagas import CURSOR_GAP, EventRange
+from domain.contracts.settlement import CURSOR_GAP, EventRange
 from storage.db import Connection
 
 T = TypeVar("T")

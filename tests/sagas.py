@@ -31,11 +31,8 @@ from activities.registry import (
     settlement_activities,
 )
 from activities.risk.exposures import set_margin_mode
-from clients import LIQUIDATION_QUEUE, OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
-from domain.instruments import SHIPPED, Instrument
-from domain.matching import AnyEvent
-from domain.order_entry import NewOrder, OrderRequest, Reference, amendment
-from domain.sagas import (
+from domain.contracts.queues import LIQUIDATION_QUEUE, OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
+from domain.contracts.settlement import (
     ACKNOWLEDGE,
     APPLY_ORDER_EVENTS,
     APPLY_RISK_EVENTS,
@@ -47,6 +44,9 @@ from domain.sagas import (
     Progress,
     SettlementInput,
 )
+from domain.instruments import SHIPPED, Instrument
+from domain.matching import AnyEvent
+from domain.order_entry import NewOrder, OrderRequest, Reference, amendment
 from engine import lease as leases
 from engine.log import Batch, read_commands, write_batch
 from engine.matcher import Matcher

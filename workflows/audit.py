@@ -6,7 +6,7 @@ from temporalio import workflow
 from temporalio.common import RetryPolicy
 
 with workflow.unsafe.imports_passed_through():
-    from domain.sagas import AUDIT, LEDGER_AUDIT, AuditReport
+    from domain.contracts.audit import AUDIT, LEDGER_AUDIT, AuditReport
 
 
 @workflow.defn(name=LEDGER_AUDIT)

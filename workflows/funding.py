@@ -7,7 +7,7 @@ from temporalio.common import SearchAttributeKey
 from temporalio.exceptions import ApplicationError
 
 with workflow.unsafe.imports_passed_through():
-    from domain.funding import (
+    from domain.contracts.funding import (
         CLOSE_FUNDING,
         CONFIRM_FUNDING,
         EVENTS_OF,
@@ -24,7 +24,7 @@ with workflow.unsafe.imports_passed_through():
         FundingTotals,
         LogPosition,
     )
-    from domain.sagas import CANCEL_UNCOVERED, Uncovered
+    from domain.contracts.orders import CANCEL_UNCOVERED, Uncovered
     from workflows.steps import run_step
 
 # Set by Temporal on what a schedule starts: the time it was due, however late it starts.

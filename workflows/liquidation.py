@@ -8,7 +8,7 @@ from temporalio import workflow
 from temporalio.exceptions import FailureError, is_cancelled_exception
 
 with workflow.unsafe.imports_passed_through():
-    from domain.liquidation_saga import (
+    from domain.contracts.liquidation import (
         BEGIN,
         CANCEL_ORDERS,
         CLAIM_INSURANCE,

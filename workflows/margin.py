@@ -7,7 +7,7 @@ from temporalio import workflow
 from temporalio.exceptions import FailureError, is_cancelled_exception
 
 with workflow.unsafe.imports_passed_through():
-    from domain.margin_changes import (
+    from domain.contracts.margin import (
         ADOPT_MARGIN,
         MARGIN_CHANGE,
         MOVE_MARGIN,
@@ -16,7 +16,7 @@ with workflow.unsafe.imports_passed_through():
         MarginMoved,
         MarginVerdict,
     )
-    from domain.sagas import CANCEL_UNCOVERED, Uncovered
+    from domain.contracts.orders import CANCEL_UNCOVERED, Uncovered
     from workflows.steps import busy_pause, run_step
 
 

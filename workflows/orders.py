@@ -8,7 +8,7 @@ from temporalio import workflow
 from temporalio.exceptions import FailureError, is_cancelled_exception
 
 with workflow.unsafe.imports_passed_through():
-    from domain.sagas import (
+    from domain.contracts.orders import (
         ACCEPT_ORDERS,
         CHECK_ORDERS,
         FREEZE_FUNDS,

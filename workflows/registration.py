@@ -9,7 +9,7 @@ from temporalio.exceptions import ActivityError, ApplicationError, WorkflowAlrea
 from temporalio.workflow import ParentClosePolicy
 
 with workflow.unsafe.imports_passed_through():
-    from domain.identity import (
+    from domain.contracts.registration import (
         COMPLETE_REGISTRATION,
         CREATE_CREDENTIALS,
         FAIL_REGISTRATION,

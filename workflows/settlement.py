@@ -6,14 +6,14 @@ from temporalio import workflow
 from temporalio.exceptions import ApplicationError, FailureError, is_cancelled_exception
 
 with workflow.unsafe.imports_passed_through():
-    from domain.liquidation_saga import SETTLED_SIGNAL
-    from domain.sagas import (
+    from domain.contracts.liquidation import SETTLED_SIGNAL
+    from domain.contracts.orders import CANCEL_UNCOVERED, Uncovered
+    from domain.contracts.settlement import (
         ACKNOWLEDGE,
         ADVANCE_SIGNAL,
         APPLY_ORDER_EVENTS,
         APPLY_RISK_EVENTS,
         APPLY_TRADES,
-        CANCEL_UNCOVERED,
         CONFIRM_POSITIONS,
         CURSOR_GAP,
         SETTLE,
@@ -21,7 +21,6 @@ with workflow.unsafe.imports_passed_through():
         EventRange,
         Progress,
         SettlementInput,
-        Uncovered,
     )
     from workflows.steps import cause_of, run_step
 

@@ -9,7 +9,8 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from activities.identity.users import take_pending_credential
-from domain.identity import CREATE_CREDENTIALS, PASSWORD_CREDENTIAL, REGISTRATION_ATTEMPTS_MAX, Registration
+from domain.contracts.registration import CREATE_CREDENTIALS, REGISTRATION_ATTEMPTS_MAX, Registration
+from domain.identity import PASSWORD_CREDENTIAL
 from storage.db import DATABASE_ERRORS, Connection, Pool
 
 DEVICE_LENGTH_MAX = 256

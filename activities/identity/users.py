@@ -13,20 +13,19 @@ from temporalio.client import (
     ScheduleSpec,
 )
 
-from clients import OPERATIONS_QUEUE
-from domain.identity import (
-    ADMIN_ROLE,
+from domain.contracts.queues import OPERATIONS_QUEUE
+from domain.contracts.registration import (
     COMPLETE_REGISTRATION,
     FAIL_REGISTRATION,
     REGISTRATION_RESUMER,
     REGISTRATION_STALLED_AFTER,
     REGISTRATION_SWEEP_MAX,
     STALLED_REGISTRATIONS,
-    USER_ROLE,
     FailedRegistration,
     Registration,
     StalledRegistrations,
 )
+from domain.identity import ADMIN_ROLE, USER_ROLE
 from domain.problems import Problem
 from storage.db import Connection, Pool
 from telemetry.alerts import REGISTRATION_FAILED, alert

@@ -11,8 +11,8 @@ from decimal import Decimal
 from temporalio import activity
 
 from domain.clock import iso
+from domain.contracts.audit import AUDIT, AuditCheck, AuditReport
 from domain.money import plain
-from domain.sagas import AUDIT, AuditCheck, AuditReport
 from storage.db import Connection, Pool
 from telemetry.alerts import AUDIT_FAILED, alert
 from telemetry.metrics import AUDITS

@@ -9,9 +9,10 @@ from activities.ledger.accounts import FUNDING, ROUNDING
 from activities.ledger.book import Book, Hold, draw_from, holds_of, open_book, write_book
 from activities.ledger.insurance import Cause, post_insurance
 from activities.ledger.margin_commands import announce, await_engine, await_liquidations, read_announced, tell_engine
-from domain.funding import FUNDING_PAGE, Charge, FundingPage, FundingRun, FundingTotals, Holding, charge
+from domain.contracts.funding import FUNDING_PAGE, FundingPage, FundingRun, FundingTotals
+from domain.contracts.orders import Uncovered
+from domain.funding import Charge, Holding, charge
 from domain.money import ZERO, plain
-from domain.sagas import Uncovered
 from domain.wallet import Settled, Wallet
 from storage.db import Connection
 from storage.once import NotYetError

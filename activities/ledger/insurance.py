@@ -6,8 +6,8 @@ from decimal import Decimal
 
 from activities.ledger.accounts import DEPOSITS, INSURANCE_FUND, SHORTFALL
 from activities.ledger.book import Book, write_book
+from domain.contracts.liquidation import Claim
 from domain.events import InsuranceFundRequired
-from domain.liquidation_saga import Claim
 from domain.money import ZERO, plain, round_down
 from domain.problems import Problem
 from domain.wallet import Settled

@@ -8,11 +8,11 @@ import msgspec
 from activities.ledger.book import Hold, lock_holds, open_book, set_hold, wallet_of, write_book
 from activities.ledger.margin_commands import await_engine, tell_engine
 from activities.risk.collateral import free_collateral
+from domain.contracts.margin import MarginChange, MarginMoved
+from domain.contracts.orders import Outcome, Refusal, StepRequest
+from domain.contracts.results import CheckResult, MarginMoves, MarginPlan
 from domain.events import FundsFrozen, FundsFrozenFailed, FundsUnfrozen
-from domain.margin_changes import MarginChange, MarginMoved
 from domain.money import ZERO, plain
-from domain.sagas import Outcome, Refusal, StepRequest
-from domain.steps import CheckResult, MarginMoves, MarginPlan
 from domain.wallet import freeze, settle, settle_within
 from storage.db import Connection
 

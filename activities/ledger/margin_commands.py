@@ -11,9 +11,9 @@ from decimal import Decimal
 
 from activities.matching.steps import append_commands
 from domain.clock import to_ms
+from domain.contracts.results import FundingDraws, MarginDraw
 from domain.matching import AnyCommand, MoveMargin, margin_units
 from domain.money import ZERO
-from domain.steps import FundingDraws, MarginDraw
 from storage.db import Connection, columns
 from storage.once import NotYetError, first_result, store_result
 

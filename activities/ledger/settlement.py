@@ -23,11 +23,11 @@ from activities.ledger.insurance import Cause, post_insurance
 from activities.ledger.margin import risk_step
 from activities.ledger.margin_commands import tell_engine
 from activities.risk.collateral import read_collateral
+from domain.contracts.results import MarginMoves, settle_step
+from domain.contracts.settlement import EventRange
 from domain.events import FundsUnfrozen
 from domain.funding import Holding, draw_margin_first
 from domain.money import ZERO, plain
-from domain.sagas import EventRange
-from domain.steps import MarginMoves, settle_step
 from domain.wallet import BookedFill, Settled, Wallet, keep_back, leave_to_user, return_margin, settle_fills
 from storage.db import Connection
 

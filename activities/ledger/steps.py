@@ -6,7 +6,7 @@ from activities.ledger.funding import Untold, close_funding, funding_uncovered, 
 from activities.ledger.insurance import claim_insurance, release_insurance
 from activities.ledger.margin import freeze_funds, move_margin, unfreeze_funds
 from activities.ledger.settlement import settle_events, uncovered_users
-from domain.funding import (
+from domain.contracts.funding import (
     CLOSE_FUNDING,
     FUNDING_UNCOVERED,
     OPEN_FUNDING,
@@ -15,10 +15,11 @@ from domain.funding import (
     FundingRun,
     FundingTotals,
 )
-from domain.liquidation_saga import CLAIM_INSURANCE, RELEASE_INSURANCE, Claim
-from domain.margin_changes import MOVE_MARGIN, MarginChange, MarginMoved
+from domain.contracts.liquidation import CLAIM_INSURANCE, RELEASE_INSURANCE, Claim
+from domain.contracts.margin import MOVE_MARGIN, MarginChange, MarginMoved
+from domain.contracts.orders import FREEZE_FUNDS, UNFREEZE_FUNDS, Outcome, StepRequest, Uncovered
+from domain.contracts.settlement import SETTLE, EventRange
 from domain.money import plain
-from domain.sagas import FREEZE_FUNDS, SETTLE, UNFREEZE_FUNDS, EventRange, Outcome, StepRequest, Uncovered
 from storage.db import Pool
 from storage.once import NotYetError, advance_cursor, first_result, store_result
 

@@ -8,8 +8,8 @@ from activities.liquidation.funding import less_funding
 from activities.liquidation.rows import SituationRow
 from activities.liquidation.sql import SITUATION
 from activities.matching.instruments import Rules
+from domain.contracts.liquidation import Plan, PlanRequest
 from domain.liquidation import insurance_needed, justifying_price, must_liquidate, quantity_to_close
-from domain.liquidation_saga import Plan, PlanRequest
 from domain.money import ZERO, plain
 from storage.db import Connection
 

@@ -5,7 +5,7 @@ from activities.liquidation.rows import RunningRow
 from activities.liquidation.telling import names_of, record_risk, risk_update
 from activities.matching.instruments import Rules
 from activities.positions.status import change_status
-from domain.liquidation_saga import Ending, Takeover
+from domain.contracts.liquidation import Ending, Takeover
 from storage import outbox
 from storage.db import Connection, Pool
 from storage.outbox import UserPush

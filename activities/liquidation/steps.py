@@ -10,7 +10,7 @@ from activities.liquidation.queue import give_back, stop_submitting, take_over
 from activities.liquidation.submitting import submit_deleverage, submit_order
 from activities.market.prices import latest_marks
 from activities.matching.instruments import RuleBook, read_instruments
-from domain.liquidation_saga import (
+from domain.contracts.liquidation import (
     BEGIN,
     DELEVERAGE,
     FINISH,

@@ -11,9 +11,9 @@ from activities.matching.steps import append_commands
 from activities.orders.acceptance import submit_liquidation_order
 from activities.risk.exposures import lock_exposures, take_in_liquidation_order
 from domain.clock import to_ms
+from domain.contracts.liquidation import Plan, Submission
 from domain.instruments import Instrument
 from domain.liquidation import Holding, deleverage_price, deleverage_score, worst_price
-from domain.liquidation_saga import Plan, Submission
 from domain.matching import Deleverage
 from domain.money import ZERO
 from storage.db import Connection

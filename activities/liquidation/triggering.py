@@ -17,9 +17,9 @@ from activities.matching.instruments import Rules
 from activities.positions.status import change_status, lock_confirmed
 from activities.positions.views import position_view
 from activities.risk.exposures import lock_exposures
+from domain.contracts.liquidation import liquidation_workflow_id
 from domain.events import BusinessEvent, LiquidationTriggered
 from domain.liquidation import must_liquidate
-from domain.liquidation_saga import liquidation_workflow_id
 from storage import outbox
 from storage.db import Connection
 from storage.outbox import UserPush

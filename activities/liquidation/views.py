@@ -6,7 +6,7 @@ from activities.liquidation.accounts import Marks
 from activities.liquidation.rows import QueueRow
 from activities.liquidation.sql import QUEUE_POSITION
 from domain.clock import iso
-from domain.liquidation_saga import liquidation_workflow_id
+from domain.contracts.liquidation import liquidation_workflow_id
 from storage.db import Connection, Pool
 from storage.rows import column_list, read
 

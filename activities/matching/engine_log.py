@@ -2,8 +2,8 @@
 
 from collections import OrderedDict
 
+from domain.contracts.settlement import EventRange
 from domain.matching import AnyEvent, decode_event
-from domain.sagas import EventRange
 from storage.db import Connection
 
 RANGES_KEPT = 8

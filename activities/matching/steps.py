@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from temporalio import activity
 
-from domain.funding import EVENTS_OF, LAST_COMMAND, LogPosition
+from domain.contracts.funding import EVENTS_OF, LAST_COMMAND, LogPosition
+from domain.contracts.settlement import ACKNOWLEDGE, EventRange, Progress
 from domain.matching import AnyCommand, SetState, TradingState, encode
-from domain.sagas import ACKNOWLEDGE, EventRange, Progress
 from storage.db import Connection, Pool
 from storage.once import NotYetError
 from telemetry.metrics import SETTLED_EVENTS

@@ -9,11 +9,11 @@ from activities.orders.commands import ALL_BACKED, amend_command, new_command
 from activities.orders.outcomes import end_amendments, others
 from activities.orders.rows import AmendmentRow, EndedRow, OrderRow
 from activities.orders.views import order_pushes
+from domain.contracts.orders import Acceptance
 from domain.events import BusinessEvent, OrderAmendRequested, OrderCreated
 from domain.instruments import Instrument
 from domain.matching import AnyCommand, Side
 from domain.money import plain
-from domain.sagas import Acceptance
 from storage import outbox
 from storage.db import Connection
 from storage.rows import batch, column_list, read, unnest

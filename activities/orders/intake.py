@@ -6,10 +6,10 @@ from datetime import datetime
 
 from activities.orders.rows import IN_ENGINE_STATUSES, OrderRow, TakenInAmendmentRow, TakenInRow
 from activities.orders.sagas import Saga, record_saga
+from domain.contracts.orders import OrderBatch
 from domain.events import OrderSubmitted
 from domain.money import plain
 from domain.order_entry import Amendment, NewOrder, OpenOrder, OrderRequest
-from domain.sagas import OrderBatch
 from storage import outbox
 from storage.db import Connection, columns
 from storage.rows import batch, column_list, parameters, read, unnest

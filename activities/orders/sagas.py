@@ -6,29 +6,17 @@ from datetime import datetime, timedelta
 
 from temporalio.client import Client
 from temporalio.common import (
-    SearchAttributeKey,
-    SearchAttributePair,
-    TypedSearchAttributes,
     WorkflowIDConflictPolicy,
     WorkflowIDReusePolicy,
 )
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
-from clients import ORDERS_QUEUE
-from domain.sagas import ORDER_CANCELLATION, ORDER_PLACEMENT, OrderBatch
+from domain.contracts.orders import ORDER_CANCELLATION, ORDER_PLACEMENT, OrderBatch
+from domain.contracts.queues import ORDERS_QUEUE
+from domain.contracts.search import search_attributes
 from storage.db import Connection, Pool
 
 WORKFLOW_OF_KIND = {"PLACE": ORDER_PLACEMENT, "CANCEL": ORDER_CANCELLATION}
-ORDER_ID = SearchAttributeKey.for_int("OrderId")
-ORDER_IDS = SearchAttributeKey.for_keyword_list("OrderIds")
-USER_ID = SearchAttributeKey.for_keyword("UserId")
-INSTRUMENT_ID = SearchAttributeKey.for_keyword("InstrumentId")
-SEARCHABLE_ORDERS_MAX = 100
-
-
-async def close_saga(conn: Connection, saga_id: str) -> None:
-    """Write down that a workflow has done all that its sagas asked for."""
-    await conn.execute("UPDATE orders.sagas SET done = TRUE WHERE workflow_id = $1 AND NOT done", saga_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +39,11 @@ async def record_saga(conn: Connection, saga: Saga) -> None:
         saga.kind,
         saga.batch.order_ids,
     )
+
+
+async def close_saga(conn: Connection, saga_id: str) -> None:
+    """Write down that a workflow has done all that its sagas asked for."""
+    await conn.execute("UPDATE orders.sagas SET done = TRUE WHERE workflow_id = $1 AND NOT done", saga_id)
 
 
 async def merge_sagas(pool: Pool, sagas: Sequence[Saga]) -> Saga | None:
@@ -149,15 +142,3 @@ def _suffix(batch: OrderBatch) -> str:
     """What tells two cancellations of the same order apart."""
     token = batch.saga_id.split("-")[3:]
     return f"-{token[0]}" if token else ""
-
-
-def search_attributes(order_ids: Sequence[int], owner: tuple[int, str] | None) -> TypedSearchAttributes:
-    """`OrderIds` of up to SEARCHABLE_ORDERS_MAX orders, and what else is known of a single one."""
-    pairs: list[SearchAttributePair[int] | SearchAttributePair[str] | SearchAttributePair[Sequence[str]]] = []
-    if len(order_ids) <= SEARCHABLE_ORDERS_MAX:
-        pairs.append(SearchAttributePair(ORDER_IDS, [str(order_id) for order_id in order_ids]))
-    if len(order_ids) == 1:
-        pairs.append(SearchAttributePair(ORDER_ID, order_ids[0]))
-        if owner is not None:
-            pairs += [SearchAttributePair(USER_ID, str(owner[0])), SearchAttributePair(INSTRUMENT_ID, owner[1])]
-    return TypedSearchAttributes(pairs)

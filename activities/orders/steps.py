@@ -14,19 +14,18 @@ from activities.orders.acceptance import accept_batch, fail_batch
 from activities.orders.cancels import cancel_of_liquidated, cancel_uncovered_of, request_checked
 from activities.orders.outcomes import apply_changes, fold_events
 from activities.orders.sagas import close_saga
-from domain.liquidation_saga import CANCEL_ORDERS, Takeover
-from domain.sagas import (
+from domain.contracts.liquidation import CANCEL_ORDERS, Takeover
+from domain.contracts.orders import (
     ACCEPT_ORDERS,
-    APPLY_ORDER_EVENTS,
     CANCEL_UNCOVERED,
     REQUEST_CANCELS,
     Acceptance,
-    EventRange,
     OrderBatch,
     Outcome,
     Uncovered,
     Verdict,
 )
+from domain.contracts.settlement import APPLY_ORDER_EVENTS, EventRange
 from storage.db import Pool
 from storage.once import advance_cursor
 from telemetry.metrics import ORDERS

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from activities.positions.margins import adopt
 from activities.positions.rows import PositionRow
-from domain.funding import FUNDING_PAGE, FundingPage, FundingSnapshot
+from domain.contracts.funding import FUNDING_PAGE, FundingPage, FundingSnapshot
 from domain.margin import Tier
 from storage.db import Connection
 from storage.once import NotYetError

@@ -8,12 +8,12 @@ from decimal import Decimal
 from activities.market.prices import latest_marks
 from activities.positions.rows import AdoptedRow, PositionRow
 from activities.positions.views import events_of, position_view
+from domain.contracts.margin import MarginChange
+from domain.contracts.settlement import EventRange
 from domain.events import BusinessEvent, PositionClosed
 from domain.liquidation import Holding, warning_price
 from domain.margin import Tier, liquidation_price
-from domain.margin_changes import MarginChange
 from domain.money import ZERO, plain
-from domain.sagas import EventRange
 from storage import outbox
 from storage.db import Connection
 from storage.outbox import UserPush

@@ -7,9 +7,9 @@ from activities.matching.instruments import RuleBook
 from activities.positions.funding import confirm_funding, fix_funding_positions, follow_funding
 from activities.positions.margins import adopt_changed_margin, confirm, follow_draws, has_drawn_elsewhere
 from activities.positions.trades import apply_trades
-from domain.funding import CONFIRM_FUNDING, FIX_FUNDING_POSITIONS, FundingPage, FundingSnapshot
-from domain.margin_changes import ADOPT_MARGIN, MarginChange
-from domain.sagas import APPLY_TRADES, CONFIRM_POSITIONS, EventRange
+from domain.contracts.funding import CONFIRM_FUNDING, FIX_FUNDING_POSITIONS, FundingPage, FundingSnapshot
+from domain.contracts.margin import ADOPT_MARGIN, MarginChange
+from domain.contracts.settlement import APPLY_TRADES, CONFIRM_POSITIONS, EventRange
 from storage.db import Pool
 from storage.once import advance_cursor
 

@@ -10,13 +10,13 @@ from activities.matching.instruments import Rules
 from activities.positions.rows import FillRow, HeldRow
 from activities.positions.views import fill_view
 from domain.clock import from_ms, iso
+from domain.contracts.settlement import EventRange
 from domain.events import AutoDeleveraged, BusinessEvent
 from domain.exposure import OPPOSITE
 from domain.instruments import Instrument
 from domain.matching import Deleveraged, Side, Trade
 from domain.money import ZERO, plain
 from domain.positions import Fill, Position, apply_fill
-from domain.sagas import EventRange
 from storage import outbox
 from storage.db import Connection
 from storage.outbox import UserPush

@@ -21,12 +21,13 @@ from activities.risk.limits import Limits, read_limits, refusal_reason
 from activities.risk.rows import ClaimRow, Key
 from activities.risk.terms import tell_covers_of, tell_terms
 from activities.risk.unfinished import Unfinished, read_unfinished
+from domain.contracts.orders import Backing, Refusal, StepRequest
+from domain.contracts.results import CheckResult, OrderMargin
+from domain.contracts.settlement import EventRange
 from domain.events import BusinessEvent, MarginPreCheckFailed, MarginPreCheckPassed
 from domain.exposure import Exposure
 from domain.money import ZERO, plain
 from domain.order_entry import NewOrder
-from domain.sagas import Backing, EventRange, Refusal, StepRequest
-from domain.steps import CheckResult, OrderMargin
 from storage import outbox
 from storage.db import Connection
 from storage.once import first_result

@@ -6,9 +6,12 @@ from activities.matching.engine_log import SequencedEvent
 from activities.matching.instruments import Rules
 from activities.risk.exposures import lock_exposures, read_claims, save_exposures, without_claim
 from activities.risk.rows import ExposureRow, Key
+from domain.contracts.liquidation import liquidation_workflow_id
+from domain.contracts.orders import StepRequest
+from domain.contracts.results import CheckResult, MarginMove, MarginMoves, OrderMargin
+from domain.contracts.settlement import EventRange
 from domain.exposure import OPPOSITE, Exposure
 from domain.instruments import Instrument
-from domain.liquidation_saga import liquidation_workflow_id
 from domain.matching import (
     Amended,
     AmendRejected,
@@ -21,8 +24,6 @@ from domain.matching import (
     StateChanged,
     Trade,
 )
-from domain.sagas import EventRange, StepRequest
-from domain.steps import CheckResult, MarginMove, MarginMoves, OrderMargin
 from storage.db import Connection, columns
 from storage.once import first_result
 

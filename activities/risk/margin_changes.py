@@ -21,14 +21,14 @@ from activities.risk.rows import ExposureRow, Key
 from activities.risk.terms import tell_terms
 from activities.risk.unfinished import Unfinished, read_unfinished
 from domain.clock import to_ms
+from domain.contracts.margin import MarginChange
+from domain.contracts.results import MarginPlan
+from domain.contracts.settlement import EventRange
 from domain.exposure import Exposure
 from domain.instruments import Instrument
 from domain.margin import margin_to_keep, releveraged_margin, tier_of
-from domain.margin_changes import MarginChange
 from domain.matching import AnyCommand, MoveMargin, margin_units
 from domain.money import ZERO
-from domain.sagas import EventRange
-from domain.steps import MarginPlan
 from storage.db import Connection
 from storage.once import first_result, store_result
 

@@ -8,9 +8,10 @@ from activities.risk.check import check_orders, read_unfinished_of
 from activities.risk.events import apply_range, release_claims, users_of, waiting_liquidations
 from activities.risk.margin_changes import plan_change
 from activities.risk.unfinished import Unfinished, once_applied
-from domain.margin_changes import PLAN_MARGIN_CHANGE, MarginChange, MarginVerdict
-from domain.sagas import APPLY_RISK_EVENTS, CHECK_ORDERS, RELEASE_ORDERS, EventRange, Outcome, StepRequest
-from domain.steps import CheckResult, MarginMoves, MarginPlan, settle_step
+from domain.contracts.margin import PLAN_MARGIN_CHANGE, MarginChange, MarginVerdict
+from domain.contracts.orders import CHECK_ORDERS, RELEASE_ORDERS, Outcome, StepRequest
+from domain.contracts.results import CheckResult, MarginMoves, MarginPlan, settle_step
+from domain.contracts.settlement import APPLY_RISK_EVENTS, EventRange
 from storage.db import Connection, Pool
 from storage.once import advance_cursor, first_result, store_result
 

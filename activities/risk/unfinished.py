@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from domain.contracts.settlement import EventRange
 from domain.problems import Problem
-from domain.sagas import EventRange
 from storage.db import Connection, Pool, columns
 
 T = TypeVar("T")

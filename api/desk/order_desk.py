@@ -33,8 +33,8 @@ from activities.registry import order_activities
 from api.desk.batcher import Answer, Lane
 from api.desk.order_views import pending_view, verdict_view
 from api.desk.verdicts import Verdicts
-from clients import ORDERS_QUEUE
 from domain.clock import iso
+from domain.contracts.queues import ORDERS_QUEUE
 from domain.instruments import Instrument
 from domain.order_entry import NewOrder, OrderRequest, Reference, amendment, new_order
 from domain.problems import Problem

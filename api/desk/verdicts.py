@@ -8,9 +8,9 @@ from redis.asyncio import Redis
 
 from activities.orders.outcomes import OrderChange, fold_events
 from activities.orders.steps import VERDICTS_CHANNEL
+from domain.contracts.orders import Verdict
 from domain.instruments import Instrument
 from domain.matching import AnyEvent
-from domain.sagas import Verdict
 from storage.pubsub import Subscriber
 
 ENGINE_CHANNELS = "engine:*"

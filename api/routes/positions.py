@@ -14,7 +14,6 @@ from temporalio.service import RPCError
 from activities.liquidation.accounts import cross_backing
 from activities.liquidation.views import deleverage_ranks
 from activities.matching.instruments import read_tiers
-from activities.orders.sagas import INSTRUMENT_ID, USER_ID
 from activities.positions import views as positions_views
 from activities.positions.views import position_view
 from activities.risk.exposures import set_margin_mode
@@ -23,8 +22,9 @@ from api.edge.gateway import ServedUserId, User
 from api.schema.models import ApiModel, SafeText
 from api.schema.openapi import problems
 from api.state import AppState, State
-from clients import OPERATIONS_QUEUE
-from domain.margin_changes import MARGIN_CHANGE, MarginChange
+from domain.contracts.margin import MARGIN_CHANGE, MarginChange
+from domain.contracts.queues import OPERATIONS_QUEUE
+from domain.contracts.search import INSTRUMENT_ID, USER_ID
 from domain.money import plain
 from domain.problems import Problem
 from storage.db import Connection

@@ -11,21 +11,14 @@ from temporalio.common import SearchAttributePair, TypedSearchAttributes, Workfl
 from temporalio.service import RPCError
 
 from activities.identity.users import find_account, prepare_registration, require_email_free
-from activities.orders.sagas import USER_ID
 from api.edge.gateway import User, limit_sign_ins
 from api.schema.models import ApiModel, Timestamp, UserId
 from api.schema.openapi import problems
 from api.state import AppState, State
-from clients import OPERATIONS_QUEUE
-from domain.identity import (
-    EMAIL_LENGTH_MAX,
-    PASSWORD_LENGTH_MAX,
-    PASSWORD_LENGTH_MIN,
-    USER_REGISTRATION,
-    Registration,
-    registration_workflow_id,
-    valid_email,
-)
+from domain.contracts.queues import OPERATIONS_QUEUE
+from domain.contracts.registration import USER_REGISTRATION, Registration, registration_workflow_id
+from domain.contracts.search import USER_ID
+from domain.identity import EMAIL_LENGTH_MAX, PASSWORD_LENGTH_MAX, PASSWORD_LENGTH_MIN, valid_email
 from domain.passwords import good_password
 from domain.problems import Problem
 

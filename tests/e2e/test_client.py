@@ -30,7 +30,7 @@ from client.models import AmendedOrder, Fill, Permission, Ticker
 from client.session import Login
 from client.streams import Chain
 from clients import connect_temporal
-from domain.margin_changes import MARGIN_CHANGE
+from domain.contracts.margin import MARGIN_CHANGE
 from tests.exchange import BTC, PASSWORD, Exchange, Trader
 from tests.servers import ROOT
 from tests.waiting import until

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 from temporalio.client import Client
 
-from domain.liquidation_saga import LIQUIDATION
+from domain.contracts.liquidation import LIQUIDATION
 from tests.exchange import BTC, NAMESPACE, Exchange, Trader
 from tests.waiting import until
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from clients import connect_temporal
-from domain.margin_changes import MARGIN_CHANGE
+from domain.contracts.margin import MARGIN_CHANGE
 from tests.exchange import BTC, MOVING, Exchange, Trader
 from tests.waiting import until
 

@@ -21,8 +21,9 @@ from activities.identity.users import UserActivities, prepare_registration
 from api.app import create_app
 from api.identity.passwords import HASHER
 from api.state import AppState
-from clients import OPERATIONS_QUEUE
-from domain.identity import PASSWORD_CREDENTIAL, Registration
+from domain.contracts.queues import OPERATIONS_QUEUE
+from domain.contracts.registration import Registration
+from domain.identity import PASSWORD_CREDENTIAL
 from settings import Settings
 from storage.db import Pool
 from tests.sandbox import CalmSandbox

@@ -26,13 +26,14 @@ from activities.orders.steps import OrderActivities
 from activities.positions.steps import PositionActivities
 from activities.risk.exposures import set_margin_mode
 from activities.risk.steps import RiskActivities
-from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
+from domain.contracts.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
+from domain.contracts.margin import MarginChange, MarginMoved
+from domain.contracts.orders import Acceptance, OrderBatch, Refusal, StepRequest, Uncovered
+from domain.contracts.settlement import EventRange
 from domain.instruments import SHIPPED, Instrument
-from domain.margin_changes import MarginChange, MarginMoved
 from domain.matching import AnyEvent
 from domain.order_entry import NewOrder, OrderRequest, Reference, amendment
 from domain.problems import Problem
-from domain.sagas import Acceptance, EventRange, OrderBatch, Refusal, StepRequest, Uncovered
 from engine import lease as leases
 from engine.log import Batch, read_commands, write_batch
 from engine.matcher import Matcher

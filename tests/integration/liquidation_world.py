@@ -15,8 +15,8 @@ from activities.liquidation.steps import LiquidationActivities
 from activities.liquidation.triggering import Opened, trigger
 from activities.matching.instruments import Rules, read_instruments, read_tiers
 from domain.clock import iso
+from domain.contracts.liquidation import Ending, Plan, PlanRequest, Submission, Takeover, claim_of
 from domain.instruments import SHIPPED, Instrument
-from domain.liquidation_saga import Ending, Plan, PlanRequest, Submission, Takeover, claim_of
 from storage.db import Pool
 from storage.market_keys import mark_key, snapshot_key
 from tests.integration.ledger_world import BTC, World, finish

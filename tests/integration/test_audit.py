@@ -9,8 +9,9 @@ from redis.asyncio import Redis
 
 from activities.ledger import audit
 from activities.ledger.audit import AuditActivities, run_audit
-from domain.funding import FundingRun
-from domain.sagas import AuditCheck, StepRequest
+from domain.contracts.audit import AuditCheck
+from domain.contracts.funding import FundingRun
+from domain.contracts.orders import StepRequest
 from storage.db import Connection, Pool
 from tests.integration.ledger_world import BTC, ETH, World, advance, finish, limit
 

@@ -11,7 +11,7 @@ from activities.ledger.audit import run_audit
 from activities.ledger.transfers import transfer_external
 from activities.risk.collateral import free_collateral
 from activities.risk.exposures import set_margin_mode
-from domain.funding import FundingRun
+from domain.contracts.funding import FundingRun
 from domain.problems import Problem
 from storage.db import Pool
 from tests.integration.ledger_world import BTC, ETH, World, advance, assert_conserved, finish, limit

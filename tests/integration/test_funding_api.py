@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from domain.funding import FundingRun
+from domain.contracts.funding import FundingRun
 from storage.db import Pool
 from tests.integration.identity_app import Exchange, bearer, running_exchange, settings_without_workflows
 from tests.integration.ledger_world import BTC, ETH, World, finish

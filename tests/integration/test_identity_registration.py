@@ -14,8 +14,8 @@ from temporalio.exceptions import ApplicationError
 
 from activities.identity.auth import AuthActivities
 from activities.identity.users import RESUMER_SCHEDULE, RESUMER_SCHEDULE_ID, UserActivities, prepare_registration
-from clients import OPERATIONS_QUEUE
-from domain.identity import (
+from domain.contracts.queues import OPERATIONS_QUEUE
+from domain.contracts.registration import (
     REGISTRATION_ATTEMPTS_MAX,
     REGISTRATION_RESUMER,
     USER_REGISTRATION,

@@ -7,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.ledger.transfers import transfer_external
-from domain.funding import FundingRun
+from domain.contracts.funding import FundingRun
 from monitors.pruner import KEPT, prune
 from settings import Settings
 from storage.db import Pool

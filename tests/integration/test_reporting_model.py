@@ -7,8 +7,8 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
+from domain.contracts.funding import FundingRun
 from domain.events import LedgerEntryCreated, LiquidationTriggered
-from domain.funding import FundingRun
 from monitors import relay as relay_module
 from reporting import consumer, streams
 from reporting.build import (

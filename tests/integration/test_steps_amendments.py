@@ -7,8 +7,8 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.risk.exposures import set_margin_mode
+from domain.contracts.orders import Acceptance, Refusal, StepRequest
 from domain.problems import Problem
-from domain.sagas import Acceptance, Refusal, StepRequest
 from storage.db import Pool
 from tests.integration.ledger_world import BTC, World, advance, assert_audit_is_clean, finish, limit, outbox_events
 

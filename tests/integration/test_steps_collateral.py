@@ -16,11 +16,11 @@ from activities.positions import funding as positions
 from activities.risk.collateral import free_collateral, read_collateral
 from activities.risk.exposures import set_margin_mode
 from domain.collateral import Collateral
-from domain.funding import FundingRun
+from domain.contracts.funding import FundingRun
+from domain.contracts.margin import MarginChange
+from domain.contracts.orders import StepRequest
 from domain.instruments import Instrument
-from domain.margin_changes import MarginChange
 from domain.problems import Problem
-from domain.sagas import StepRequest
 from storage.db import Pool
 from tests.integration.ledger_world import (
     BTC,

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from activities.ledger.audit import run_audit
 from activities.ledger.transfers import transfer_external
-from domain.funding import FundingPage, FundingRun, FundingSnapshot
+from domain.contracts.funding import FundingPage, FundingRun, FundingSnapshot
 from domain.matching import Side
 from storage.db import Pool
 from storage.once import NotYetError

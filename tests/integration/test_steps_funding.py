@@ -12,7 +12,8 @@ from activities.ledger.audit import run_audit
 from activities.ledger.insurance import deposit_to_fund
 from activities.ledger.transfers import transfer_external
 from activities.positions import funding as positions
-from domain.funding import FundingPage, FundingRun, FundingSnapshot, FundingTotals, LogPosition, funding_payment
+from domain.contracts.funding import FundingPage, FundingRun, FundingSnapshot, FundingTotals, LogPosition
+from domain.funding import funding_payment
 from domain.money import plain
 from engine.guards import ONE
 from storage.db import Pool

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from activities.ledger.transfers import transfer_external
 from activities.liquidation.triggering import Opened
-from domain.funding import FundingPage, FundingRun, FundingSnapshot
+from domain.contracts.funding import FundingPage, FundingRun, FundingSnapshot
 from domain.instruments import Instrument
 from domain.matching import Side
 from engine.guards import ONE

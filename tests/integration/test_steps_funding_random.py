@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from activities.ledger import audit
 from activities.ledger import funding as ledger
 from activities.positions import funding as positions
-from domain.funding import FundingRun
+from domain.contracts.funding import FundingRun
 from storage.db import Pool
 from storage.once import NotYetError
 from tests.integration.ledger_world import World, assert_conserved

@@ -18,7 +18,7 @@ from activities.liquidation.warnings import warn
 from activities.positions.telling import tell_moved
 from activities.positions.views import list_positions, position_view
 from activities.risk.check import pre_check
-from domain.liquidation_saga import Claim, Ending
+from domain.contracts.liquidation import Claim, Ending
 from domain.mark_price import MARK_AGE_MAX
 from monitors.liquidations import LiquidationMonitor
 from storage.db import Pool

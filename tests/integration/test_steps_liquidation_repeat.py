@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from activities.ledger.audit import run_audit
-from domain.liquidation_saga import Claim, Ending, Plan, PlanRequest, Submission, Takeover
+from domain.contracts.liquidation import Claim, Ending, Plan, PlanRequest, Submission, Takeover
 from storage.db import Pool
 from tests.integration.ledger_world import dump, limit, settlement_steps
 from tests.integration.liquidation_world import LiquidationWorld, publish_mark

@@ -14,8 +14,8 @@ from activities.ledger.audit import run_audit
 from activities.ledger.book import Book, write_book
 from activities.ledger.transfers import transfer_external
 from activities.liquidation.triggering import Opened
+from domain.contracts.liquidation import PlanRequest
 from domain.instruments import Instrument
-from domain.liquidation_saga import PlanRequest
 from monitors.liquidations import LiquidationMonitor
 from storage.db import Connection, Pool
 from tests.integration.ledger_world import BTC, SOL, advance, assert_audit_is_clean, limit, outbox_events

@@ -10,8 +10,8 @@ from redis.asyncio import Redis
 from activities.ledger.transfers import transfer_external
 from activities.risk.collateral import free_collateral
 from activities.risk.exposures import set_margin_mode
+from domain.contracts.orders import StepRequest
 from domain.problems import Problem
-from domain.sagas import StepRequest
 from storage.db import Pool
 from tests.integration.ledger_world import (
     BTC,

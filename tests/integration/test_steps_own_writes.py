@@ -16,7 +16,8 @@ from activities.risk.events import users_of
 from activities.risk.exposures import set_margin_mode
 from activities.risk.steps import RiskActivities
 from activities.risk.unfinished import patiently, read_unfinished, refused_with
-from domain.margin_changes import MarginVerdict
+from domain.contracts.margin import MarginVerdict
+from domain.contracts.orders import Backing, OrderBatch, Outcome, Refusal, StepRequest
 from domain.matching import (
     Amended,
     AmendRejected,
@@ -35,7 +36,6 @@ from domain.matching import (
 )
 from domain.order_entry import NewOrder
 from domain.problems import Problem
-from domain.sagas import Backing, OrderBatch, Outcome, Refusal, StepRequest
 from storage.db import Connection, Pool
 from tests.integration.ledger_world import (
     BTC,

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from activities.matching.instruments import read_instruments
 from activities.risk.check import pre_check
-from domain.sagas import Acceptance, StepRequest
+from domain.contracts.orders import Acceptance, StepRequest
 from storage.db import Pool
 from tests.integration.ledger_world import (
     BTC,

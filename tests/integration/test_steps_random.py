@@ -12,10 +12,10 @@ from redis.asyncio import Redis
 
 from activities.ledger import audit
 from activities.ledger.transfers import transfer_external
+from domain.contracts.settlement import EventRange
 from domain.instruments import Instrument
 from domain.order_entry import NewOrder
 from domain.problems import Problem
-from domain.sagas import EventRange
 from storage.db import Pool
 from tests.integration.ledger_world import BTC, ETH, World, assert_conserved, finish, limit, market, outbox_events
 

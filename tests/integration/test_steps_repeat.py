@@ -11,8 +11,8 @@ from redis.asyncio import Redis
 
 from activities.ledger.audit import run_audit
 from activities.ledger.transfers import transfer_external
-from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
-from domain.sagas import Acceptance, OrderBatch, Outcome, StepRequest
+from domain.contracts.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
+from domain.contracts.orders import Acceptance, OrderBatch, Outcome, StepRequest
 from storage.db import Pool, open_pool
 from storage.once import NotYetError
 from tests.conftest import COPY_OF_TEMPLATE

@@ -5,9 +5,9 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
+from domain.contracts.settlement import EventRange
 from domain.matching import Side
 from domain.positions import Position, apply_fill
-from domain.sagas import EventRange
 from storage.db import Pool
 from storage.once import CursorGapError
 from tests.integration.ledger_world import (

@@ -16,8 +16,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 
 from activities.registry import funding_schedule, funding_schedule_id
-from clients import SETTLEMENT_QUEUE
-from domain.funding import (
+from domain.contracts.funding import (
     CLOSE_FUNDING,
     CONFIRM_FUNDING,
     EVENTS_OF,
@@ -30,8 +29,9 @@ from domain.funding import (
     FundingInput,
     FundingTotals,
 )
+from domain.contracts.queues import SETTLEMENT_QUEUE
+from domain.contracts.settlement import EventRange
 from domain.mark_price import next_funding_time
-from domain.sagas import EventRange
 from stack.servers import SEARCH_ATTRIBUTES
 from storage.db import Pool
 from tests.integration.ledger_world import publish_rate

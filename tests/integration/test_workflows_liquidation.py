@@ -14,8 +14,8 @@ from temporalio.client import Client, WorkflowHandle
 
 from activities.ledger.insurance import deposit_to_fund
 from activities.liquidation.triggering import stalled
-from domain.liquidation_saga import CLAIM_INSURANCE, SUBMIT
-from domain.sagas import EventRange
+from domain.contracts.liquidation import CLAIM_INSURANCE, SUBMIT
+from domain.contracts.settlement import EventRange
 from monitors.liquidations import LiquidationMonitor
 from storage.db import Pool
 from tests.integration.liquidation_world import publish_mark

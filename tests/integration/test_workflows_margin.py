@@ -10,9 +10,9 @@ from redis.asyncio import Redis
 from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 from temporalio.exceptions import CancelledError
 
-from clients import OPERATIONS_QUEUE
-from domain.margin_changes import MARGIN_CHANGE, MOVE_MARGIN, PLAN_MARGIN_CHANGE, MarginChange
-from domain.sagas import FREEZE_FUNDS
+from domain.contracts.margin import MARGIN_CHANGE, MOVE_MARGIN, PLAN_MARGIN_CHANGE, MarginChange
+from domain.contracts.orders import FREEZE_FUNDS
+from domain.contracts.queues import OPERATIONS_QUEUE
 from storage.db import Pool
 from tests.replay import save_history
 from tests.sagas import (

@@ -9,7 +9,7 @@ from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureEr
 from temporalio.exceptions import CancelledError
 
 from activities.orders.sagas import Saga
-from domain.sagas import ACCEPT_ORDERS, CHECK_ORDERS, FREEZE_FUNDS, REQUEST_CANCELS, StepRequest, Verdict
+from domain.contracts.orders import ACCEPT_ORDERS, CHECK_ORDERS, FREEZE_FUNDS, REQUEST_CANCELS, StepRequest, Verdict
 from monitors.sweeper import sweep
 from storage.db import Pool
 from tests.replay import save_history

@@ -13,7 +13,7 @@ from temporalio.worker import (
     WorkflowInterceptorClassInput,
 )
 
-from domain.sagas import (
+from domain.contracts.orders import (
     ACCEPT_ORDERS,
     CHECK_ORDERS,
     FREEZE_FUNDS,

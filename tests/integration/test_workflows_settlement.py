@@ -11,16 +11,15 @@ from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
 
 from activities.ledger.audit import SETTLED_CHECKS, STRICT_CHECKS
-from clients import OPERATIONS_QUEUE
-from domain.sagas import (
+from domain.contracts.audit import LEDGER_AUDIT, AuditReport
+from domain.contracts.queues import OPERATIONS_QUEUE
+from domain.contracts.settlement import (
     ACKNOWLEDGE,
     APPLY_ORDER_EVENTS,
     APPLY_RISK_EVENTS,
     APPLY_TRADES,
     CONFIRM_POSITIONS,
-    LEDGER_AUDIT,
     SETTLE,
-    AuditReport,
     EventRange,
     Progress,
 )

@@ -12,10 +12,10 @@ from redis.asyncio import Redis
 from temporalio.client import Client, WorkflowHandle
 
 from activities.orders.sagas import Saga
-from clients import OPERATIONS_QUEUE
+from domain.contracts.margin import MARGIN_CHANGE, PLAN_MARGIN_CHANGE, MarginChange, MarginVerdict
+from domain.contracts.orders import CHECK_ORDERS, FREEZE_FUNDS, REQUEST_CANCELS, Carried, Outcome
+from domain.contracts.queues import OPERATIONS_QUEUE
 from domain.instruments import SHIPPED
-from domain.margin_changes import MARGIN_CHANGE, PLAN_MARGIN_CHANGE, MarginChange, MarginVerdict
-from domain.sagas import CHECK_ORDERS, FREEZE_FUNDS, REQUEST_CANCELS, Carried, Outcome
 from storage.db import Pool
 from tests.marks import say_mark
 from tests.sagas import BTC, Activity, Change, Desk, Gate, order, workers

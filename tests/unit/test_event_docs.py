@@ -39,7 +39,7 @@ def test_the_example_is_the_event_with_all_its_fields(event: str) -> None:
 
 def test_every_step_that_the_page_names_is_one_of_a_workflow() -> None:
     named = set(STEP.findall(page()))
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "domain").glob("*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "domain").rglob("*.py"))
     assert len(named) > 15
     assert [step for step in named if f'"{step}"' not in sources] == []
 

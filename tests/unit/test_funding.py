@@ -6,7 +6,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.funding import FundingRun, Holding, charge, funding_payment
+from domain.contracts.funding import FundingRun
+from domain.funding import Holding, charge, funding_payment
 from domain.money import AMOUNT_STEP, ZERO
 
 amounts = st.decimals(0, 1_000_000, places=8)

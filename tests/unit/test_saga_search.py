@@ -2,7 +2,7 @@
 
 import pytest
 
-from activities.orders.sagas import (
+from domain.contracts.search import (
     INSTRUMENT_ID,
     ORDER_ID,
     ORDER_IDS,

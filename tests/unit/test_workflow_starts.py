@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import domain
 import workflows
+from domain import contracts
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("activities", "api", "engine", "market", "monitors", "workflows")
@@ -57,10 +57,10 @@ def workflow_classes() -> Iterator[type]:
 
 
 def constants() -> dict[str, set[str]]:
-    """The texts that domain modules give names to, and those names."""
+    """The texts that the contracts give names to, and those names."""
     found: dict[str, set[str]] = {}
-    for path in Path(domain.__path__[0]).glob("*.py"):
-        for name, value in vars(importlib.import_module(f"domain.{path.stem}")).items():
+    for path in Path(contracts.__path__[0]).glob("*.py"):
+        for name, value in vars(importlib.import_module(f"domain.contracts.{path.stem}")).items():
             if isinstance(value, str) and name.isupper():
                 found.setdefault(value, set()).add(name)
     return found

@@ -1,15 +1,9 @@
-"""Names and messages of the order and settlement workflows: one dataclass in, one out.
-
-Workflows import these and nothing else of ours; ids travel, rows hold the data.
-"""
+"""Names and messages of the workflows that place and cancel orders: one dataclass in, one out."""
 
 from dataclasses import dataclass, field
 
 ORDER_PLACEMENT = "OrderPlacementWorkflow"
 ORDER_CANCELLATION = "OrderCancellationWorkflow"
-SETTLEMENT = "SettlementWorkflow"
-LEDGER_AUDIT = "LedgerAuditWorkflow"
-
 CHECK_ORDERS = "risk.check_orders"
 RELEASE_ORDERS = "risk.release_orders"
 UNFREEZE_FUNDS = "ledger.unfreeze_funds"
@@ -17,17 +11,6 @@ FREEZE_FUNDS = "ledger.freeze_funds"
 ACCEPT_ORDERS = "orders.accept"
 REQUEST_CANCELS = "orders.request_cancels"
 CANCEL_UNCOVERED = "orders.cancel_uncovered"
-
-APPLY_TRADES = "positions.apply_trades"
-APPLY_RISK_EVENTS = "risk.apply_events"
-SETTLE = "ledger.settle"
-CONFIRM_POSITIONS = "positions.confirm"
-APPLY_ORDER_EVENTS = "orders.apply_events"
-ACKNOWLEDGE = "matching.acknowledge"
-
-AUDIT = "ledger.audit"
-ADVANCE_SIGNAL = "advance"
-CURSOR_GAP = "CursorGap"
 
 
 @dataclass(frozen=True)
@@ -124,53 +107,8 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class SettlementInput:
-    """State of the entity workflow of one instrument, carried through continue-as-new."""
-
-    instrument_id: str
-    target_seq: int = 0
-    settled_seq: int = 0
-
-
-@dataclass(frozen=True)
-class EventRange:
-    """Engine events of one instrument with `after_seq` < seq <= `to_seq`."""
-
-    instrument_id: str
-    after_seq: int
-    to_seq: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far settlement has got in full (`settled_seq`), in its first step (`applied_seq`), and the engine."""
-
-    settled_seq: int
-    applied_seq: int
-    engine_seq: int
-
-
-@dataclass(frozen=True)
 class Uncovered:
     """Users whose open orders in an instrument are no longer backed by money."""
 
     instrument_id: str
     user_ids: list[int]
-
-
-@dataclass(frozen=True)
-class AuditCheck:
-    """One invariant: whether it holds, and what was found."""
-
-    name: str
-    ok: bool
-    detail: str
-
-
-@dataclass(frozen=True)
-class AuditReport:
-    """All invariants of the ledger at one moment (`checked_at`: ISO-8601 UTC)."""
-
-    ok: bool
-    checked_at: str
-    checks: list[AuditCheck]

@@ -1,4 +1,4 @@
-"""What a user changes about the margin of an instrument while it is in use: names and messages of that workflow."""
+"""Names and messages of the workflow by which a user changes the margin of an instrument that is in use."""
 
 from dataclasses import dataclass, field
 from typing import Literal

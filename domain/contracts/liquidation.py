@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 LIQUIDATION = "LiquidationWorkflow"
 SETTLED_SIGNAL = "settled"
-
 BEGIN = "risk.begin_liquidation"
 CANCEL_ORDERS = "orders.cancel_for_liquidation"
 PLAN = "risk.plan_liquidation"

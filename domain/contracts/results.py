@@ -4,8 +4,9 @@ from decimal import Decimal
 
 import msgspec
 
+from domain.contracts.orders import Backing, Refusal
+from domain.contracts.settlement import EventRange
 from domain.money import ZERO
-from domain.sagas import Backing, EventRange, Refusal
 
 
 class OrderMargin(msgspec.Struct, frozen=True):
