@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from temporalio.client import Client
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
-from activities.instruments import read_instruments
+from activities.matching.instruments import read_instruments
 from activities.registry import (
     liquidation_activities,
     operations_activities,

@@ -19,18 +19,17 @@ from temporalio.client import (
 )
 from temporalio.common import SearchAttributePair, TypedSearchAttributes
 
-from activities.audit import AuditActivities
-from activities.auth import AuthActivities
-from activities.engine_log import EngineLog
-from activities.insurance import InsuranceActivities
-from activities.ledger import LedgerActivities
-from activities.liquidation import LiquidationActivities
-from activities.matching import MatchingActivities
-from activities.orders import OrderActivities
-from activities.positions import PositionActivities
-from activities.risk import RiskActivities
-from activities.sagas import INSTRUMENT_ID
-from activities.users import RESUMER_SCHEDULE, RESUMER_SCHEDULE_ID, UserActivities
+from activities.identity.auth import AuthActivities
+from activities.identity.users import RESUMER_SCHEDULE, RESUMER_SCHEDULE_ID, UserActivities
+from activities.ledger.audit import AuditActivities
+from activities.ledger.steps import InsuranceActivities, LedgerActivities
+from activities.liquidation.steps import LiquidationActivities
+from activities.matching.engine_log import EngineLog
+from activities.matching.steps import MatchingActivities
+from activities.orders.sagas import INSTRUMENT_ID
+from activities.orders.steps import OrderActivities
+from activities.positions.steps import PositionActivities
+from activities.risk.steps import RiskActivities
 from clients import OPERATIONS_QUEUE, SETTLEMENT_QUEUE
 from domain.funding import FUNDING_SETTLEMENT, FundingInput
 from domain.sagas import LEDGER_AUDIT

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 
 from redis.asyncio import Redis
 
-from activities.auth import find_password, set_password
-from activities.insurance import seed_fund
-from activities.sessions import revoke
-from activities.users import upsert_admin
+from activities.identity.auth import find_password, set_password
+from activities.identity.sessions import revoke
+from activities.identity.users import upsert_admin
+from activities.ledger.insurance import seed_fund
 from api.identity.passwords import Passwords
 from clients import open_redis
 from domain.identity import ADMIN_ROLE, valid_email

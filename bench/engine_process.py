@@ -16,7 +16,7 @@ from random import Random
 
 import asyncpg
 
-from activities.matching import append_commands
+from activities.matching.steps import append_commands
 from bench.database import own_postgres
 from bench.exchange import ROOT, percentile
 from domain.instruments import SHIPPED

@@ -18,11 +18,11 @@ from typing import cast
 from redis.asyncio import Redis
 from temporalio.client import Client
 
-from activities.audit import run_audit
-from activities.engine_log import EngineLog
-from activities.ledger import LedgerActivities
-from activities.liquidation import TRIGGERED_MAX
-from activities.positions import PositionActivities
+from activities.ledger.audit import run_audit
+from activities.ledger.steps import LedgerActivities
+from activities.liquidation.triggering import TRIGGERED_MAX
+from activities.matching.engine_log import EngineLog
+from activities.positions.steps import PositionActivities
 from bench.database import own_postgres, own_valkey
 from clients import open_redis
 from domain.clock import iso

@@ -10,6 +10,7 @@ from domain.margin import order_margin
 from domain.money import ZERO
 
 Side = Literal["BUY", "SELL"]
+OPPOSITE: dict[Side, Side] = {"BUY": "SELL", "SELL": "BUY"}
 
 
 class Exposure(Struct, frozen=True):

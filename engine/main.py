@@ -12,7 +12,7 @@ import asyncpg
 from redis.asyncio import Redis
 from temporalio.client import Client
 
-from activities.instruments import read_instruments
+from activities.matching.instruments import read_instruments
 from clients import connect_temporal, open_redis
 from domain.instruments import Instrument, choose
 from engine.publisher import Publisher

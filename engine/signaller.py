@@ -19,7 +19,7 @@ from temporalio.common import (
 )
 from temporalio.service import RPCError
 
-from activities.matching import SETTLEMENT_CONSUMER
+from activities.matching.steps import SETTLEMENT_CONSUMER
 from clients import SETTLEMENT_QUEUE
 from domain.sagas import ADVANCE_SIGNAL, SETTLEMENT, SettlementInput
 from storage.db import DATABASE_ERRORS, Connection, Pool

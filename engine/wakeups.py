@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
-from activities.matching import COMMANDS_CHANNEL
+from activities.matching.steps import COMMANDS_CHANNEL
 from engine.runner import Runner
 from storage.db import DATABASE_ERRORS, Connection, Pool
 from storage.waiting import pause

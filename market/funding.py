@@ -16,7 +16,7 @@ from decimal import Decimal
 
 import asyncpg
 
-from activities.instruments import read_tiers
+from activities.matching.instruments import read_tiers
 from domain.clock import iso
 from domain.events import FundingRateUpdated
 from domain.funding_rate import funding_rate, rate_cap

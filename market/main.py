@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from redis.asyncio import Redis
 
-from activities.instruments import read_instruments
+from activities.matching.instruments import read_instruments
 from clients import open_redis
 from domain.instruments import Instrument, choose
 from market.checkpoints import Checkpointer, restore_markets

@@ -16,7 +16,7 @@ from asyncpg import Record
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from activities.matching import append_commands
+from activities.matching.steps import append_commands
 from domain import mark_price
 from domain.clock import iso, to_ms
 from domain.events import MarkPriceUpdated

@@ -7,8 +7,8 @@ import uuid
 from temporalio.client import Client
 from temporalio.service import RPCError
 
-from activities.countdowns import fire_countdowns
-from activities.sagas import start_saga
+from activities.orders.countdowns import fire_countdowns
+from activities.orders.sagas import start_saga
 from storage.db import Connection, Pool
 from storage.leadership import COUNTDOWN_LOCK, run_as_leader
 

@@ -18,10 +18,11 @@ from temporalio.common import (
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
-from activities.instruments import Rules, read_instruments, read_tiers
-from activities.liquidation import Opened, stalled, trigger, warn
-from activities.positions import tell_moved
-from activities.risk import tell_lower_covers
+from activities.liquidation.triggering import Opened, stalled, trigger
+from activities.liquidation.warnings import warn
+from activities.matching.instruments import Rules, read_instruments, read_tiers
+from activities.positions.telling import tell_moved
+from activities.risk.terms import tell_lower_covers
 from clients import LIQUIDATION_QUEUE
 from domain.liquidation_saga import LIQUIDATION, LiquidationInput
 from storage.db import Connection, Pool

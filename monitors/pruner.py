@@ -10,11 +10,12 @@ import asyncio
 import logging
 from datetime import timedelta
 
-from activities.auth import forget_login_audits
-from activities.liquidation import forget_snapshots
-from activities.market import forget_prices
-from activities.positions import forget_funding_positions, forget_told_marks
-from activities.sagas import forget_done_sagas, time_before_open_sagas
+from activities.identity.auth import forget_login_audits
+from activities.liquidation.telling import forget_snapshots
+from activities.market.prices import forget_prices
+from activities.orders.sagas import forget_done_sagas, time_before_open_sagas
+from activities.positions.funding import forget_funding_positions
+from activities.positions.telling import forget_told_marks
 from storage.db import Connection, Pool
 from storage.leadership import PRUNER_LOCK, run_as_leader
 from storage.once import forget_steps

@@ -8,8 +8,8 @@ from datetime import timedelta
 from temporalio.client import Client
 from temporalio.service import RPCError
 
-from activities.orders import cancel_all_uncovered
-from activities.sagas import start_saga, sweep_up
+from activities.orders.cancels import cancel_all_uncovered
+from activities.orders.sagas import start_saga, sweep_up
 from storage.db import Connection, Pool
 from storage.leadership import SWEEPER_LOCK, run_as_leader
 from storage.waiting import pause

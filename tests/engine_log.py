@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from activities.matching import append_commands
+from activities.matching.steps import append_commands
 from domain.instruments import SHIPPED, Instrument
 from domain.matching import AnyCommand, Trade, decode_event, encode
 from engine.matcher import Matcher

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from pydantic import SecretStr
 
-from activities.sessions import new_session, open_session
+from activities.identity.sessions import new_session, open_session
 from api.bootstrap import bootstrap
 from api.identity.tokens import AccessTokens, load_keys
 from client import Exchange as Client

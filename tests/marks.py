@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
-from activities.matching import append_commands
+from activities.matching.steps import append_commands
 from domain.clock import to_ms
 from domain.instruments import Instrument
 from domain.matching import MarkPrice

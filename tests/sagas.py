@@ -20,17 +20,17 @@ from temporalio.api.sdk.v1 import WorkflowMetadata
 from temporalio.client import Client, WorkflowHandle, WorkflowHistory
 from temporalio.worker import Worker
 
-from activities.audit import run_audit
-from activities.ledger import transfer_external
-from activities.order_entry import lock_for_amendment, take_in, take_in_amendment, take_in_cancels
+from activities.ledger.audit import run_audit
+from activities.ledger.transfers import transfer_external
+from activities.orders.intake import lock_for_amendment, take_in, take_in_amendment, take_in_cancels
+from activities.orders.sagas import Saga, start_saga
 from activities.registry import (
     liquidation_activities,
     operations_activities,
     order_activities,
     settlement_activities,
 )
-from activities.risk import set_margin_mode
-from activities.sagas import Saga, start_saga
+from activities.risk.exposures import set_margin_mode
 from clients import LIQUIDATION_QUEUE, OPERATIONS_QUEUE, ORDERS_QUEUE, SETTLEMENT_QUEUE
 from domain.instruments import SHIPPED, Instrument
 from domain.matching import AnyEvent

@@ -18,21 +18,18 @@ from temporalio.client import Client
 from temporalio.service import RPCError
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
-from activities.instruments import read_instruments
-from activities.order_entry import (
+from activities.matching.instruments import read_instruments
+from activities.orders.intake import (
     find_by_client_ids,
     lock_for_amendment,
     take_in,
     take_in_amendment,
     take_in_cancels,
 )
-from activities.orders import (
-    IN_ENGINE_STATUSES,
-    order_view,
-)
-from activities.orders_views import find_amendment, find_order
+from activities.orders.rows import IN_ENGINE_STATUSES, OrderRow
+from activities.orders.sagas import Saga, merge_sagas, start_saga
+from activities.orders.views import find_amendment, find_order, order_view
 from activities.registry import order_activities
-from activities.sagas import Saga, merge_sagas, start_saga
 from api.desk.batcher import Answer, Lane
 from api.desk.order_views import pending_view, verdict_view
 from api.desk.verdicts import Verdicts
@@ -223,13 +220,13 @@ class OrderDesk:
         async with self._pool.acquire() as conn:
             change = await find_amendment(conn, amendment_id)
             assert change is not None, f"Expected amendment {amendment_id}"
-            order = await find_order(conn, change["order_id"])
-            assert order is not None, f"Expected order {change['order_id']}"
+            order = await find_order(conn, change.order_id)
+            assert order is not None, f"Expected order {change.order_id}"
         return {
             **order_view(order),
             "amendmentId": amendment_id,
-            "amendmentStatus": change["status"],
-            "amendmentFailureReason": change["failure_reason"],
+            "amendmentStatus": change.status,
+            "amendmentFailureReason": change.failure_reason,
         }
 
     async def cancel(self, order_ids: Sequence[int]) -> None:
@@ -295,7 +292,7 @@ class OrderDesk:
             for entry, order_id in zip(entries, order_ids, strict=True)
             if order_id is None
         ]
-        first_ones: dict[tuple[int, str], Any] = {}
+        first_ones: dict[tuple[int, str], OrderRow] = {}
         if repeated:
             async with self._pool.acquire() as conn:
                 first_ones = await find_by_client_ids(conn, repeated)
@@ -306,7 +303,7 @@ class OrderDesk:
                 answers.append(
                     Problem(
                         "DUPLICATE_CLIENT_ORDER_ID",
-                        f"Order {row['order_id']} has this clientOrderId",
+                        f"Order {row.order_id} has this clientOrderId",
                         order=order_view(row),
                     )
                 )

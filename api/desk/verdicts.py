@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 from redis.asyncio import Redis
 
-from activities.orders import VERDICTS_CHANNEL, OrderChange, fold_events
+from activities.orders.outcomes import OrderChange, fold_events
+from activities.orders.steps import VERDICTS_CHANNEL
 from domain.instruments import Instrument
 from domain.matching import AnyEvent
 from domain.sagas import Verdict

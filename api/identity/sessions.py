@@ -5,7 +5,7 @@ from datetime import datetime
 
 from redis.asyncio import Redis
 
-from activities.sessions import restore, session_key
+from activities.identity.sessions import restore, session_key
 from domain.problems import Problem
 from storage.db import Pool
 

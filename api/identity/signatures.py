@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from redis.asyncio import Redis
 from starlette.requests import Request
 
-from activities.api_keys import ApiKey, find_key
+from activities.identity.api_keys import ApiKey, find_key
 from api.identity.addresses import Address, client_address
 from domain.clock import to_ms
 from domain.identity import USER_ROLE, Identity

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cryptography.fernet import Fernet, MultiFernet
 
-from activities.api_keys import replace_secrets
+from activities.identity.api_keys import replace_secrets
 from logs import set_up_logging
 from settings import get_settings
 from storage.db import open_pool

@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter
 
-from activities.audit import run_audit
-from activities.matching import change_state
+from activities.ledger.audit import run_audit
+from activities.matching.steps import change_state
 from api.edge.gateway import Admin
 from api.schema.models import ApiModel, SafeText
 from api.schema.openapi import problems

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fastapi import APIRouter, Path
 from pydantic import AfterValidator, Field, model_validator
 
-from activities.api_keys import Algorithm, ApiKey, Permission, add_key, keys_of, revoke_key
+from activities.identity.api_keys import Algorithm, ApiKey, Permission, add_key, keys_of, revoke_key
 from api.edge.gateway import SignedIn
 from api.schema.models import ApiModel, SafeText, Timestamp
 from api.schema.openapi import problems

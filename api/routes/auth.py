@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import AfterValidator, Field
 
-from activities.auth import (
+from activities.identity.auth import (
     DEVICE_LENGTH_MAX,
     Device,
     PasswordCredential,
@@ -22,7 +22,7 @@ from activities.auth import (
     lock_until,
     replace_hash,
 )
-from activities.sessions import Session, good_sessions, new_session, open_session, revoke, rotate
+from activities.identity.sessions import Session, good_sessions, new_session, open_session, revoke, rotate
 from api.edge.gateway import SignedIn, limit_sign_ins, require_internal
 from api.identity.addresses import Address, client_address
 from api.identity.passwords import is_argon2id

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path
 
-from activities.api_keys import keys_of, tell_key_changed
-from activities.auth import set_status
-from activities.sessions import revoke
+from activities.identity.api_keys import keys_of, tell_key_changed
+from activities.identity.auth import set_status
+from activities.identity.sessions import revoke
 from api.edge.gateway import Admin
 from api.schema.models import ApiModel, Timestamp, UserId
 from api.schema.openapi import problems

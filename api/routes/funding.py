@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from activities.positions_views import list_funding_payments
+from activities.positions.views import list_funding_payments
 from api.edge.gateway import User
 from api.schema.models import ApiModel, Page, SafeText, Timestamp
 from api.schema.paging import PageCursor, PageLimit, next_cursor

@@ -5,14 +5,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from activities.insurance import (
-    deposit_to_fund,
-    read_fund,
-    read_fund_entries,
-    read_system_balances,
-)
-from activities.liquidation import liquidation_view, read_liquidations
-from activities.matching_views import require_asset
+from activities.ledger.insurance import deposit_to_fund
+from activities.ledger.views import read_fund, read_fund_entries, read_system_balances
+from activities.liquidation.views import liquidation_view, read_liquidations
+from activities.matching.views import require_asset
 from api.edge.gateway import Admin
 from api.schema.models import ApiModel, Page, SafeText, Timestamp, TransferAmount
 from api.schema.paging import PageCursor, PageLimit, next_cursor
@@ -143,7 +139,8 @@ async def list_liquidations(
 ) -> dict[str, Any]:
     """Liquidations, newest first."""
     rows = await read_liquidations(state.pool, status, cursor, limit)
+    items = [liquidation_view(row) for row in rows]
     return {
-        "items": [liquidation_view(row) for row in rows],
-        "nextCursor": next_cursor(rows, limit, "liquidation_id"),
+        "items": items,
+        "nextCursor": next_cursor(items, limit, "liquidationId"),
     }

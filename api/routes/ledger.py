@@ -7,11 +7,12 @@ import asyncpg
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from activities import ledger_views
-from activities.ledger import balance_view, transfer_external
-from activities.matching_views import require_asset
-from activities.unfinished import patiently, refused_with
-from activities.users_views import is_user
+from activities.identity.views import is_user
+from activities.ledger import views as ledger_views
+from activities.ledger.transfers import transfer_external
+from activities.ledger.views import balance_view
+from activities.matching.views import require_asset
+from activities.risk.unfinished import patiently, refused_with
 from api.edge.gateway import Admin, ServedUserId, User
 from api.schema.models import ApiModel, Page, SafeText, Timestamp, TransferAmount, UserId
 from api.schema.openapi import problems

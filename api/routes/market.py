@@ -10,8 +10,8 @@ from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import AliasChoices, Field
 from redis.asyncio import Redis
 
-from activities.instruments import read_instruments
-from activities.matching_views import require_instrument
+from activities.matching.instruments import read_instruments
+from activities.matching.views import require_instrument
 from api.edge.caching import CachedRoute
 from api.edge.gateway import require_admin
 from api.schema.models import Amount, ApiModel, Page, SafeText, Timestamp

@@ -8,8 +8,8 @@ import asyncpg
 from fastapi import APIRouter, Path, Query, Response
 from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
-from activities import market_views
-from activities.matching_views import require_instrument
+from activities.market import views as market_views
+from activities.matching.views import require_instrument
 from api.schema.models import Amount, ApiModel, Page, SafeText, Timestamp
 from api.schema.openapi import problems
 from api.state import State

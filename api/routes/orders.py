@@ -3,16 +3,15 @@
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
-import asyncpg
 import msgspec
 from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import Field, ValidationError
 
-from activities import orders_views
-from activities.countdowns import set_countdown, stop_countdown
-from activities.orders import OPEN_STATUSES, order_view
-from activities.positions import fill_view
-from activities.positions_views import list_fills
+from activities.orders import views as orders_views
+from activities.orders.countdowns import set_countdown, stop_countdown
+from activities.orders.rows import OPEN_STATUSES, OrderRow
+from activities.orders.views import order_view
+from activities.positions.views import fill_view, list_fills
 from api.edge.gateway import User, require_internal
 from api.schema.models import ApiModel, Page, Price, Quantity, SafeText, Timestamp
 from api.schema.openapi import links, problems
@@ -256,7 +255,8 @@ async def list_orders(
     rows = await orders_views.list_orders(
         state.pool, user.user_id, instrument_id=instrument_id, status=status, before=cursor, limit=limit
     )
-    return _page([order_view(row) for row in rows], next_cursor(rows, limit, "order_id"))
+    items = [order_view(row) for row in rows]
+    return _page(items, next_cursor(items, limit, "orderId"))
 
 
 @router.post("/api/orders/cancel-all-after")
@@ -336,7 +336,7 @@ async def list_trades(
     return _page([fill_view(row) for row in rows], next_cursor(rows, limit, "event_id"))
 
 
-async def _own_order(state: AppState, user: Identity, order_id: int) -> asyncpg.Record:
+async def _own_order(state: AppState, user: Identity, order_id: int) -> OrderRow:
     row = await orders_views.find_order(state.pool, order_id, user.user_id)
     if row is None:
         raise _not_found(order_id)
@@ -347,12 +347,12 @@ def _not_found(order_id: int) -> Problem:
     return Problem("ORDER_NOT_FOUND", f"There is no order {order_id}")
 
 
-async def _cancel(state: AppState, row: asyncpg.Record) -> CancelView:
-    if row["status"] not in OPEN_STATUSES:
-        raise Problem("ORDER_NOT_CANCELLABLE", f"Order {row['order_id']} is {row['status']}")
-    if row["status"] != "CANCEL_REQUESTED":
-        await state.desk.cancel([row["order_id"]])
-    return CancelView(order_id=row["order_id"])
+async def _cancel(state: AppState, row: OrderRow) -> CancelView:
+    if row.status not in OPEN_STATUSES:
+        raise Problem("ORDER_NOT_CANCELLABLE", f"Order {row.order_id} is {row.status}")
+    if row.status != "CANCEL_REQUESTED":
+        await state.desk.cancel([row.order_id])
+    return CancelView(order_id=row.order_id)
 
 
 def _json(document: object) -> Response:

@@ -11,13 +11,14 @@ from temporalio.client import WorkflowFailureError
 from temporalio.common import SearchAttributePair, TypedSearchAttributes
 from temporalio.service import RPCError
 
-from activities import positions_views
-from activities.instruments import read_tiers
-from activities.liquidation import cross_backing, deleverage_ranks
-from activities.positions import position_view
-from activities.risk import set_margin_mode
-from activities.sagas import INSTRUMENT_ID, USER_ID
-from activities.unfinished import patiently, refused_with
+from activities.liquidation.accounts import cross_backing
+from activities.liquidation.views import deleverage_ranks
+from activities.matching.instruments import read_tiers
+from activities.orders.sagas import INSTRUMENT_ID, USER_ID
+from activities.positions import views as positions_views
+from activities.positions.views import position_view
+from activities.risk.exposures import set_margin_mode
+from activities.risk.unfinished import patiently, refused_with
 from api.edge.gateway import ServedUserId, User
 from api.schema.models import ApiModel, SafeText
 from api.schema.openapi import problems
@@ -119,14 +120,14 @@ async def _positions(state: AppState, user_id: int, instrument_id: str | None = 
     tiers = await read_tiers(state.pool)
     prices = await read_reference_prices(state.redis, list(tiers))
     marks = {name: price.mark for name, price in prices.items()}
-    held = [row["instrument_id"] for row in rows if row["signed_quantity"]]
+    held = [row.instrument_id for row in rows if row.signed_quantity]
     ranks = await deleverage_ranks(state.pool, user_id, held, marks)
-    is_cross = any(row["margin_mode"] == "CROSS" for row in rows)
+    is_cross = any(row.margin_mode == "CROSS" for row in rows)
     backing = await cross_backing(state.pool, marks, user_id) if is_cross else {}
     return [
-        position_view(name, row, marks.get(name), tiers[name], backing.get(name)) | {"adlRank": ranks.get(name)}
+        position_view(row, marks.get(name), tiers[name], backing.get(name)) | {"adlRank": ranks.get(name)}
         for row in rows
-        for name in [row["instrument_id"]]
+        for name in [row.instrument_id]
     ]
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from activities.risk import pre_check
-from activities.unfinished import patiently
+from activities.risk.check import pre_check
+from activities.risk.unfinished import patiently
 from api.edge.gateway import Caller, require_may_act_for
 from api.schema.models import ApiModel, Price, Quantity, UserId
 from api.schema.openapi import problems

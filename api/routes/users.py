@@ -10,8 +10,8 @@ from temporalio.client import WorkflowFailureError
 from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDConflictPolicy
 from temporalio.service import RPCError
 
-from activities.sagas import USER_ID
-from activities.users import find_account, prepare_registration, require_email_free
+from activities.identity.users import find_account, prepare_registration, require_email_free
+from activities.orders.sagas import USER_ID
 from api.edge.gateway import User, limit_sign_ins
 from api.schema.models import ApiModel, Timestamp, UserId
 from api.schema.openapi import problems

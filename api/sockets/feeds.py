@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from redis.asyncio import Redis
 
-from activities.instruments import read_instruments
-from activities.sessions import REVOKED_CHANNEL
+from activities.identity.sessions import REVOKED_CHANNEL
+from activities.matching.instruments import read_instruments
 from api.identity.sessions import SessionGuard
 from api.identity.signatures import ApiKeys
 from api.sockets.market_feed import MarketFeed

@@ -114,7 +114,7 @@ class Account:
 
     def cross_holding(self, of: str, marks: Marks) -> Holding:
         """A cross position with what the ledger takes from for its fills, less what the others lose beyond their own
-        holds (as `activities.liquidation.Account.holding`)."""
+        holds (as `activities.liquidation.accounts`)."""
         stake = self.stakes[of]
         others = (
             max(ZERO, -s.pnl(marks[name]) - s.order_margin - s.position_margin)

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from decimal import Decimal
 
-from activities.positions import TradeSide, sides_of
+from activities.positions.trades import TradeSide, sides_of
 from domain.exposure import Exposure
 from domain.funding import Holding as Held
 from domain.funding import draw_margin_first
@@ -299,7 +299,7 @@ class Exchange:
     def _divide(
         self, user_id: int, name: str, exposure: Exposure, fills: list[BookedFill], position: Position | None = None
     ) -> None:
-        """Book fills and what orders need more or less, as `activities.ledger._settle`."""
+        """Book fills and what orders need more or less, as `activities.ledger.settlement`."""
         account = self.accounts[user_id]
         stake, rate = account.stakes[name], self.venues[name].instrument.taker_fee_rate
         delta = exposure.order_margin(rate) - stake.exposure.order_margin(rate)

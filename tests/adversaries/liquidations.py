@@ -39,7 +39,7 @@ class House(Desk):
         return self.venues[name].state == "TRADING" and self.venues[name].is_live(self.time)
 
     def watch(self) -> None:
-        """Liquidate everybody who is due (as `activities.liquidation.trigger`)."""
+        """Liquidate everybody who is due (as `activities.liquidation.triggering`)."""
         for user_id, account in list(self.accounts.items()):
             for name, stake in list(account.stakes.items()):
                 if not stake.exposure.cross and self.can_close(name) and self._is_due(user_id, name):
@@ -63,7 +63,7 @@ class House(Desk):
         return must_liquidate(account.stakes[name].holding, self.marks[name], TIERS)
 
     def _next_to_close(self, user_id: int) -> str | None:
-        """The cross position that goes first (as `activities.liquidation.Account.next_to_close`); None if none has to,
+        """The cross position that goes first (as `activities.liquidation.accounts`); None if none has to,
         or can."""
         account, marks = self.accounts[user_id], self.marks
         crossed = dict(account.crossed())
@@ -191,7 +191,7 @@ class House(Desk):
             self.tell_cover(user_id)
 
     def collect(self) -> None:
-        """Collect the oldest funding time (as `activities.ledger._book_funding`)."""
+        """Collect the oldest funding time (as `activities.ledger.funding`)."""
         if not self.due:
             return
         time = self.due.pop(0)

@@ -120,7 +120,7 @@ class Desk(Exchange):
         return refusal
 
     def _backed(self, judged: Judged, opening: Decimal) -> Judged:
-        """As `activities.risk._check`: the engine hears for how much of an order there is initial margin, if not for
+        """As `activities.risk.check`: the engine hears for how much of an order there is initial margin, if not for
         all."""
         if opening >= judged.quantity:
             return judged
@@ -129,7 +129,7 @@ class Desk(Exchange):
         return replace(judged, command=structs.replace(judged.command, backed=lots))
 
     def _judge(self, user_id: int, judged: Judged) -> str:
-        """As `activities.risk.refusal_reason`, and the ledger's freeze."""
+        """As `activities.risk.limits.refusal_reason`, and the ledger's freeze."""
         account = self.accounts[user_id]
         stake, venue = account.stakes[judged.name], self.venues[judged.name]
         before, rate = stake.exposure, venue.instrument.taker_fee_rate
@@ -216,7 +216,7 @@ class Desk(Exchange):
         return ""
 
     def _move(self, user_id: int, name: str, amount: Decimal, order_delta: Decimal) -> None:
-        """As `activities.ledger._move_margin`: nothing is touched that stands for a loss or for funding."""
+        """As `activities.ledger.margin`: nothing is touched that stands for a loss or for funding."""
         account, venue = self.accounts[user_id], self.venues[name]
         stake, wallet = account.stakes[name], account.wallet(name)
         free = max(ZERO, account.collateral(self.marks).free)

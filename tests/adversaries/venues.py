@@ -51,7 +51,7 @@ class Venue:
         return MarkPrice(at=at, price=floor, ceiling=ceiling, frozen=frozen)
 
     def new_command(self, order: NewOrder, order_id: int, at: int) -> New:
-        """An order as the engine gets it (as `activities.orders._new`)."""
+        """An order as the engine gets it (as `activities.orders.commands.new_command`)."""
         request, ticks = order.request, self.instrument.price_to_ticks
         price = ticks(order.bound_price)
         basis = ticks(order.margin_price or order.bound_price)
@@ -83,7 +83,7 @@ class Venue:
         )
 
     def amend_command(self, amendment: Amendment, amendment_id: int, at: int) -> Amend:
-        """An amendment as the engine gets it (as `activities.orders._amend`)."""
+        """An amendment as the engine gets it (as `activities.orders.commands.amend_command`)."""
         instrument = self.instrument
         return Amend(
             at=at,

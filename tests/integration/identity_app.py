@@ -16,8 +16,8 @@ from pydantic import SecretStr
 from temporalio.client import Client
 from temporalio.worker import Worker
 
-from activities.auth import AuthActivities, create_credential
-from activities.users import UserActivities, prepare_registration
+from activities.identity.auth import AuthActivities, create_credential
+from activities.identity.users import UserActivities, prepare_registration
 from api.app import create_app
 from api.identity.passwords import HASHER
 from api.state import AppState

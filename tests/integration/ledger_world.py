@@ -15,14 +15,17 @@ from typing import Any, cast
 
 from redis.asyncio import Redis
 
-from activities.audit import run_audit
-from activities.engine_log import EngineLog
-from activities.ledger import LedgerActivities, transfer_external
-from activities.matching import MatchingActivities
-from activities.order_entry import lock_for_amendment, take_in, take_in_amendment, take_in_cancels
-from activities.orders import IN_ENGINE_STATUSES, OrderActivities
-from activities.positions import PositionActivities
-from activities.risk import RiskActivities, set_margin_mode
+from activities.ledger.audit import run_audit
+from activities.ledger.steps import LedgerActivities
+from activities.ledger.transfers import transfer_external
+from activities.matching.engine_log import EngineLog
+from activities.matching.steps import MatchingActivities
+from activities.orders.intake import lock_for_amendment, take_in, take_in_amendment, take_in_cancels
+from activities.orders.rows import IN_ENGINE_STATUSES
+from activities.orders.steps import OrderActivities
+from activities.positions.steps import PositionActivities
+from activities.risk.exposures import set_margin_mode
+from activities.risk.steps import RiskActivities
 from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
 from domain.instruments import SHIPPED, Instrument
 from domain.margin_changes import MarginChange, MarginMoved

@@ -9,9 +9,11 @@ from typing import cast
 import msgspec
 from redis.asyncio import Redis
 
-from activities.instruments import Rules, read_instruments, read_tiers
-from activities.insurance import InsuranceActivities, deposit_to_fund
-from activities.liquidation import LiquidationActivities, Opened, trigger
+from activities.ledger.insurance import deposit_to_fund
+from activities.ledger.steps import InsuranceActivities
+from activities.liquidation.steps import LiquidationActivities
+from activities.liquidation.triggering import Opened, trigger
+from activities.matching.instruments import Rules, read_instruments, read_tiers
 from domain.clock import iso
 from domain.instruments import SHIPPED, Instrument
 from domain.liquidation_saga import Ending, Plan, PlanRequest, Submission, Takeover, claim_of

@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 from websockets.asyncio.client import connect
 
-from activities.sessions import new_session, open_session
+from activities.identity.sessions import new_session, open_session
 from api.app import create_app
 from api.edge.server import server_config
 from api.state import AppState

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 import pytest
 from redis.asyncio import Redis
 
-from activities import audit
-from activities.audit import AuditActivities, run_audit
+from activities.ledger import audit
+from activities.ledger.audit import AuditActivities, run_audit
 from domain.funding import FundingRun
 from domain.sagas import AuditCheck, StepRequest
 from storage.db import Connection, Pool

@@ -7,10 +7,10 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities.audit import run_audit
-from activities.collateral import free_collateral
-from activities.ledger import transfer_external
-from activities.risk import set_margin_mode
+from activities.ledger.audit import run_audit
+from activities.ledger.transfers import transfer_external
+from activities.risk.collateral import free_collateral
+from activities.risk.exposures import set_margin_mode
 from domain.funding import FundingRun
 from domain.problems import Problem
 from storage.db import Pool

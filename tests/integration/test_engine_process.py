@@ -15,7 +15,7 @@ import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client
 
-from activities.matching import SETTLEMENT_CONSUMER
+from activities.matching.steps import SETTLEMENT_CONSUMER
 from domain.matching import AnyCommand, Cancel, encode
 from engine import lease as leases
 from engine.lease import LEASE_SECONDS, LeaseLostError

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from activities.matching import append_commands, change_state
+from activities.matching.steps import append_commands, change_state
 from domain.matching import CancelAll
 from storage.db import Pool
 from tests.exchange import BTC

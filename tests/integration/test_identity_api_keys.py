@@ -233,7 +233,7 @@ async def test_a_key_that_makes_no_sense_is_not_made(
 async def test_a_user_has_no_more_than_so_many_keys(
     exchange: Exchange, alice: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("activities.api_keys.ACTIVE_KEYS_MAX", 2)
+    monkeypatch.setattr("activities.identity.api_keys.ACTIVE_KEYS_MAX", 2)
     body = {"label": "bot", "algorithm": "HMAC_SHA256", "permissions": ["READ"]}
     answers = await asyncio.gather(
         *(exchange.client.post("/api/auth/api-keys", json=body, headers=alice) for _ in range(4))

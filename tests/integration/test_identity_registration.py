@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 from temporalio.client import Client, WorkflowFailureError
 from temporalio.exceptions import ApplicationError
 
-from activities.auth import AuthActivities
-from activities.users import RESUMER_SCHEDULE, RESUMER_SCHEDULE_ID, UserActivities, prepare_registration
+from activities.identity.auth import AuthActivities
+from activities.identity.users import RESUMER_SCHEDULE, RESUMER_SCHEDULE_ID, UserActivities, prepare_registration
 from clients import OPERATIONS_QUEUE
 from domain.identity import (
     REGISTRATION_ATTEMPTS_MAX,

@@ -18,7 +18,7 @@ from argon2 import PasswordHasher
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
-from activities.sessions import REVOKED_CHANNEL, revoke, session_key
+from activities.identity.sessions import REVOKED_CHANNEL, revoke, session_key
 from api.bootstrap import bootstrap
 from domain.identity import Identity
 from settings import Settings

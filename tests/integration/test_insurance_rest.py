@@ -8,7 +8,7 @@ import pytest
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
-from activities.audit import run_audit
+from activities.ledger.audit import run_audit
 from api.bootstrap import bootstrap
 from clients import open_redis
 from storage.db import Pool

@@ -6,8 +6,8 @@ from datetime import timedelta
 import pytest
 from redis.asyncio import Redis
 
-from activities.countdowns import fire_countdowns, set_countdown, stop_countdown
-from activities.sagas import Saga
+from activities.orders.countdowns import fire_countdowns, set_countdown, stop_countdown
+from activities.orders.sagas import Saga
 from storage.db import Pool
 from tests.integration.ledger_world import World, limit
 

@@ -6,7 +6,7 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities.ledger import transfer_external
+from activities.ledger.transfers import transfer_external
 from domain.funding import FundingRun
 from monitors.pruner import KEPT, prune
 from settings import Settings

@@ -8,8 +8,8 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities import audit
-from activities.audit import run_audit
+from activities.ledger import audit
+from activities.ledger.audit import run_audit
 from domain.clock import to_ms
 from engine import retention
 from engine.lease import Lease

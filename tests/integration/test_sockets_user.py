@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from activities.sessions import REVOKED_CHANNEL, session_key
+from activities.identity.sessions import REVOKED_CHANNEL, session_key
 from api.routes import sockets
 from api.sockets import client as socket_client
 from api.sockets.client import SocketClient, Source

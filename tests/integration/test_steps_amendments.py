@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from activities.risk import set_margin_mode
+from activities.risk.exposures import set_margin_mode
 from domain.problems import Problem
 from domain.sagas import Acceptance, Refusal, StepRequest
 from storage.db import Pool

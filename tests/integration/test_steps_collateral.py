@@ -10,10 +10,11 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from activities import ledger, positions
-from activities.collateral import free_collateral, read_collateral
-from activities.ledger import transfer_external
-from activities.risk import set_margin_mode
+from activities.ledger import funding as ledger
+from activities.ledger.transfers import transfer_external
+from activities.positions import funding as positions
+from activities.risk.collateral import free_collateral, read_collateral
+from activities.risk.exposures import set_margin_mode
 from domain.collateral import Collateral
 from domain.funding import FundingRun
 from domain.instruments import Instrument

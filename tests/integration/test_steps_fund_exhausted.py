@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from activities.audit import run_audit
-from activities.ledger import transfer_external
+from activities.ledger.audit import run_audit
+from activities.ledger.transfers import transfer_external
 from domain.funding import FundingPage, FundingRun, FundingSnapshot
 from domain.matching import Side
 from storage.db import Pool

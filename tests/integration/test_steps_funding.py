@@ -7,9 +7,11 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities import ledger, positions
-from activities.audit import run_audit
-from activities.insurance import deposit_to_fund
+from activities.ledger import funding as ledger
+from activities.ledger.audit import run_audit
+from activities.ledger.insurance import deposit_to_fund
+from activities.ledger.transfers import transfer_external
+from activities.positions import funding as positions
 from domain.funding import FundingPage, FundingRun, FundingSnapshot, FundingTotals, LogPosition, funding_payment
 from domain.money import plain
 from engine.guards import ONE
@@ -56,7 +58,7 @@ async def paid_out(world: World, *user_ids: int) -> None:
     for user_id in user_ids:
         available, _ = await world.balance(user_id)
         async with world.pool.acquire() as conn, conn.transaction():
-            await ledger.transfer_external(conn, "WITHDRAWAL", f"all-{user_id}", user_id, "USDT", -available)
+            await transfer_external(conn, "WITHDRAWAL", f"all-{user_id}", user_id, "USDT", -available)
 
 
 async def assert_clean(world: World) -> None:

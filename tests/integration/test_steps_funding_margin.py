@@ -8,8 +8,8 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities.ledger import transfer_external
-from activities.liquidation import Opened
+from activities.ledger.transfers import transfer_external
+from activities.liquidation.triggering import Opened
 from domain.funding import FundingPage, FundingRun, FundingSnapshot
 from domain.instruments import Instrument
 from domain.matching import Side

@@ -7,7 +7,9 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities import audit, ledger, positions
+from activities.ledger import audit
+from activities.ledger import funding as ledger
+from activities.positions import funding as positions
 from domain.funding import FundingRun
 from storage.db import Pool
 from storage.once import NotYetError

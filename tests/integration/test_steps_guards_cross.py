@@ -4,8 +4,8 @@ from decimal import Decimal
 
 import pytest
 
-from activities.ledger import transfer_external
-from activities.risk import tell_lower_covers
+from activities.ledger.transfers import transfer_external
+from activities.risk.terms import tell_lower_covers
 from domain.matching import Side
 from tests.integration.ledger_world import SOL
 from tests.integration.test_steps_guards import OPPOSITE, SIDES, A, B, M, Market, clean, market

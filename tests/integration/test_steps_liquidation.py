@@ -8,11 +8,16 @@ import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client
 
-from activities.audit import run_audit
-from activities.ledger import transfer_external
-from activities.liquidation import ABORT_PAUSE, LiquidationActivities, cross_backing, deleverage_ranks, warn
-from activities.positions import position_view, tell_moved
-from activities.risk import pre_check
+from activities.ledger.audit import run_audit
+from activities.ledger.transfers import transfer_external
+from activities.liquidation.accounts import cross_backing
+from activities.liquidation.steps import LiquidationActivities
+from activities.liquidation.triggering import ABORT_PAUSE
+from activities.liquidation.views import deleverage_ranks
+from activities.liquidation.warnings import warn
+from activities.positions.telling import tell_moved
+from activities.positions.views import list_positions, position_view
+from activities.risk.check import pre_check
 from domain.liquidation_saga import Claim, Ending
 from domain.mark_price import MARK_AGE_MAX
 from monitors.liquidations import LiquidationMonitor
@@ -354,11 +359,8 @@ async def test_the_liquidation_price_of_a_cross_position_is_where_its_account_is
     prices = {}
     for name, mark in marks.items():
         backing = (await cross_backing(world.pool, marks, 1))[name]
-        row = await world.pool.fetchrow(
-            "SELECT * FROM positions.positions WHERE user_id = 1 AND instrument_id = $1", name
-        )
-        assert row is not None
-        view = position_view(name, row, mark, tiers[name], backing)
+        [row] = await list_positions(world.pool, 1, name)
+        view = position_view(row, mark, tiers[name], backing)
         assert D(view["marginRatio"]) > D("0.01")
         prices[name] = D(view["liquidationPrice"])
     for name, price in prices.items():

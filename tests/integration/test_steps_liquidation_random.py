@@ -6,8 +6,8 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities import audit
-from activities.liquidation import warn
+from activities.ledger import audit
+from activities.liquidation.warnings import warn
 from domain.instruments import Instrument
 from domain.money import ZERO
 from storage.db import Pool

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from activities.audit import run_audit
+from activities.ledger.audit import run_audit
 from domain.liquidation_saga import Claim, Ending, Plan, PlanRequest, Submission, Takeover
 from storage.db import Pool
 from tests.integration.ledger_world import dump, limit, settlement_steps

@@ -9,9 +9,11 @@ import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client
 
-from activities.audit import run_audit
-from activities.ledger import DEPOSITS, INSURANCE_FUND, Book, transfer_external, write_book
-from activities.liquidation import Opened
+from activities.ledger.accounts import DEPOSITS, INSURANCE_FUND
+from activities.ledger.audit import run_audit
+from activities.ledger.book import Book, write_book
+from activities.ledger.transfers import transfer_external
+from activities.liquidation.triggering import Opened
 from domain.instruments import Instrument
 from domain.liquidation_saga import PlanRequest
 from monitors.liquidations import LiquidationMonitor

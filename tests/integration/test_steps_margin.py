@@ -7,9 +7,9 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from activities.collateral import free_collateral
-from activities.ledger import transfer_external
-from activities.risk import set_margin_mode
+from activities.ledger.transfers import transfer_external
+from activities.risk.collateral import free_collateral
+from activities.risk.exposures import set_margin_mode
 from domain.problems import Problem
 from domain.sagas import StepRequest
 from storage.db import Pool

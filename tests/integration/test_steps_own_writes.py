@@ -9,10 +9,13 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from activities import unfinished
-from activities.engine_log import EngineLog
-from activities.risk import RiskActivities, pre_check, set_margin_mode, users_of
-from activities.unfinished import patiently, read_unfinished, refused_with
+from activities.matching.engine_log import EngineLog
+from activities.risk import unfinished
+from activities.risk.check import pre_check
+from activities.risk.events import users_of
+from activities.risk.exposures import set_margin_mode
+from activities.risk.steps import RiskActivities
+from activities.risk.unfinished import patiently, read_unfinished, refused_with
 from domain.margin_changes import MarginVerdict
 from domain.matching import (
     Amended,

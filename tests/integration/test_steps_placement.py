@@ -9,8 +9,8 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities.instruments import read_instruments
-from activities.risk import pre_check
+from activities.matching.instruments import read_instruments
+from activities.risk.check import pre_check
 from domain.sagas import Acceptance, StepRequest
 from storage.db import Pool
 from tests.integration.ledger_world import (

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from activities.instruments import Rules, read_instruments, read_tiers
-from activities.liquidation import Opened, trigger, warn
-from activities.positions import forget_told_marks, tell_moved
+from activities.liquidation.triggering import Opened, trigger
+from activities.liquidation.warnings import warn
+from activities.matching.instruments import Rules, read_instruments, read_tiers
+from activities.positions.telling import forget_told_marks, tell_moved
 from storage.db import Pool
 from tests.integration.ledger_world import (
     BTC,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from activities import audit
-from activities.ledger import transfer_external
+from activities.ledger import audit
+from activities.ledger.transfers import transfer_external
 from domain.instruments import Instrument
 from domain.order_entry import NewOrder
 from domain.problems import Problem

@@ -9,8 +9,8 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
-from activities.audit import run_audit
-from activities.ledger import transfer_external
+from activities.ledger.audit import run_audit
+from activities.ledger.transfers import transfer_external
 from domain.funding import FundingPage, FundingRun, FundingSnapshot, LogPosition
 from domain.sagas import Acceptance, OrderBatch, Outcome, StepRequest
 from storage.db import Pool, open_pool

@@ -6,8 +6,8 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from activities.audit import run_audit
-from activities.ledger import transfer_external
+from activities.ledger.audit import run_audit
+from activities.ledger.transfers import transfer_external
 from domain.problems import Problem
 from storage.db import Pool
 from tests.integration.ledger_world import World, assert_conserved, dump, limit, outbox_events

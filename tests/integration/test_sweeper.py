@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from temporalio.client import Client
 from temporalio.service import RPCError
 
-from activities.sagas import Saga, merge_sagas
+from activities.orders.sagas import Saga, merge_sagas
 from monitors.sweeper import STALLED_AFTER, SWEEP_SECONDS, run_sweeper, sweep
 from stack.ports import free_port
 from storage.db import Pool

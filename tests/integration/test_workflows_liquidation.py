@@ -12,8 +12,8 @@ import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client, WorkflowHandle
 
-from activities.insurance import deposit_to_fund
-from activities.liquidation import stalled
+from activities.ledger.insurance import deposit_to_fund
+from activities.liquidation.triggering import stalled
 from domain.liquidation_saga import CLAIM_INSURANCE, SUBMIT
 from domain.sagas import EventRange
 from monitors.liquidations import LiquidationMonitor

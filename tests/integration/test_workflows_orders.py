@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError
 from temporalio.exceptions import CancelledError
 
-from activities.sagas import Saga
+from activities.orders.sagas import Saga
 from domain.sagas import ACCEPT_ORDERS, CHECK_ORDERS, FREEZE_FUNDS, REQUEST_CANCELS, StepRequest, Verdict
 from monitors.sweeper import sweep
 from storage.db import Pool

@@ -10,7 +10,7 @@ from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import ResetWorkflowExecutionRequest
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
 
-from activities.audit import SETTLED_CHECKS, STRICT_CHECKS
+from activities.ledger.audit import SETTLED_CHECKS, STRICT_CHECKS
 from clients import OPERATIONS_QUEUE
 from domain.sagas import (
     ACKNOWLEDGE,

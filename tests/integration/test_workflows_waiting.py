@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 from temporalio.client import Client, WorkflowHandle
 
-from activities.sagas import Saga
+from activities.orders.sagas import Saga
 from clients import OPERATIONS_QUEUE
 from domain.instruments import SHIPPED
 from domain.margin_changes import MARGIN_CHANGE, PLAN_MARGIN_CHANGE, MarginChange, MarginVerdict

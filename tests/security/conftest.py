@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from activities.sessions import new_session, open_session
+from activities.identity.sessions import new_session, open_session
 from domain.identity import Identity
 from tests.integration.identity_app import Exchange, bearer, running_exchange, settings_without_workflows
 

@@ -6,7 +6,7 @@ from decimal import Decimal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from activities.positions import sides_of
+from activities.positions.trades import sides_of
 from domain.instruments import SHIPPED
 from domain.liquidation import (
     Holding,

@@ -2,7 +2,14 @@
 
 import pytest
 
-from activities.sagas import INSTRUMENT_ID, ORDER_ID, ORDER_IDS, SEARCHABLE_ORDERS_MAX, USER_ID, search_attributes
+from activities.orders.sagas import (
+    INSTRUMENT_ID,
+    ORDER_ID,
+    ORDER_IDS,
+    SEARCHABLE_ORDERS_MAX,
+    USER_ID,
+    search_attributes,
+)
 
 # Temporal refuses a longer value, and with it the start of the workflow.
 VALUE_BYTES_MAX = 2048

@@ -1,0 +1,1 @@
+"""The services users and auth: accounts, credentials, sessions and API keys."""

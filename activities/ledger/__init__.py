@@ -1,0 +1,1 @@
+"""The ledger service: every movement of money, double entry."""

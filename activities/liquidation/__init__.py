@@ -1,0 +1,1 @@
+"""Liquidations, as the risk service runs them."""

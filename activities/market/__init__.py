@@ -1,0 +1,1 @@
+"""The market service's prices, as the other services read them."""

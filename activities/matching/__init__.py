@@ -1,0 +1,1 @@
+"""The matching service as the other services see it: commands, events, instruments."""

@@ -1,0 +1,1 @@
+"""The positions service: who holds what."""
