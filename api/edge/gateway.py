@@ -24,6 +24,7 @@ from api.limits.load import Load
 from api.limits.rate_limits import Limit
 from api.schema.models import UserId
 from api.schema.problems import internal_error, problem_response
+from api.schema.strictness import into_camel_case
 from api.state import AppState, State
 from domain.identity import SERVICE, Identity
 from domain.problems import Problem
@@ -96,6 +97,8 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or socket."""
+        if scope["type"] != "lifespan":
+            into_camel_case(scope)
         if scope["type"] == "http":
             await self._serve(scope, receive, send)
         elif scope["type"] == "websocket" and not await _socket_may_open(scope):

@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from activities.api_keys import ApiKey, find_key
 from api.identity.addresses import Address, client_address
+from api.schema.strictness import sent_query
 from domain.clock import to_ms
 from domain.identity import USER_ROLE, Identity
 from domain.problems import Problem
@@ -62,8 +63,9 @@ class SignedRequest:
 async def signed_request(request: Request, key_id: str) -> SignedRequest:
     """An HTTP request whose X-Api-Key is `key_id`."""
     target = request.scope["raw_path"].decode("latin-1")
-    if request.scope["query_string"]:
-        target += "?" + request.scope["query_string"].decode("latin-1")
+    query = sent_query(request.scope)
+    if query:
+        target += "?" + query.decode("latin-1")
     return SignedRequest(
         key_id=key_id,
         method=request.method,

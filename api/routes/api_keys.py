@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from activities.api_keys import Algorithm, ApiKey, Permission, add_key, keys_of, revoke_key
 from api.edge.gateway import SignedIn
-from api.schema.models import ApiModel, SafeText, Timestamp
+from api.schema.models import ApiModel, RequestModel, SafeText, Timestamp
 from api.schema.openapi import problems
 from api.state import State
 from domain.problems import Problem
@@ -42,7 +42,7 @@ def _public_key(text: str) -> str:
     return text
 
 
-class ApiKeyCreateRequest(ApiModel):
+class ApiKeyCreateRequest(RequestModel):
     """READ allows GET, TRADE every other call that takes keys. An empty `allowedAddresses` allows all."""
 
     label: Annotated[str, Field(min_length=1, max_length=64)]

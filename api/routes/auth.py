@@ -27,7 +27,7 @@ from api.edge.gateway import SignedIn, limit_sign_ins, require_internal
 from api.identity.addresses import Address, client_address
 from api.identity.passwords import is_argon2id
 from api.limits.login_throttle import LOCK_SECONDS, locked
-from api.schema.models import ApiModel, Page, Timestamp, UserId
+from api.schema.models import ApiModel, Page, RequestModel, Timestamp, UserId
 from api.schema.openapi import problems
 from api.state import AppState, State
 from domain.identity import (
@@ -56,7 +56,7 @@ def _argon2id(secret_hash: str) -> str:
     return secret_hash
 
 
-class AuthCredentialCreateRequest(ApiModel):
+class AuthCredentialCreateRequest(RequestModel):
     """A secret that is already hashed; an Argon2id hash carries its salt."""
 
     user_id: UserId
@@ -73,14 +73,14 @@ class AuthCredentialResponse(ApiModel):
     created_at: Timestamp
 
 
-class LoginRequest(ApiModel):
+class LoginRequest(RequestModel):
     """An address and its password."""
 
     email: Annotated[str, Field(min_length=1, max_length=EMAIL_LENGTH_MAX), AfterValidator(normalised_email)]
     password: str = Field(min_length=1, max_length=PASSWORD_LENGTH_MAX, repr=False)
 
 
-class PasswordChangeRequest(ApiModel):
+class PasswordChangeRequest(RequestModel):
     """The password as it is, and as it is to be."""
 
     current_password: str = Field(min_length=1, max_length=PASSWORD_LENGTH_MAX, repr=False)
@@ -93,7 +93,7 @@ class PasswordRenewalRequest(PasswordChangeRequest):
     email: Annotated[str, Field(min_length=1, max_length=EMAIL_LENGTH_MAX), AfterValidator(normalised_email)]
 
 
-class RefreshRequest(ApiModel):
+class RefreshRequest(RequestModel):
     """A refresh token, good for one use."""
 
     refresh_token: str = Field(min_length=1, max_length=256, repr=False)

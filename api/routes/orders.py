@@ -13,8 +13,8 @@ from activities.countdowns import set_countdown, stop_countdown
 from activities.orders import OPEN_STATUSES, order_view
 from activities.positions import fill_view
 from activities.positions_views import list_fills
-from api.edge.gateway import User, require_internal
-from api.schema.models import ApiModel, Page, Price, Quantity, SafeText, Timestamp
+from api.edge.gateway import ServedUserId, User, require_internal
+from api.schema.models import ApiModel, Page, Price, Quantity, RequestModel, SafeText, Timestamp
 from api.schema.openapi import links, problems
 from api.schema.paging import PageCursor, PageLimit, next_cursor
 from api.schema.problems import ProblemDocument, invalid, problem_members
@@ -45,7 +45,7 @@ OrderStatus = Literal[
 OrderId = Annotated[int, Path(ge=1, le=ID_MAX)]
 
 
-class OrderCreate(ApiModel):
+class OrderCreate(RequestModel):
     """An order to place. `price` is quote per base and needed for LIMIT, `quantity` is in base."""
 
     instrument_id: str = Field(max_length=64)
@@ -79,7 +79,7 @@ class OrderCreate(ApiModel):
         )
 
 
-class OrderBatchCreate(ApiModel):
+class OrderBatchCreate(RequestModel):
     """Up to 500 orders, taken in in this order; each is answered on its own."""
 
     # Checked one by one, so that a bad one refuses only itself.
@@ -125,7 +125,7 @@ class OrderBatchView(ApiModel):
     results: list[OrderView | ProblemDocument]
 
 
-class OrderAmend(ApiModel):
+class OrderAmend(RequestModel):
     """What to change of an order: `price` in quote per base, `quantity` in base of the whole order, what is filled
     already included; null leaves it as it is."""
 
@@ -152,7 +152,7 @@ class CancelView(ApiModel):
     status: Literal["CANCEL_REQUESTED"] = "CANCEL_REQUESTED"
 
 
-class DeadManSwitch(ApiModel):
+class DeadManSwitch(RequestModel):
     """How long to wait for the next sign of life, in milliseconds; 0 stops waiting."""
 
     timeout_ms: Annotated[int, Field(ge=0, le=24 * 3600 * 1000)]
@@ -246,15 +246,15 @@ async def get_order(state: State, user: User, order_id: OrderId) -> Response:
 @router.get("/api/orders", response_model=Page[OrderView])
 async def list_orders(
     state: State,
-    user: User,
+    user_id: ServedUserId,
     instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None,
     status: Annotated[OrderStatus | None, Query()] = None,
     limit: PageLimit = 100,
     cursor: PageCursor = None,
 ) -> Response:
-    """The caller's orders, newest first."""
+    """Orders of the caller (of anybody for operators), newest first."""
     rows = await orders_views.list_orders(
-        state.pool, user.user_id, instrument_id=instrument_id, status=status, before=cursor, limit=limit
+        state.pool, user_id, instrument_id=instrument_id, status=status, before=cursor, limit=limit
     )
     return _page([order_view(row) for row in rows], next_cursor(rows, limit, "order_id"))
 
@@ -304,7 +304,7 @@ async def cancel_orders(
     return Page(items=[CancelView(order_id=order_id) for order_id in order_ids])
 
 
-class MatchingCancel(ApiModel):
+class MatchingCancel(RequestModel):
     """The order to take out of the book."""
 
     order_id: Annotated[int, Field(ge=1, le=ID_MAX)]
@@ -326,13 +326,13 @@ async def cancel_any_order(state: State, cancel: MatchingCancel) -> CancelView:
 @router.get("/api/trades", response_model=Page[FillView])
 async def list_trades(
     state: State,
-    user: User,
+    user_id: ServedUserId,
     instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None,
     limit: PageLimit = 100,
     cursor: PageCursor = None,
 ) -> Response:
-    """The caller's own fills, newest first."""
-    rows = await list_fills(state.pool, user.user_id, instrument_id=instrument_id, before=cursor, limit=limit)
+    """Fills of the caller (of anybody for operators), newest first."""
+    rows = await list_fills(state.pool, user_id, instrument_id=instrument_id, before=cursor, limit=limit)
     return _page([fill_view(row) for row in rows], next_cursor(rows, limit, "event_id"))
 
 

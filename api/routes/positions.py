@@ -19,7 +19,7 @@ from activities.risk import set_margin_mode
 from activities.sagas import INSTRUMENT_ID, USER_ID
 from activities.unfinished import patiently, refused_with
 from api.edge.gateway import ServedUserId, User
-from api.schema.models import ApiModel, SafeText
+from api.schema.models import ApiModel, RequestModel, SafeText
 from api.schema.openapi import problems
 from api.state import AppState, State
 from clients import OPERATIONS_QUEUE
@@ -67,13 +67,13 @@ class PositionView(ApiModel):
     adl_rank: int | None
 
 
-class LeverageChange(ApiModel):
+class LeverageChange(RequestModel):
     """Leverage of what is open and of what will be."""
 
     leverage: Annotated[int, Field(ge=1, le=125)]
 
 
-class MarginAmount(ApiModel):
+class MarginAmount(RequestModel):
     """Quote to put behind a position, or below 0 to take away."""
 
     amount: Annotated[Decimal, Field(ge=Decimal("-1e15"), le=Decimal("1e15"), max_digits=38, decimal_places=8)]
@@ -86,7 +86,7 @@ class MarginAmount(ApiModel):
         return amount
 
 
-class ModeChange(ApiModel):
+class ModeChange(RequestModel):
     """What stands behind positions opened from now on."""
 
     margin_mode: Literal["ISOLATED", "CROSS"]
