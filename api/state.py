@@ -15,7 +15,7 @@ from api.desk.order_desk import OrderDesk, open_desk
 from api.identity.passwords import Passwords
 from api.identity.sessions import SessionGuard
 from api.identity.signatures import ApiKeys
-from api.identity.tokens import AccessTokens, load_keys
+from api.identity.tokens import AccessTokens, RefreshTokens, load_keys, load_private_keys
 from api.identity.vault import open_vault
 from api.limits.login_throttle import LoginThrottle
 from api.limits.rate_limits import Limit, RateLimiter
@@ -44,6 +44,7 @@ class AppState:
     redis: Redis
     temporal: Client
     tokens: AccessTokens
+    refresh_tokens: RefreshTokens
     passwords: Passwords
     throttle: LoginThrottle
     sessions: SessionGuard
@@ -61,7 +62,8 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
     if settings.jwt_private_key_file is None:
         raise RuntimeError("EXCHANGE_JWT_PRIVATE_KEY_FILE is not set: start the stack, or name a PEM file")
     async with AsyncExitStack() as stack:
-        tokens = AccessTokens(*load_keys(settings.jwt_private_key_file))
+        key, others = load_keys(settings.jwt_private_key_file)
+        refresh_tokens = RefreshTokens(load_private_keys(settings.jwt_private_key_file), others)
         vault = open_vault(settings.api_key_secrets_file)
         passwords = Passwords()
         stack.callback(passwords.close)
@@ -79,7 +81,8 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
             pool=pool,
             redis=redis,
             temporal=temporal,
-            tokens=tokens,
+            tokens=AccessTokens(key, others),
+            refresh_tokens=refresh_tokens,
             passwords=passwords,
             throttle=LoginThrottle(redis),
             sessions=sessions,

@@ -19,7 +19,7 @@ class Login:
         self._email = email
         self._password = password
         self._tokens = tokens
-        # A refresh token that is used twice ends the session.
+        # A refresh token that is used again after a while ends the session.
         self._renewing = asyncio.Lock()
 
     @property
@@ -64,9 +64,9 @@ async def _login(exchange: Exchange, email: str, password: str) -> Tokens:
 
 
 async def _refresh(exchange: Exchange, refresh_token: str) -> Tokens:
-    # Not repeated: an answer that was lost has used the token up.
+    # An answer that was lost is given again.
     body = {"refreshToken": refresh_token}
-    return await exchange.call("POST", "/api/auth/token/refresh", Tokens, body=body, repeatable=False)
+    return await exchange.call("POST", "/api/auth/token/refresh", Tokens, body=body)
 
 
 class Session(Account):

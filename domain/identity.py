@@ -17,7 +17,13 @@ PASSWORD_LENGTH_MIN = 8
 PASSWORD_LENGTH_MAX = 128
 
 ACCESS_TOKEN_LIFETIME = timedelta(minutes=15)
+# Since it was last refreshed; and since it was opened, however often it was refreshed.
 SESSION_LIFETIME = timedelta(days=7)
+SESSION_LIFETIME_MAX = timedelta(days=30)
+# Of one user; the oldest gives way.
+SESSIONS_MAX = 100
+# For so long a refresh gets the same answer again: its answer was lost, or two tabs asked.
+REFRESH_REPEATED = timedelta(seconds=30)
 
 USER_REGISTRATION = "UserRegistrationWorkflow"
 REGISTRATION_RESUMER = "RegistrationResumerWorkflow"

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import secrets
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
@@ -36,6 +35,7 @@ from domain.identity import (
     PASSWORD_LENGTH_MAX,
     PASSWORD_LENGTH_MIN,
     SESSION_LIFETIME,
+    SESSIONS_MAX,
     Identity,
     normalised_email,
     require_usable_credential,
@@ -44,8 +44,6 @@ from domain.passwords import good_password
 from domain.problems import Problem
 
 log = logging.getLogger(__name__)
-
-SESSIONS_MAX = 100
 
 router = APIRouter(prefix="/api/auth", tags=["auth"])
 
@@ -159,7 +157,7 @@ async def login(request: LoginRequest, device: ClientDevice, state: State, respo
     credential = await _verified(state, request.email, request.password, device, now)
     anew = await state.passwords.hash(request.password) if state.passwords.outdated(credential.secret_hash) else None
     session = new_session(credential.user_id, credential.roles, _text(device.ip), device.fingerprint, now)
-    refresh_token = _new_refresh_token(session.session_id)
+    refresh_token = state.refresh_tokens.first(session.session_id)
     async with state.pool.acquire() as conn, conn.transaction():
         await audit_login(conn, email=request.email, user_id=session.user_id, device=device, reason=None)
         if anew is not None:
@@ -170,19 +168,19 @@ async def login(request: LoginRequest, device: ClientDevice, state: State, respo
 
 @router.post("/token/refresh", responses=problems("UNAUTHENTICATED"))
 async def refresh(request: RefreshRequest, state: State, response: Response) -> TokenResponse:
-    """Exchange a refresh token for new tokens of the same session; one used before revokes the session."""
-    now = datetime.now(UTC)
-    session_id = _session_id_in(request.refresh_token)
-    refresh_token = _new_refresh_token(session_id)
-    session = await rotate(
+    """Exchange a refresh token for new tokens of the same session. Repeated within 30 seconds it gets the same answer;
+    later, or when the next one has been used already, it revokes the session."""
+    next_tokens = {_digest(token): token for token in state.refresh_tokens.following(request.refresh_token)}
+    rotation = await rotate(
         state.pool,
         state.redis,
-        session_id,
-        old_hash=_digest(request.refresh_token),
-        new_hash=_digest(refresh_token),
-        now=now,
+        _session_id_in(request.refresh_token),
+        _digest(request.refresh_token),
+        next_hashes=list(next_tokens),
+        is_ours=state.refresh_tokens.is_ours(request.refresh_token),
+        now=datetime.now(UTC),
     )
-    return _tokens(state, session, refresh_token, response, now)
+    return _tokens(state, rotation.session, next_tokens[rotation.token_hash], response, rotation.at)
 
 
 @router.post("/logout", status_code=204)
@@ -331,7 +329,10 @@ def _tokens(state: AppState, session: Session, refresh_token: str, response: Res
     response.headers["Cache-Control"] = "no-store"
     identity = Identity(session.user_id, frozenset(session.roles), session.session_id)
     return TokenResponse(
-        access_token=state.tokens.issue(identity, now), refresh_token=refresh_token, session_id=session.session_id
+        access_token=state.tokens.issue(identity, now, token_id=_digest(refresh_token)[:16]),
+        refresh_token=refresh_token,
+        refresh_expires_in=int((session.expires_at - now).total_seconds()),
+        session_id=session.session_id,
     )
 
 
@@ -344,10 +345,6 @@ def _session_response(session: Session, user: Identity) -> SessionResponse:
         expires_at=session.expires_at,
         current=session.session_id == user.session_id,
     )
-
-
-def _new_refresh_token(session_id: str) -> str:
-    return f"{session_id}.{secrets.token_urlsafe(32)}"
 
 
 def _session_id_in(refresh_token: str) -> str:
