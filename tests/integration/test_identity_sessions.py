@@ -15,13 +15,10 @@ import httpx
 import pytest
 import pytest_asyncio
 from argon2 import PasswordHasher
-from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from activities.sessions import REVOKED_CHANNEL, revoke, session_key
-from api.bootstrap import bootstrap
-from domain.identity import REFRESH_REPEATED, Identity
-from settings import Settings
+from domain.identity import REFRESH_REPEATED
 from storage.db import Pool
 from tests.integration.identity_app import (
     PASSWORD,
@@ -452,48 +449,3 @@ async def test_requests_of_one_turn_share_one_look_into_redis(exchange: Exchange
         await asyncio.gather(*(exchange.state.sessions.require(each, now) for each in sessions * 100))
         looks.append((await redis.info("commandstats"))["cmdstat_mget"]["calls"] - before)
     assert min(looks) == 1
-
-
-async def test_the_bootstrapped_admin_signs_in_as_operator_and_repeating_changes_nothing(
-    exchange: Exchange, pool: Pool, redis: Redis
-) -> None:
-    settings = admin_settings(exchange.state.settings, "first password")
-    user_id = await bootstrap(settings, pool, redis)
-    stored = await pool.fetchrow("SELECT * FROM auth.auth_credentials WHERE user_id = $1", user_id)
-    assert await bootstrap(settings, pool, redis) == user_id
-    assert await pool.fetchrow("SELECT * FROM auth.auth_credentials WHERE user_id = $1", user_id) == stored
-    tokens = await exchange.login("admin@exchange.local", "first password")
-    assert identity_of(exchange, tokens).roles == {"user", "admin"}
-    assert (await me(exchange, tokens)).json()["status"] == "ACTIVE"
-
-
-async def test_a_changed_admin_password_replaces_the_old_one_and_ends_its_sessions(
-    exchange: Exchange, pool: Pool, redis: Redis
-) -> None:
-    user_id = await bootstrap(admin_settings(exchange.state.settings, "first password"), pool, redis)
-    tokens = await exchange.login("admin@exchange.local", "first password")
-    assert await bootstrap(admin_settings(exchange.state.settings, "second password"), pool, redis) == user_id
-    assert (await me(exchange, tokens)).status_code == 401
-    await exchange.login("admin@exchange.local", "second password")
-    body = {"email": "admin@exchange.local", "password": "first password"}
-    assert (await exchange.client.post("/api/auth/login", json=body)).status_code == 401
-
-
-@pytest.mark.parametrize(
-    "change", [{"admin_password": None}, {"admin_password": SecretStr("short")}, {"admin_email": "admin"}]
-)
-async def test_an_admin_without_proper_email_and_password_is_not_made(
-    exchange: Exchange, pool: Pool, redis: Redis, change: dict[str, str | SecretStr | None]
-) -> None:
-    settings = admin_settings(exchange.state.settings, "first password").model_copy(update=change)
-    with pytest.raises(RuntimeError, match="EXCHANGE_ADMIN"):
-        await bootstrap(settings, pool, redis)
-    assert await pool.fetchval("SELECT count(*) FROM users.users WHERE 'admin' = ANY (roles)") == 0
-
-
-def admin_settings(settings: Settings, password: str) -> Settings:
-    return settings.model_copy(update={"admin_password": SecretStr(password)})
-
-
-def identity_of(exchange: Exchange, tokens: dict[str, Any]) -> Identity:
-    return exchange.state.tokens.verify(tokens["accessToken"], datetime.now(UTC))
