@@ -13,6 +13,7 @@ from temporalio.client import Client
 
 from api.desk.order_desk import OrderDesk, open_desk
 from api.identity.passwords import Passwords
+from api.identity.proofs import Proofs
 from api.identity.sessions import SessionGuard
 from api.identity.signatures import ApiKeys
 from api.identity.tokens import AccessTokens, RefreshTokens, load_keys, load_private_keys
@@ -45,6 +46,7 @@ class AppState:
     temporal: Client
     tokens: AccessTokens
     refresh_tokens: RefreshTokens
+    proofs: Proofs
     passwords: Passwords
     throttle: LoginThrottle
     sessions: SessionGuard
@@ -63,6 +65,7 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
         raise RuntimeError("EXCHANGE_JWT_PRIVATE_KEY_FILE is not set: start the stack, or name a PEM file")
     async with AsyncExitStack() as stack:
         key, others = load_keys(settings.jwt_private_key_file)
+        proofs = Proofs(key, others)
         refresh_tokens = RefreshTokens(load_private_keys(settings.jwt_private_key_file), others)
         vault = open_vault(settings.api_key_secrets_file)
         passwords = Passwords()
@@ -83,8 +86,9 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
             temporal=temporal,
             tokens=AccessTokens(key, others),
             refresh_tokens=refresh_tokens,
+            proofs=proofs,
             passwords=passwords,
-            throttle=LoginThrottle(redis),
+            throttle=LoginThrottle(redis, proofs),
             sessions=sessions,
             rates=RateLimiter(redis),
             limits=_limits(settings),

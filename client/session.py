@@ -9,6 +9,7 @@ from client.account import Account
 from client.errors import Refused
 from client.exchange import Exchange
 from client.models import Audit, KeyDetails, MarkPrice, NewKeyDetails, Permission, Tokens, User
+from client.work import solved
 
 
 class Login:
@@ -60,7 +61,14 @@ async def register(exchange: Exchange, email: str, password: str) -> "Session":
 
 
 async def _login(exchange: Exchange, email: str, password: str) -> Tokens:
-    return await exchange.call("POST", "/api/auth/login", Tokens, body={"email": email, "password": password})
+    body: dict[str, Any] = {"email": email, "password": password}
+    try:
+        return await exchange.call("POST", "/api/auth/login", Tokens, body=body)
+    except Refused as refusal:
+        if refusal.work is None:
+            raise
+        body["work"] = await asyncio.to_thread(solved, **refusal.work)
+    return await exchange.call("POST", "/api/auth/login", Tokens, body=body)
 
 
 async def _refresh(exchange: Exchange, refresh_token: str) -> Tokens:

@@ -3,10 +3,10 @@
 import hashlib
 import logging
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import AfterValidator, Field
 
 from activities.auth import (
@@ -18,14 +18,14 @@ from activities.auth import (
     create_credential,
     find_password,
     find_password_of,
-    lock_until,
     replace_hash,
 )
 from activities.sessions import Session, good_sessions, new_session, open_session, revoke, rotate
 from api.edge.gateway import SignedIn, limit_sign_ins, require_internal
 from api.identity.addresses import Address, client_address
 from api.identity.passwords import is_argon2id
-from api.limits.login_throttle import LOCK_SECONDS, locked
+from api.identity.proofs import DEVICE_LIFETIME, Work
+from api.limits.login_throttle import Place, account_of
 from api.schema.models import ApiModel, Page, RequestModel, Timestamp, UserId
 from api.schema.openapi import problems
 from api.state import AppState, State
@@ -71,11 +71,20 @@ class AuthCredentialResponse(ApiModel):
     created_at: Timestamp
 
 
+class WorkRequest(RequestModel):
+    """Work that a 429 has asked for (`work` in its document): a `solution` with which the SHA-256 of
+    `challenge:solution` begins with as many zero bits as asked."""
+
+    challenge: str = Field(max_length=512)
+    solution: str = Field(max_length=64)
+
+
 class LoginRequest(RequestModel):
     """An address and its password."""
 
     email: Annotated[str, Field(min_length=1, max_length=EMAIL_LENGTH_MAX), AfterValidator(normalised_email)]
     password: str = Field(min_length=1, max_length=PASSWORD_LENGTH_MAX, repr=False)
+    work: WorkRequest | None = None
 
 
 class PasswordChangeRequest(RequestModel):
@@ -89,6 +98,7 @@ class PasswordRenewalRequest(PasswordChangeRequest):
     """The same from outside: for a password that has expired, with which nobody can sign in."""
 
     email: Annotated[str, Field(min_length=1, max_length=EMAIL_LENGTH_MAX), AfterValidator(normalised_email)]
+    work: WorkRequest | None = None
 
 
 class RefreshRequest(RequestModel):
@@ -106,6 +116,12 @@ class TokenResponse(ApiModel):
     expires_in: int = int(ACCESS_TOKEN_LIFETIME.total_seconds())
     refresh_expires_in: int = int(SESSION_LIFETIME.total_seconds())
     session_id: str
+
+
+class LoginResponse(TokenResponse):
+    """Of a sign-in: also what shows the next time, in the header X-Device-Token, that the device is no stranger."""
+
+    device_token: str
 
 
 class SessionResponse(ApiModel):
@@ -127,6 +143,8 @@ def device_of(request: Request) -> Device:
 
 
 ClientDevice = Annotated[Device, Depends(device_of)]
+# What an earlier sign-in from this device has answered. Browsers keep it as a cookie.
+DeviceToken = Annotated[str | None, Header(alias="X-Device-Token", max_length=256)]
 
 
 @router.post(
@@ -150,11 +168,19 @@ async def create(request: AuthCredentialCreateRequest, state: State) -> AuthCred
     dependencies=[Depends(limit_sign_ins)],
     responses=problems("INVALID_CREDENTIALS", "CREDENTIAL_LOCKED", "CREDENTIAL_EXPIRED"),
 )
-async def login(request: LoginRequest, device: ClientDevice, state: State, response: Response) -> TokenResponse:
-    """Sign in; 401 for a wrong email or password, 403 when the credential is locked or has expired, and 429 while the
-    account or the address must wait after failures."""
+async def login(
+    request: LoginRequest,
+    device: ClientDevice,
+    state: State,
+    http: Request,
+    response: Response,
+    device_token: DeviceToken = None,
+) -> LoginResponse:
+    """Sign in; 401 for a wrong email or password, 403 when the credential is locked or has expired, and 429 while this
+    place must wait after failures, or may work (`work`) instead."""
     now = datetime.now(UTC)
-    credential = await _verified(state, request.email, request.password, device, now)
+    place = _place(state, http, request, device, device_token, now)
+    credential = await _verified(state, request.email, request.password, device, place, now)
     anew = await state.passwords.hash(request.password) if state.passwords.outdated(credential.secret_hash) else None
     session = new_session(credential.user_id, credential.roles, _text(device.ip), device.fingerprint, now)
     refresh_token = state.refresh_tokens.first(session.session_id)
@@ -163,7 +189,10 @@ async def login(request: LoginRequest, device: ClientDevice, state: State, respo
         if anew is not None:
             await replace_hash(conn, session.user_id, credential.secret_hash, anew)
         await open_session(conn, state.redis, session, _digest(refresh_token))
-    return _tokens(state, session, refresh_token, response, now)
+    tokens = _tokens(state, session, refresh_token, response, now)
+    return LoginResponse(
+        **tokens.model_dump(), device_token=_keep_device(state, http, response, request.email, place.device_id, now)
+    )
 
 
 @router.post("/token/refresh", responses=problems("UNAUTHENTICATED"))
@@ -198,7 +227,8 @@ async def change_own_password(
     credential = await find_password_of(state.pool, user.user_id)
     if credential is None:
         raise Problem("NOT_FOUND", "There is no password to change")
-    await _verified(state, credential.email, request.current_password, device, now)
+    place = Place(device.ip, user.session_id)
+    await _verified(state, credential.email, request.current_password, device, place, now)
     await _change(state, credential, request, now, but=user.session_id)
 
 
@@ -208,10 +238,19 @@ async def change_own_password(
     dependencies=[Depends(limit_sign_ins)],
     responses=problems("INVALID_CREDENTIALS", "CREDENTIAL_LOCKED"),
 )
-async def renew_password(request: PasswordRenewalRequest, device: ClientDevice, state: State) -> None:
+async def renew_password(
+    request: PasswordRenewalRequest,
+    device: ClientDevice,
+    state: State,
+    http: Request,
+    device_token: DeviceToken = None,
+) -> None:
     """Replace a password that has expired, or any, and end all sessions; refused like a login."""
     now = datetime.now(UTC)
-    credential = await _verified(state, request.email, request.current_password, device, now, may_be_expired=True)
+    place = _place(state, http, request, device, device_token, now)
+    credential = await _verified(
+        state, request.email, request.current_password, device, place, now, may_be_expired=True
+    )
     await _change(state, credential, request, now, but=None)
 
 
@@ -237,14 +276,19 @@ async def delete_session(session_id: uuid.UUID, user: SignedIn, state: State) ->
 
 
 async def _verified(
-    state: AppState, email: str, password: str, device: Device, now: datetime, *, may_be_expired: bool = False
+    state: AppState,
+    email: str,
+    password: str,
+    device: Device,
+    place: Place,
+    now: datetime,
+    *,
+    may_be_expired: bool = False,
 ) -> PasswordCredential:
     """The credential that this password opens. Every attempt that fails is counted, audited and logged."""
     credential = await find_password(state.pool, email)
     try:
-        if credential is not None:
-            _require_unlocked(credential, now)
-        matched = await _matches(state, email, password, credential, device, now)
+        matched = await _matches(state, email, password, credential, place)
         return _usable(credential, now, matched=matched, may_be_expired=may_be_expired)
     except Problem as problem:
         user_id = credential.user_id if credential else None
@@ -254,14 +298,9 @@ async def _verified(
 
 
 async def _matches(
-    state: AppState,
-    email: str,
-    password: str,
-    credential: PasswordCredential | None,
-    device: Device,
-    now: datetime,
+    state: AppState, email: str, password: str, credential: PasswordCredential | None, place: Place
 ) -> bool:
-    attempt = await state.throttle.admit(email, device.ip)
+    attempt = await state.throttle.admit(email, place)
     try:
         matched = await state.passwords.matches(password, credential.secret_hash if credential else None)
     except Problem:
@@ -270,15 +309,44 @@ async def _matches(
     if matched:
         await state.throttle.succeeded(attempt)
     elif attempt.locks and credential is not None:
-        await lock_until(state.pool, credential.user_id, now + timedelta(seconds=LOCK_SECONDS))
-        log.error("user %d is locked after %d failures", credential.user_id, attempt.failures)
+        log.error("user %d: %s is locked out after %d failures", credential.user_id, place.ip, attempt.failures)
     return matched
 
 
-def _require_unlocked(credential: PasswordCredential, now: datetime) -> None:
-    # Whatever the password: a lock that told right from wrong would let the guessing go on.
-    if credential.locked_until is not None and credential.locked_until > now:
-        raise locked(int((credential.locked_until - now).total_seconds()) + 1)
+def _place(
+    state: AppState,
+    http: Request,
+    request: LoginRequest | PasswordRenewalRequest,
+    device: Device,
+    token: str | None,
+    now: datetime,
+) -> Place:
+    account = account_of(request.email)
+    shown = token or http.cookies.get(_cookie_of(account), "")
+    work = None if request.work is None else Work(request.work.challenge, request.work.solution)
+    return Place(device.ip, state.proofs.device_of(shown, account, now), work)
+
+
+def _keep_device(
+    state: AppState, http: Request, response: Response, email: str, device_id: str | None, now: datetime
+) -> str:
+    account = account_of(email)
+    token = state.proofs.device_token(account, now, device_id)
+    response.set_cookie(
+        _cookie_of(account),
+        token,
+        max_age=int(DEVICE_LIFETIME.total_seconds()),
+        path=router.prefix,
+        secure=http.url.scheme == "https",
+        httponly=True,
+        samesite="strict",
+    )
+    return token
+
+
+def _cookie_of(account: str) -> str:
+    """One for each account that is used on a device."""
+    return f"device-{account[:16]}"
 
 
 def _usable(

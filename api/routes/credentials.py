@@ -38,7 +38,7 @@ async def lock(state: State, admin: Admin, user_id: UserIdInPath) -> CredentialS
 
 @router.post("/{userId}/unlock", responses=problems("NOT_FOUND"))
 async def unlock(state: State, admin: Admin, user_id: UserIdInPath) -> CredentialStateResponse:
-    """Take back a lock, also that of too many failures, and expiry."""
+    """Take back a lock and expiry, and forget all failures at the account."""
     return await _put(state, admin, user_id, "ACTIVE")
 
 

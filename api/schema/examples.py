@@ -39,6 +39,14 @@ _API_KEY: dict[str, Any] = {
     "allowedAddresses": [],
     "createdAt": _AT,
 }
+_TOKENS: dict[str, Any] = {
+    "accessToken": "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiIxMDAxIn0.c2lnbmF0dXJl",
+    "refreshToken": f"{_SESSION}.t0k3n-0f-one-use",
+    "tokenType": "Bearer",
+    "expiresIn": 900,
+    "refreshExpiresIn": 604800,
+    "sessionId": _SESSION,
+}
 _ORDER_CREATE = {
     "instrumentId": _BTC,
     "side": "BUY",
@@ -63,14 +71,8 @@ BODIES: dict[str, Any] = {
     "AuthCredentialResponse": {"userId": _USER, "type": "PASSWORD", "status": "ACTIVE", "createdAt": _AT},
     "LoginRequest": {"email": "alice@example.com", "password": "correct horse battery"},
     "RefreshRequest": {"refreshToken": f"{_SESSION}.t0k3n-0f-one-use"},
-    "TokenResponse": {
-        "accessToken": "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiIxMDAxIn0.c2lnbmF0dXJl",
-        "refreshToken": f"{_SESSION}.t0k3n-0f-one-use",
-        "tokenType": "Bearer",
-        "expiresIn": 900,
-        "refreshExpiresIn": 604800,
-        "sessionId": _SESSION,
-    },
+    "TokenResponse": _TOKENS,
+    "LoginResponse": {**_TOKENS, "deviceToken": "d3v1c3.1783857600.c2lnbmF0dXJl"},
     "SessionResponse": {
         "sessionId": _SESSION,
         "ip": "192.0.2.7",

@@ -15,8 +15,6 @@ auth_credentials = Table(
     col("roles", ARRAY(Text), default="'{user}'"),
     col("status", Text(), default="'ACTIVE'"),
     col("expires_at", TIME, null=True),
-    # After too many failures, until then: unlike status LOCKED, which an operator sets and takes back.
-    col("locked_until", TIME, null=True),
     created(),
     updated(),
     CheckConstraint("status IN ('ACTIVE', 'LOCKED', 'EXPIRED')", name="status"),

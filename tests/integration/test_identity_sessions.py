@@ -61,7 +61,9 @@ async def revocations(pool: Pool) -> list[dict[str, str]]:
 
 async def test_signing_in_gives_tokens_that_open_ones_account(exchange: Exchange) -> None:
     tokens = await exchange.login(" ALICE@example.com")
-    assert set(tokens) == {"accessToken", "refreshToken", "tokenType", "expiresIn", "refreshExpiresIn", "sessionId"}
+    of_refresh = {"accessToken", "refreshToken", "tokenType", "expiresIn", "refreshExpiresIn", "sessionId"}
+    assert set(tokens) == {*of_refresh, "deviceToken"}
+    assert set((await refresh(exchange, tokens["refreshToken"])).json()) == of_refresh
     assert tokens["tokenType"] == "Bearer"
     assert [tokens["expiresIn"], tokens["refreshExpiresIn"]] == [900, WEEK_SECONDS]
     account = await me(exchange, tokens)

@@ -1,4 +1,4 @@
-"""sessions that answer a repeated refresh alike and are pruned; keys that expire, are bound and show their use"""
+"""failures lock nobody's account; sessions that answer a repeated refresh alike and are pruned; keys that expire, are bound and show their use"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,6 +8,8 @@ down_revision = "0020"
 
 
 def upgrade() -> None:
+    # Failures are counted by where they come from, and no longer lock the account.
+    op.drop_column("auth_credentials", "locked_until", schema="auth")
     op.add_column("auth_sessions", sa.Column("previous_token_hash", sa.Text(), nullable=True), schema="auth")
     op.add_column("auth_sessions", sa.Column("rotated_at", sa.DateTime(timezone=True), nullable=True), schema="auth")
     op.create_index(
@@ -32,3 +34,6 @@ def downgrade() -> None:
     op.drop_index("ix_auth_sessions_ended", "auth_sessions", schema="auth")
     op.drop_column("auth_sessions", "rotated_at", schema="auth")
     op.drop_column("auth_sessions", "previous_token_hash", schema="auth")
+    op.add_column(
+        "auth_credentials", sa.Column("locked_until", sa.DateTime(timezone=True), nullable=True), schema="auth"
+    )
