@@ -66,6 +66,7 @@ WHERE user_id = $1 AND revoked_at IS NULL AND ($2::uuid IS NULL OR session_id = 
     AND ($5::uuid IS NULL OR session_id <> $5)
 RETURNING session_id
 """
+_OPENED_AT = "SELECT created_at FROM auth.auth_sessions WHERE session_id = $1"
 _TOO_MANY = """
 SELECT session_id FROM auth.auth_sessions WHERE user_id = $1 AND revoked_at IS NULL AND expires_at > $2
 ORDER BY created_at DESC, session_id DESC OFFSET $3
@@ -210,6 +211,12 @@ async def revoke(
         await emit(conn, [AuthSessionRevoked(each, str(user_id), reason) for each in revoked])
         await _forget(redis, revoked)
     return revoked
+
+
+async def opened_at(pool: Pool, session_id: str) -> datetime | None:
+    """When somebody signed in with this session, with a password: refreshing it proves less."""
+    moment: datetime | None = await pool.fetchval(_OPENED_AT, session_id)
+    return moment
 
 
 async def good_sessions(pool: Pool, user_id: int, now: datetime, after: str | None, limit: int) -> list[Session]:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 from redis.asyncio import Redis
 
+from activities.api_keys import revoke_keys, tell_key_changed
 from activities.auth import find_password, set_password
 from activities.insurance import seed_fund
 from activities.sessions import revoke
@@ -57,7 +58,8 @@ async def bootstrap(settings: Settings, pool: Pool) -> int:
 
 
 async def reset(settings: Settings, pool: Pool, redis: Redis) -> int:
-    """Give the operator that EXCHANGE_ADMIN_EMAIL names EXCHANGE_ADMIN_PASSWORD, unlock it, end its sessions; the id.
+    """Give the operator that EXCHANGE_ADMIN_EMAIL names EXCHANGE_ADMIN_PASSWORD, unlock it, end its sessions
+    and API keys; the id.
 
     Raises RuntimeError when email or password will not do, or there is no such operator.
     """
@@ -69,7 +71,9 @@ async def reset(settings: Settings, pool: Pool, redis: Redis) -> int:
     async with pool.acquire() as conn, conn.transaction():
         await set_password(conn, user_id, secret_hash)
         await revoke(conn, redis, user_id, session_id=None, reason="PASSWORD_CHANGED", now=datetime.now(UTC))
-    log.warning("operator %s (user %d) has a new password, no lock and no session", email, user_id)
+        ended = await revoke_keys(conn, user_id, None, datetime.now(UTC))
+    await tell_key_changed(redis, *ended)
+    log.warning("operator %s (user %d) has a new password, no lock, no session and no API key", email, user_id)
     return user_id
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -95,9 +96,20 @@ class Session(Account):
         *,
         public_key: bytes | None = None,
         allowed_addresses: Sequence[str] = (),
+        instruments: Sequence[str] = (),
+        expires_at: datetime | None = None,
+        password: str | None = None,
     ) -> NewKeyDetails:
-        """A key for a program: with the 32 bytes of an Ed25519 public key, or else with a secret, told only now."""
-        body: dict[str, Any] = {"label": label, "permissions": permissions, "allowedAddresses": allowed_addresses}
+        """A key for a program: with the 32 bytes of an Ed25519 public key, or else with a secret, told only now. The
+        password is needed later than five minutes after signing in."""
+        body: dict[str, Any] = {
+            "label": label,
+            "permissions": permissions,
+            "allowedAddresses": allowed_addresses,
+            "instruments": instruments,
+            "expiresAt": expires_at,
+            "password": password,
+        }
         if public_key is None:
             body |= {"algorithm": "HMAC_SHA256"}
         else:
@@ -107,6 +119,14 @@ class Session(Account):
     async def api_keys(self) -> list[KeyDetails]:
         """One's API keys, newest first."""
         return await self._call("GET", "/api/auth/api-keys", list[KeyDetails])
+
+    async def rename_api_key(self, key_id: str, label: str) -> KeyDetails:
+        """Call an API key otherwise. Raises Refused NOT_FOUND."""
+        return await self._call("PATCH", f"/api/auth/api-keys/{key_id}", KeyDetails, body={"label": label})
+
+    async def revoke_api_keys(self) -> None:
+        """End all API keys at once, and the sockets that they opened."""
+        await self._call("DELETE", "/api/auth/api-keys", type(None))
 
     async def revoke_api_key(self, key_id: str) -> None:
         """End an API key, and the sockets that it opened. Raises Refused NOT_FOUND when it has ended already."""

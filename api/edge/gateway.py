@@ -358,6 +358,18 @@ async def served_user_id(user: User, user_id: Annotated[UserId | None, Query(ali
 ServedUserId = Annotated[int, Depends(served_user_id)]
 
 
+def require_may_trade(caller: Identity, instrument_id: str) -> None:
+    """Raise Problem FORBIDDEN when an API key is bound to other instruments."""
+    if not caller.may_trade(instrument_id):
+        raise Problem("FORBIDDEN", f"The API key may trade {', '.join(sorted(caller.instruments))} only")
+
+
+def require_may_trade_all(caller: Identity) -> None:
+    """Raise Problem FORBIDDEN when an API key is bound to some instruments: this is about all."""
+    if caller.instruments:
+        raise Problem("FORBIDDEN", "The API key is bound to instruments, and this is about all of them")
+
+
 def require_may_act_for(caller: Identity, user_id: int) -> None:
     """Raise Problem FORBIDDEN unless this is the caller's own, or the caller is an operator or a service."""
     if not caller.may_act_for(user_id):

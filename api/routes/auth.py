@@ -9,20 +9,20 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import AfterValidator, Field
 
+from activities.api_keys import revoke_keys, tell_key_changed
 from activities.auth import (
-    DEVICE_LENGTH_MAX,
     Device,
     PasswordCredential,
     audit_login,
     change_password,
     create_credential,
-    find_password,
     find_password_of,
     replace_hash,
 )
 from activities.sessions import Session, good_sessions, new_session, open_session, revoke, rotate
 from api.edge.gateway import SignedIn, limit_sign_ins, require_internal
-from api.identity.addresses import Address, client_address
+from api.edge.password_checks import ClientDevice, verified
+from api.identity.addresses import Address
 from api.identity.passwords import is_argon2id
 from api.identity.proofs import DEVICE_LIFETIME, Work
 from api.limits.login_throttle import Place, account_of
@@ -38,7 +38,6 @@ from domain.identity import (
     SESSIONS_MAX,
     Identity,
     normalised_email,
-    require_usable_credential,
 )
 from domain.passwords import good_password
 from domain.problems import Problem
@@ -92,6 +91,8 @@ class PasswordChangeRequest(RequestModel):
 
     current_password: str = Field(min_length=1, max_length=PASSWORD_LENGTH_MAX, repr=False)
     new_password: str = Field(min_length=PASSWORD_LENGTH_MIN, max_length=PASSWORD_LENGTH_MAX, repr=False)
+    # Whether all API keys end, too.
+    end_api_keys: bool = False
 
 
 class PasswordRenewalRequest(PasswordChangeRequest):
@@ -135,14 +136,6 @@ class SessionResponse(ApiModel):
     current: bool
 
 
-def device_of(request: Request) -> Device:
-    """Where the request comes from. The headers say what the client likes: they are kept, never trusted."""
-    agent = request.headers.get("user-agent", "")[:DEVICE_LENGTH_MAX] or None
-    fingerprint = request.headers.get("x-device-fingerprint", "")[:DEVICE_LENGTH_MAX] or agent
-    return Device(client_address(request.scope), agent, fingerprint)
-
-
-ClientDevice = Annotated[Device, Depends(device_of)]
 # What an earlier sign-in from this device has answered. Browsers keep it as a cookie.
 DeviceToken = Annotated[str | None, Header(alias="X-Device-Token", max_length=256)]
 
@@ -180,7 +173,7 @@ async def login(
     place must wait after failures, or may work (`work`) instead."""
     now = datetime.now(UTC)
     place = _place(state, http, request, device, device_token, now)
-    credential = await _verified(state, request.email, request.password, device, place, now)
+    credential = await verified(state, request.email, request.password, device, place, now)
     anew = await state.passwords.hash(request.password) if state.passwords.outdated(credential.secret_hash) else None
     session = new_session(credential.user_id, credential.roles, _text(device.ip), device.fingerprint, now)
     refresh_token = state.refresh_tokens.first(session.session_id)
@@ -228,7 +221,7 @@ async def change_own_password(
     if credential is None:
         raise Problem("NOT_FOUND", "There is no password to change")
     place = Place(device.ip, user.session_id)
-    await _verified(state, credential.email, request.current_password, device, place, now)
+    await verified(state, credential.email, request.current_password, device, place, now)
     await _change(state, credential, request, now, but=user.session_id)
 
 
@@ -248,9 +241,7 @@ async def renew_password(
     """Replace a password that has expired, or any, and end all sessions; refused like a login."""
     now = datetime.now(UTC)
     place = _place(state, http, request, device, device_token, now)
-    credential = await _verified(
-        state, request.email, request.current_password, device, place, now, may_be_expired=True
-    )
+    credential = await verified(state, request.email, request.current_password, device, place, now, may_be_expired=True)
     await _change(state, credential, request, now, but=None)
 
 
@@ -273,44 +264,6 @@ async def delete_session(session_id: uuid.UUID, user: SignedIn, state: State) ->
     """End one of one's own sessions; its access token is refused and its sockets close at once."""
     if not await _end(state, user, str(session_id), "REVOKED_BY_USER"):
         raise Problem("NOT_FOUND", "There is no such session")
-
-
-async def _verified(
-    state: AppState,
-    email: str,
-    password: str,
-    device: Device,
-    place: Place,
-    now: datetime,
-    *,
-    may_be_expired: bool = False,
-) -> PasswordCredential:
-    """The credential that this password opens. Every attempt that fails is counted, audited and logged."""
-    credential = await find_password(state.pool, email)
-    try:
-        matched = await _matches(state, email, password, credential, place)
-        return _usable(credential, now, matched=matched, may_be_expired=may_be_expired)
-    except Problem as problem:
-        user_id = credential.user_id if credential else None
-        await audit_login(state.pool, email=email, user_id=user_id, device=device, reason=problem.code)
-        log.warning("sign-in from %s refused for user %s: %s", device.ip, user_id, problem.code)
-        raise
-
-
-async def _matches(
-    state: AppState, email: str, password: str, credential: PasswordCredential | None, place: Place
-) -> bool:
-    attempt = await state.throttle.admit(email, place)
-    try:
-        matched = await state.passwords.matches(password, credential.secret_hash if credential else None)
-    except Problem:
-        await state.throttle.take_back(attempt)
-        raise
-    if matched:
-        await state.throttle.succeeded(attempt)
-    elif attempt.locks and credential is not None:
-        log.error("user %d: %s is locked out after %d failures", credential.user_id, place.ip, attempt.failures)
-    return matched
 
 
 def _place(
@@ -349,20 +302,6 @@ def _cookie_of(account: str) -> str:
     return f"device-{account[:16]}"
 
 
-def _usable(
-    credential: PasswordCredential | None, now: datetime, *, matched: bool, may_be_expired: bool
-) -> PasswordCredential:
-    # One answer for both: nobody learns which addresses have an account.
-    if credential is None or not matched:
-        raise Problem("INVALID_CREDENTIALS", "Wrong email or password")
-    try:
-        require_usable_credential(credential.status, credential.expires_at, now)
-    except Problem as problem:
-        if not (may_be_expired and problem.code == "CREDENTIAL_EXPIRED"):
-            raise
-    return credential
-
-
 async def _change(
     state: AppState, credential: PasswordCredential, request: PasswordChangeRequest, now: datetime, *, but: str | None
 ) -> None:
@@ -378,6 +317,8 @@ async def _change(
         if not await change_password(conn, user_id, credential.secret_hash, secret_hash):
             raise Problem("INVALID_CREDENTIALS", "The password has been changed meanwhile")
         await revoke(conn, state.redis, user_id, session_id=None, but=but, reason="PASSWORD_CHANGED", now=now)
+        ended = await revoke_keys(conn, user_id, None, now) if request.end_api_keys else []
+    await tell_key_changed(state.redis, *ended)
     log.info("user %d has changed the password", user_id)
 
 

@@ -13,7 +13,7 @@ from activities.countdowns import set_countdown, stop_countdown
 from activities.orders import OPEN_STATUSES, order_view
 from activities.positions import fill_view
 from activities.positions_views import list_fills
-from api.edge.gateway import ServedUserId, User, require_internal
+from api.edge.gateway import ServedUserId, User, require_internal, require_may_trade, require_may_trade_all
 from api.schema.models import ApiModel, Page, Price, Quantity, RequestModel, SafeText, Timestamp
 from api.schema.openapi import links, problems
 from api.schema.paging import PageCursor, PageLimit, next_cursor
@@ -203,6 +203,7 @@ Wait = Annotated[Literal["placed"] | None, Query(description="`placed`: answer a
 )
 async def place_order(state: State, user: User, order: OrderCreate, wait: Wait = None) -> Response:
     """Take an order in: PENDING at once, its saga follows."""
+    require_may_trade(user, order.instrument_id)
     checked = await state.desk.check(user.user_id, order.request())
     answer = (await state.desk.place([checked], awaited=wait is not None))[0]
     if isinstance(answer, Exception):
@@ -222,7 +223,9 @@ async def place_orders(state: State, user: User, batch: OrderBatchCreate, wait: 
 
 async def _checked(state: AppState, user: Identity, item: object) -> NewOrder | Exception:
     try:
-        return await state.desk.check(user.user_id, OrderCreate.model_validate(item).request())
+        request = OrderCreate.model_validate(item).request()
+        require_may_trade(user, request.instrument_id)
+        return await state.desk.check(user.user_id, request)
     except ValidationError as error:
         return invalid(error.errors())
     except Problem as problem:
@@ -262,6 +265,7 @@ async def list_orders(
 @router.post("/api/orders/cancel-all-after")
 async def cancel_all_after(state: State, user: User, switch: DeadManSwitch) -> DeadManSwitchView:
     """Dead-man switch: cancel all the caller's open orders in `timeoutMs`, unless called again before; 0 stops it."""
+    require_may_trade_all(user)
     async with state.pool.acquire() as conn:
         if not switch.timeout_ms:
             await stop_countdown(conn, user.user_id)
@@ -281,6 +285,8 @@ async def amend_order(state: State, user: User, order_id: OrderId, change: Order
     It keeps its place in the queue if its price stays and its quantity does not grow, else it enters anew and may
     trade. More margin, if the amended order needs more, is reserved before. One amendment of an order at a time.
     """
+    if user.instruments:
+        require_may_trade(user, (await _own_order(state, user, order_id))["instrument_id"])
     return _json(
         await state.desk.amend(user.user_id, order_id, change.price, change.quantity, awaited=wait is not None)
     )
@@ -289,7 +295,9 @@ async def amend_order(state: State, user: User, order_id: OrderId, change: Order
 @router.delete("/api/orders/{order_id}", responses=problems("ORDER_NOT_FOUND", "ORDER_NOT_CANCELLABLE"))
 async def cancel_order(state: State, user: User, order_id: OrderId) -> CancelView:
     """Request the cancellation of one of the caller's orders."""
-    return await _cancel(state, await _own_order(state, user, order_id))
+    row = await _own_order(state, user, order_id)
+    require_may_trade(user, row["instrument_id"])
+    return await _cancel(state, row)
 
 
 @router.delete("/api/orders", responses=problems("INSTRUMENT_NOT_FOUND"))
@@ -297,7 +305,10 @@ async def cancel_orders(
     state: State, user: User, instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None
 ) -> Page[CancelView]:
     """Request the cancellation of all the caller's open orders, of one instrument or of all."""
-    if instrument_id is not None:
+    if instrument_id is None:
+        require_may_trade_all(user)
+    else:
+        require_may_trade(user, instrument_id)
         state.desk.instrument(instrument_id)
     order_ids = await orders_views.open_order_ids(state.pool, user.user_id, instrument_id)
     await state.desk.cancel(order_ids)

@@ -18,7 +18,7 @@ from activities.positions import position_view
 from activities.risk import set_margin_mode
 from activities.sagas import INSTRUMENT_ID, USER_ID
 from activities.unfinished import patiently, refused_with
-from api.edge.gateway import ServedUserId, User
+from api.edge.gateway import ServedUserId, User, require_may_trade
 from api.schema.models import ApiModel, RequestModel, SafeText
 from api.schema.openapi import problems
 from api.state import AppState, State
@@ -134,6 +134,7 @@ async def _positions(state: AppState, user_id: int, instrument_id: str | None = 
 async def change_leverage(state: State, user: User, instrument_id: SafeText, change: LeverageChange) -> LeverageView:
     """Set the leverage for an instrument. Open orders and the position are backed anew: lower leverage takes more
     margin at once (400 INSUFFICIENT_MARGIN when there is not enough), higher leverage releases what need not stay."""
+    require_may_trade(user, instrument_id)
     if change.leverage > state.desk.instrument(instrument_id).max_leverage:
         raise Problem("VALIDATION_FAILED", f"Expected a leverage of at most that of {instrument_id}")
     await _change_margin(state, user.user_id, instrument_id, "LEVERAGE", str(change.leverage))
@@ -148,6 +149,7 @@ async def change_leverage(state: State, user: User, instrument_id: SafeText, cha
 async def change_margin(state: State, user: User, instrument_id: SafeText, change: MarginAmount) -> dict[str, Any]:
     """Put money behind a position (`amount` above 0) or take some back (below 0), as far as the position can do
     without: 400 INSUFFICIENT_MARGIN otherwise. Answers the position."""
+    require_may_trade(user, instrument_id)
     state.desk.instrument(instrument_id)
     await _change_margin(state, user.user_id, instrument_id, "MARGIN", plain(change.amount))
     (position,) = await _positions(state, user.user_id, instrument_id)
@@ -158,6 +160,7 @@ async def change_margin(state: State, user: User, instrument_id: SafeText, chang
 async def change_margin_mode(state: State, user: User, instrument_id: SafeText, change: ModeChange) -> ModeView:
     """ISOLATED: only its own margin stands behind a position. CROSS: all of the user's money in that asset does.
     400 MARGIN_MODE_NOT_CHANGEABLE while there is a position or an open order."""
+    require_may_trade(user, instrument_id)
     instrument = state.desk.instrument(instrument_id)
 
     async def change_now(conn: Connection) -> None:

@@ -37,7 +37,10 @@ _API_KEY: dict[str, Any] = {
     "algorithm": "HMAC_SHA256",
     "permissions": ["READ", "TRADE"],
     "allowedAddresses": [],
+    "instruments": [],
     "createdAt": _AT,
+    "expiresAt": "2026-04-15T12:00:00.000000Z",
+    "lastUsedAt": None,
 }
 _TOKENS: dict[str, Any] = {
     "accessToken": "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiIxMDAxIn0.c2lnbmF0dXJl",
@@ -288,6 +291,7 @@ BODIES: dict[str, Any] = {
         "newPassword": "staple correct horse",
     },
     "ApiKeyCreateRequest": {"label": "bot", "algorithm": "HMAC_SHA256", "permissions": ["READ", "TRADE"]},
+    "ApiKeyRename": {"label": "bot of the second account"},
     "ApiKeyResponse": _API_KEY,
     "NewApiKeyResponse": {**_API_KEY, "secret": "shown-once"},
     "CredentialStateResponse": {"userId": _USER, "status": "LOCKED", "expiresAt": None},

@@ -148,7 +148,7 @@ async def test_what_belongs_to_another_is_out_of_reach_on_every_route_that_takes
             continue
         assert named <= set(ids), f"{call.name} takes an id that this test does not know: say whose it is"
         body = {name: {"userId": str(ALICE), "orderId": int(order_id)}[name] for name in properties}
-        order = {"instrumentId": "BTC-USDT-PERP", "side": "BUY", "quantity": "1", "price": "60000"}
+        order = {"instrumentId": "BTC-USDT-PERP", "side": "BUY", "quantity": "1", "price": "60000", "label": "mine"}
         body |= {name: value for name, value in order.items() if name in (call.body or {}).get("properties", {})}
         query = {name: ids[name] for name in in_query}
         answer = await exchange.client.request(
