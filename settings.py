@@ -44,6 +44,8 @@ class Settings(BaseSettings):
     jwt_private_key_file: Path | None = None
     # Fernet keys, one a line, that encrypt the secrets of HMAC API keys: the first encrypts, all decrypt.
     api_key_secrets_file: Path | None = None
+    # How long an API key may be good for.
+    api_key_lifetime_days_max: PositiveInt = 365
     log_level: str = "INFO"
     # Where engine, worker and market answer /metrics and /health/…; nowhere without a port. The api has its own.
     metrics_host: str = "127.0.0.1"

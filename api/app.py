@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
@@ -33,6 +33,7 @@ from api.routes import (
 )
 from api.schema.openapi import DocumentedApi, operation_id
 from api.schema.problems import add_handlers
+from api.schema.strictness import only_known
 from api.state import open_state
 from settings import Settings
 from telemetry.tracing import start_tracing, stop_tracing
@@ -85,6 +86,9 @@ def create_app(settings: Settings) -> FastAPI:
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=lifespan,
+        dependencies=[Depends(only_known)],
+        # A path is as it is documented or unknown: a redirect would be followed with the password, to where Host says.
+        redirect_slashes=False,
         generate_unique_id_function=operation_id,
         # A span of every request costs more than most requests; figures are ours (api/edge/metering.py).
         telemetry={

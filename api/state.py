@@ -13,9 +13,10 @@ from temporalio.client import Client
 
 from api.desk.order_desk import OrderDesk, open_desk
 from api.identity.passwords import Passwords
+from api.identity.proofs import Proofs
 from api.identity.sessions import SessionGuard
 from api.identity.signatures import ApiKeys
-from api.identity.tokens import AccessTokens, load_keys
+from api.identity.tokens import AccessTokens, RefreshTokens, load_keys, load_private_keys
 from api.identity.vault import open_vault
 from api.limits.login_throttle import LoginThrottle
 from api.limits.rate_limits import Limit, RateLimiter
@@ -44,6 +45,8 @@ class AppState:
     redis: Redis
     temporal: Client
     tokens: AccessTokens
+    refresh_tokens: RefreshTokens
+    proofs: Proofs
     passwords: Passwords
     throttle: LoginThrottle
     sessions: SessionGuard
@@ -61,7 +64,9 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
     if settings.jwt_private_key_file is None:
         raise RuntimeError("EXCHANGE_JWT_PRIVATE_KEY_FILE is not set: start the stack, or name a PEM file")
     async with AsyncExitStack() as stack:
-        tokens = AccessTokens(*load_keys(settings.jwt_private_key_file))
+        key, others = load_keys(settings.jwt_private_key_file)
+        proofs = Proofs(key, others)
+        refresh_tokens = RefreshTokens(load_private_keys(settings.jwt_private_key_file), others)
         vault = open_vault(settings.api_key_secrets_file)
         passwords = Passwords()
         stack.callback(passwords.close)
@@ -79,9 +84,11 @@ async def open_state(settings: Settings) -> AsyncIterator[AppState]:
             pool=pool,
             redis=redis,
             temporal=temporal,
-            tokens=tokens,
+            tokens=AccessTokens(key, others),
+            refresh_tokens=refresh_tokens,
+            proofs=proofs,
             passwords=passwords,
-            throttle=LoginThrottle(redis),
+            throttle=LoginThrottle(redis, proofs),
             sessions=sessions,
             rates=RateLimiter(redis),
             limits=_limits(settings),

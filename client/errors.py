@@ -27,6 +27,11 @@ class Refused(ExchangeError):  # noqa: N818 - it is an answer rather than a faul
         self.members = members
 
     @property
+    def work(self) -> dict[str, Any] | None:
+        """What may be done instead of waiting (`client.work`), with RATE_LIMITED at a sign-in."""
+        return self.members.get("work")
+
+    @property
     def order(self) -> Order | None:
         """The first order of the same client order id, with DUPLICATE_CLIENT_ORDER_ID."""
         order = self.members.get("order")

@@ -158,7 +158,7 @@ class Exchange:
             problem = await self._try(method, path, body, query, caller)
             if isinstance(problem, httpx.Response):
                 return msgspec.json.decode(problem.content or b"null", type=result)
-            is_busy = isinstance(problem, UnavailableError) or problem.status in _BUSY
+            is_busy = isinstance(problem, UnavailableError) or (problem.status in _BUSY and problem.work is None)
             if not is_busy or time.monotonic() >= end:
                 raise problem
             self.on_busy(problem.code if isinstance(problem, Refused) else "CONNECTION_LOST")

@@ -53,14 +53,17 @@ class User(_Model, frozen=True):
 
 
 class KeyDetails(_Model, frozen=True):
-    """An API key; without `allowed_addresses` it may be used from everywhere."""
+    """An API key; without `allowed_addresses` it may be used from everywhere, without `instruments` for all."""
 
     key_id: str
     label: str
     algorithm: Literal["HMAC_SHA256", "ED25519"]
     permissions: list[Permission]
     allowed_addresses: list[str]
+    instruments: list[str]
     created_at: datetime
+    expires_at: datetime
+    last_used_at: datetime | None
 
 
 class NewKeyDetails(KeyDetails, frozen=True):

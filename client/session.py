@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -9,6 +10,7 @@ from client.account import Account
 from client.errors import Refused
 from client.exchange import Exchange
 from client.models import Audit, KeyDetails, MarkPrice, NewKeyDetails, Permission, Tokens, User
+from client.work import solved
 
 
 class Login:
@@ -19,7 +21,7 @@ class Login:
         self._email = email
         self._password = password
         self._tokens = tokens
-        # A refresh token that is used twice ends the session.
+        # A refresh token that is used again after a while ends the session.
         self._renewing = asyncio.Lock()
 
     @property
@@ -60,13 +62,20 @@ async def register(exchange: Exchange, email: str, password: str) -> "Session":
 
 
 async def _login(exchange: Exchange, email: str, password: str) -> Tokens:
-    return await exchange.call("POST", "/api/auth/login", Tokens, body={"email": email, "password": password})
+    body: dict[str, Any] = {"email": email, "password": password}
+    try:
+        return await exchange.call("POST", "/api/auth/login", Tokens, body=body)
+    except Refused as refusal:
+        if refusal.work is None:
+            raise
+        body["work"] = await asyncio.to_thread(solved, **refusal.work)
+    return await exchange.call("POST", "/api/auth/login", Tokens, body=body)
 
 
 async def _refresh(exchange: Exchange, refresh_token: str) -> Tokens:
-    # Not repeated: an answer that was lost has used the token up.
+    # An answer that was lost is given again.
     body = {"refreshToken": refresh_token}
-    return await exchange.call("POST", "/api/auth/token/refresh", Tokens, body=body, repeatable=False)
+    return await exchange.call("POST", "/api/auth/token/refresh", Tokens, body=body)
 
 
 class Session(Account):
@@ -87,9 +96,20 @@ class Session(Account):
         *,
         public_key: bytes | None = None,
         allowed_addresses: Sequence[str] = (),
+        instruments: Sequence[str] = (),
+        expires_at: datetime | None = None,
+        password: str | None = None,
     ) -> NewKeyDetails:
-        """A key for a program: with the 32 bytes of an Ed25519 public key, or else with a secret, told only now."""
-        body: dict[str, Any] = {"label": label, "permissions": permissions, "allowedAddresses": allowed_addresses}
+        """A key for a program: with the 32 bytes of an Ed25519 public key, or else with a secret, told only now. The
+        password is needed later than five minutes after signing in."""
+        body: dict[str, Any] = {
+            "label": label,
+            "permissions": permissions,
+            "allowedAddresses": allowed_addresses,
+            "instruments": instruments,
+            "expiresAt": expires_at,
+            "password": password,
+        }
         if public_key is None:
             body |= {"algorithm": "HMAC_SHA256"}
         else:
@@ -99,6 +119,14 @@ class Session(Account):
     async def api_keys(self) -> list[KeyDetails]:
         """One's API keys, newest first."""
         return await self._call("GET", "/api/auth/api-keys", list[KeyDetails])
+
+    async def rename_api_key(self, key_id: str, label: str) -> KeyDetails:
+        """Call an API key otherwise. Raises Refused NOT_FOUND."""
+        return await self._call("PATCH", f"/api/auth/api-keys/{key_id}", KeyDetails, body={"label": label})
+
+    async def revoke_api_keys(self) -> None:
+        """End all API keys at once, and the sockets that they opened."""
+        await self._call("DELETE", "/api/auth/api-keys", type(None))
 
     async def revoke_api_key(self, key_id: str) -> None:
         """End an API key, and the sockets that it opened. Raises Refused NOT_FOUND when it has ended already."""

@@ -15,7 +15,16 @@ EMAIL_LENGTH_MAX = 254
 PASSWORD_LENGTH_MIN = 8
 PASSWORD_LENGTH_MAX = 128
 ACCESS_TOKEN_LIFETIME = timedelta(minutes=15)
+# Since it was last refreshed; and since it was opened, however often it was refreshed.
 SESSION_LIFETIME = timedelta(days=7)
+SESSION_LIFETIME_MAX = timedelta(days=30)
+# For so long after a password was shown nothing asks for it again.
+PROOF_LIFETIME = timedelta(minutes=5)
+# Of one user; the oldest gives way.
+SESSIONS_MAX = 100
+# For so long a refresh gets the same answer again: its answer was lost, or two tabs asked.
+REFRESH_REPEATED = timedelta(seconds=30)
+
 _EMAIL = re.compile(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+")
 
 
@@ -27,6 +36,12 @@ class Identity:
     roles: frozenset[str]
     session_id: str
     key_id: str = ""
+    # What an API key may trade; none: all.
+    instruments: frozenset[str] = frozenset()
+
+    def may_trade(self, instrument_id: str) -> bool:
+        """Whether this caller may change something about an instrument."""
+        return not self.instruments or instrument_id in self.instruments
 
     @property
     def is_admin(self) -> bool:

@@ -1,6 +1,6 @@
 """The pruner: deletes old prices and risk snapshots, finished sagas, the results of their steps, and the positions that
 finished funding settlements went by, once nothing can ask for them; what tells by which marks users were told of their
-positions; and the records of attempts to sign in, which are
+positions; sessions that ended; and the records of attempts to sign in, which are
 kept for EXCHANGE_LOGIN_AUDIT_RETENTION_DAYS.
 
 Deposits and withdrawals keep theirs for ever: their references are the callers', who may repeat one at any time.
@@ -11,6 +11,7 @@ import logging
 from datetime import timedelta
 
 from activities.identity.auth import forget_login_audits
+from activities.identity.sessions import forget_sessions
 from activities.liquidation.telling import forget_snapshots
 from activities.market.prices import forget_prices
 from activities.orders.sagas import forget_done_sagas, time_before_open_sagas
@@ -55,6 +56,7 @@ async def prune(conn: Connection, kept: timedelta, audits_kept: timedelta, limit
         + await forget_prices(conn, PRICES_KEPT, limit)
         + await forget_funding_positions(conn, before, limit)
         + await forget_told_marks(conn, kept, limit)
+        + await forget_sessions(conn, kept, limit)
         + await forget_login_audits(conn, audits_kept, limit)
     ):
         total += deleted

@@ -304,8 +304,7 @@ async def running_exchange(database_url: str, folder: Path, **others: Any) -> As
     try:
         exchange.start("valkey", "temporal")
         await servers.wait_until_ready(valkey.endpoint, READY_SECONDS)
-        async with open_redis(settings) as redis:
-            await bootstrap(settings, pool, redis)
+        await bootstrap(settings, pool)
         await servers.wait_until_ready(temporal.endpoint, READY_SECONDS)
         exchange.start("engine", "worker", "market", "api")
         await exchange.until_ready()

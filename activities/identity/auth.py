@@ -22,11 +22,11 @@ ON CONFLICT (user_id, type) DO NOTHING
 """
 _FIND = "SELECT user_id, type, status, created_at FROM auth.auth_credentials WHERE user_id = $1 AND type = $2"
 _FIND_BY_EMAIL = """
-SELECT user_id, email, roles, status, expires_at, locked_until, secret_hash FROM auth.auth_credentials
+SELECT user_id, email, roles, status, expires_at, secret_hash FROM auth.auth_credentials
 WHERE lower(email) = lower($1) AND type = 'PASSWORD'
 """
 _FIND_BY_USER = """
-SELECT user_id, email, roles, status, expires_at, locked_until, secret_hash FROM auth.auth_credentials
+SELECT user_id, email, roles, status, expires_at, secret_hash FROM auth.auth_credentials
 WHERE user_id = $1 AND type = 'PASSWORD'
 """
 _REPLACE_HASH = """
@@ -38,7 +38,7 @@ INSERT INTO auth.auth_credentials (user_id, type, email, secret_hash, roles)
 SELECT user_id, 'PASSWORD', email, $2, roles FROM users.v_users WHERE user_id = $1
 ON CONFLICT (user_id, type) DO UPDATE
 SET email = excluded.email, secret_hash = excluded.secret_hash, roles = excluded.roles, status = 'ACTIVE',
-    expires_at = NULL, locked_until = NULL, updated_at = now()
+    expires_at = NULL, updated_at = now()
 """
 _CHANGE = """
 UPDATE auth.auth_credentials
@@ -47,14 +47,11 @@ SET secret_hash = $3, status = CASE status WHEN 'EXPIRED' THEN 'ACTIVE' ELSE sta
 WHERE user_id = $1 AND type = 'PASSWORD' AND secret_hash = $2
 RETURNING true
 """
-_LOCK_UNTIL = """
-UPDATE auth.auth_credentials SET locked_until = $2, updated_at = now() WHERE user_id = $1 AND type = 'PASSWORD'
-"""
 _SET_STATUS = """
-UPDATE auth.auth_credentials SET status = $2, locked_until = NULL,
+UPDATE auth.auth_credentials SET status = $2,
     expires_at = CASE $2 WHEN 'ACTIVE' THEN NULL ELSE expires_at END, updated_at = now()
 WHERE user_id = $1 AND type = 'PASSWORD'
-RETURNING user_id, email, roles, status, expires_at, locked_until, secret_hash
+RETURNING user_id, email, roles, status, expires_at, secret_hash
 """
 _AUDIT = """
 INSERT INTO auth.login_audits (user_id, email, outcome, reason, ip, device) VALUES ($1, $2, $3, $4, $5, $6)
@@ -78,15 +75,13 @@ class Credential:
 
 @dataclass(frozen=True)
 class PasswordCredential:
-    """What signing in with a password needs to know. Nobody signs in before `locked_until`, after too many failures;
-    status LOCKED is an operator's word, and ends when an operator says so."""
+    """What signing in with a password needs to know. Status LOCKED is an operator's word, and ends when one says so."""
 
     user_id: int
     email: str
     roles: list[str]
     status: str
     expires_at: datetime | None
-    locked_until: datetime | None
     secret_hash: str = field(repr=False)
 
 
@@ -123,15 +118,10 @@ async def change_password(conn: Connection, user_id: int, old_hash: str, new_has
     return bool(await conn.fetchval(_CHANGE, user_id, old_hash, new_hash))
 
 
-async def lock_until(pool: Pool, user_id: int, until: datetime) -> None:
-    """Nobody signs in with the user's password before `until`."""
-    await pool.execute(_LOCK_UNTIL, user_id, until)
-
-
 async def set_status(
     conn: Connection, user_id: int, status: Literal["ACTIVE", "LOCKED", "EXPIRED"]
 ) -> PasswordCredential | None:
-    """Put the user's credential into this state, free of any lock that ends by itself. None without a credential."""
+    """Put the user's credential into this state. None without a credential."""
     row = await conn.fetchrow(_SET_STATUS, user_id, status)
     return PasswordCredential(**row) if row is not None else None
 

@@ -79,11 +79,13 @@ _STALLED = """
 SELECT user_id FROM users.user_registration_prepare
 WHERE status = 'PREPARE' AND created_at < $1 ORDER BY created_at LIMIT $2
 """
-_UPSERT_ADMIN = """
-INSERT INTO users.users (email, status, roles) VALUES ($1, 'ACTIVE', $2)
-ON CONFLICT (lower(email)) DO UPDATE SET status = 'ACTIVE', roles = excluded.roles, updated_at = now()
+_FIRST_OPERATOR = "SELECT user_id, email FROM users.users WHERE $1 = ANY(roles) ORDER BY user_id LIMIT 1"
+_ADD_OPERATOR = """
+INSERT INTO users.users (email, status, roles) VALUES ($1, 'ACTIVE', $2) ON CONFLICT (lower(email)) DO NOTHING
 RETURNING user_id
 """
+# Whoever starts the exchange twice at once makes one operator.
+_LOCK_OPERATORS = "SELECT pg_advisory_xact_lock(hashtext('users.first_operator'))"
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,19 @@ async def take_pending_credential(pool: Pool, user_id: int) -> PendingCredential
     return PendingCredential(**row) if row is not None else None
 
 
-async def upsert_admin(conn: Connection, email: str) -> int:
-    """Make the user with this address an active operator, creating it if need be; the id."""
-    user_id: int = await conn.fetchval(_UPSERT_ADMIN, email, [USER_ROLE, ADMIN_ROLE])
+async def first_operator(conn: Connection) -> tuple[int, str] | None:
+    """Id and address of the operator that was made first, if there is any; no other is made until the caller's
+    transaction ends."""
+    await conn.execute(_LOCK_OPERATORS)
+    row = await conn.fetchrow(_FIRST_OPERATOR, ADMIN_ROLE)
+    return (row["user_id"], row["email"]) if row is not None else None
+
+
+async def add_operator(conn: Connection, email: str) -> int:
+    """Create an active operator; the id. Raises Problem EMAIL_ALREADY_EXISTS: no account becomes an operator's."""
+    user_id: int | None = await conn.fetchval(_ADD_OPERATOR, email, [USER_ROLE, ADMIN_ROLE])
+    if user_id is None:
+        raise Problem("EMAIL_ALREADY_EXISTS", "A user with this email exists already")
     return user_id
 
 

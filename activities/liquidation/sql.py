@@ -128,15 +128,28 @@ _SCORE = (
     "CASE WHEN pnl > 0 THEN pnl / entry_notional * (abs(signed_quantity) * {mark} / (margin + pnl))"
     " ELSE pnl / entry_notional / (abs(signed_quantity) * {mark} / (margin + pnl)) END"
 )
-# Ranked by score; who would be bankrupt at mark ($2) or at the price ($3) is left
-# out. As many as hold COUNTERPARTIES_FACTOR times the quantity: the last of them begins below it.
+# Ranked by score; who would be bankrupt at mark ($2) or at the price ($3) is left out. As many as hold
+# COUNTERPARTIES_FACTOR times the quantity: the last of them begins below it. Behind a cross position stands what is
+# available, too, less what the account's other cross positions have lost.
 COUNTERPARTIES = f"""
     WITH held AS (
-        SELECT user_id, signed_quantity, entry_notional, margin,
-               signed_quantity * $2 - sign(signed_quantity) * entry_notional AS pnl,
-               signed_quantity * $3 - sign(signed_quantity) * entry_notional AS pnl_there
-        FROM positions.v_positions p
-        WHERE instrument_id = $1 AND sign(signed_quantity) = $4 AND status = 'OPEN'),
+        SELECT p.user_id, p.signed_quantity, p.entry_notional,
+               p.margin + CASE WHEN p.margin_mode = 'CROSS' THEN greatest(0, coalesce(b.available - lost.amount, 0))
+                          ELSE 0 END AS margin,
+               p.signed_quantity * $2 - sign(p.signed_quantity) * p.entry_notional AS pnl,
+               p.signed_quantity * $3 - sign(p.signed_quantity) * p.entry_notional AS pnl_there
+        FROM positions.v_positions p JOIN matching.v_instruments i USING (instrument_id)
+        LEFT JOIN ledger.v_balances b ON b.user_id = p.user_id AND b.asset = i.quote_asset
+            AND p.margin_mode = 'CROSS'
+        CROSS JOIN LATERAL (
+            SELECT coalesce(sum(greatest(0, sign(o.signed_quantity) * o.entry_notional
+                                            - o.signed_quantity * m.mark_price)), 0) AS amount
+            FROM positions.v_positions o CROSS JOIN LATERAL (
+                SELECT mark_price FROM market.v_mark_prices k WHERE k.instrument_id = o.instrument_id
+                ORDER BY calculated_at DESC LIMIT 1) m
+            WHERE p.margin_mode = 'CROSS' AND o.user_id = p.user_id AND o.margin_mode = 'CROSS'
+              AND o.instrument_id <> p.instrument_id AND o.signed_quantity <> 0) lost
+        WHERE p.instrument_id = $1 AND sign(p.signed_quantity) = $4 AND p.status = 'OPEN'),
     scored AS (
         SELECT *, {_SCORE.format(mark="$2")} AS score
         FROM held WHERE margin + pnl > 0 AND margin + pnl_there > 0 AND entry_notional > 0),

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 
 from activities.market.prices import LatestMark, latest_marks
@@ -71,10 +71,10 @@ class _Bench:
     margins: dict[Key, Decimal]
     # Free collateral by user and asset.
     budgets: dict[tuple[int, str], Decimal]
+    # What the admitted orders hold more: all told, and for open loss.
+    spent: defaultdict[Key, Decimal]
+    losses: defaultdict[Key, Decimal]
     done: CheckResult
-    # What admitted orders hold, and how much of that is open loss (quote).
-    spent: defaultdict[Key, Decimal] = field(default_factory=lambda: defaultdict(Decimal))
-    losses: defaultdict[Key, Decimal] = field(default_factory=lambda: defaultdict(Decimal))
 
     async def judge(self, conn: Connection, order: ClaimRow, unfinished: Unfinished) -> None:
         """Admit an order and add it to its exposure, or refuse it, or let it wait."""
@@ -90,9 +90,8 @@ class _Bench:
         after = before.with_claim(side, order.quantity, order.notional, order.orders, order.loss)
         margin = after.order_margin(instrument.taker_fee_rate)
         added = margin - self.margins[key]
-        loss = after.open_loss(side) - before.open_loss(side)
         budget = self.budgets.get(purse, ZERO)
-        reason = self._why_refused(order, after, added, loss, budget)
+        reason = self._why_refused(order, before, after, added, budget)
         if reason:
             await self._refuse(conn, order, reason, unfinished)
             return
@@ -100,16 +99,18 @@ class _Bench:
         if opening < order.quantity:
             self.done.backed.append(Backing(order.order_id, instrument.quantity_to_lots(opening) if opening else 0))
         self.states[key], self.margins[key], self.budgets[purse] = after, margin, budget - added
-        self.spent[key], self.losses[key] = self.spent[key] + added, self.losses[key] + loss
+        self.spent[key] += added
+        self.losses[key] += after.open_loss(side) - before.open_loss(side)
         self.done.passed.append(OrderMargin(order.order_id, *key, instrument.quote_asset, added))
 
     def _why_refused(
-        self, order: ClaimRow, after: Exposure, added: Decimal, loss: Decimal, budget: Decimal
+        self, order: ClaimRow, before: Exposure, after: Exposure, added: Decimal, budget: Decimal
     ) -> str | None:
         key, side = order.key, order.side
         reduces = side if order.reduce_only else None
         if reduces is None and after.opens(side) and not (key[1] in self.marks and self.marks[key[1]].is_live):
             return "MARK_PRICE_UNAVAILABLE"
+        loss = after.open_loss(side) - before.open_loss(side)
         tiers = self.rules.tiers[key[1]]
         return refusal_reason(after, reduces, order.open_quantity, added, loss, budget, self.limits[key], tiers)
 
@@ -133,7 +134,6 @@ async def check_orders(conn: Connection, request: StepRequest, rules: Rules, unf
     taken_over = await positions_in_liquidation(conn, keys)
     waiting = await read_unfrozen(conn, exposures)
     limits = await read_limits(conn, keys)
-    budgets = await free_collateral(conn, {key[0] for key in keys})
     bench = _Bench(
         rules=rules,
         limits=limits,
@@ -142,7 +142,9 @@ async def check_orders(conn: Connection, request: StepRequest, rules: Rules, unf
         waiting=waiting,
         states={key: row.state for key, row in exposures.items()},
         margins={key: row.order_margin for key, row in exposures.items()},
-        budgets=budgets,
+        budgets=await free_collateral(conn, {key[0] for key in keys}),
+        spent=defaultdict(Decimal),
+        losses=defaultdict(Decimal),
         done=CheckResult([], [], [], unfinished.ranges, []),
     )
     for order in orders:

@@ -24,6 +24,7 @@ from api.limits.load import Load
 from api.limits.rate_limits import Limit
 from api.schema.models import UserId
 from api.schema.problems import internal_error, problem_response
+from api.schema.strictness import into_camel_case
 from api.state import AppState, State
 from domain.identity import SERVICE, Identity
 from domain.problems import Problem
@@ -96,6 +97,8 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or socket."""
+        if scope["type"] != "lifespan":
+            into_camel_case(scope)
         if scope["type"] == "http":
             await self._serve(scope, receive, send)
         elif scope["type"] == "websocket" and not await _socket_may_open(scope):
@@ -353,6 +356,18 @@ async def served_user_id(user: User, user_id: Annotated[UserId | None, Query(ali
 
 
 ServedUserId = Annotated[int, Depends(served_user_id)]
+
+
+def require_may_trade(caller: Identity, instrument_id: str) -> None:
+    """Raise Problem FORBIDDEN when an API key is bound to other instruments."""
+    if not caller.may_trade(instrument_id):
+        raise Problem("FORBIDDEN", f"The API key may trade {', '.join(sorted(caller.instruments))} only")
+
+
+def require_may_trade_all(caller: Identity) -> None:
+    """Raise Problem FORBIDDEN when an API key is bound to some instruments: this is about all."""
+    if caller.instruments:
+        raise Problem("FORBIDDEN", "The API key is bound to instruments, and this is about all of them")
 
 
 def require_may_act_for(caller: Identity, user_id: int) -> None:

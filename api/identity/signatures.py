@@ -5,7 +5,7 @@ import hmac
 import re
 import time
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from ipaddress import ip_network
 
 from cryptography.exceptions import InvalidSignature
@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from redis.asyncio import Redis
 from starlette.requests import Request
 
-from activities.identity.api_keys import ApiKey, find_key
+from activities.identity.api_keys import USE_NOTED, ApiKey, find_key, note_use
 from api.identity.addresses import Address, client_address
+from api.schema.strictness import sent_query
 from domain.clock import to_ms
 from domain.identity import USER_ROLE, Identity
 from domain.problems import Problem
@@ -30,6 +31,7 @@ REMEMBERED_SECONDS = 1.0
 REMEMBERED_MAX = 10_000
 _NUMBER = re.compile(r"[0-9]{1,15}")
 _NONCE = re.compile(r"[\x21-\x7e]{0,64}")
+_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 _SAFE_METHODS = ("GET", "HEAD")
 _KEY_ID = re.compile(r"ak_[A-Za-z0-9]{16,32}")
 
@@ -62,8 +64,9 @@ class SignedRequest:
 async def signed_request(request: Request, key_id: str) -> SignedRequest:
     """An HTTP request whose X-Api-Key is `key_id`."""
     target = request.scope["raw_path"].decode("latin-1")
-    if request.scope["query_string"]:
-        target += "?" + request.scope["query_string"].decode("latin-1")
+    query = sent_query(request.scope)
+    if query:
+        target += "?" + query.decode("latin-1")
     return SignedRequest(
         key_id=key_id,
         method=request.method,
@@ -92,20 +95,28 @@ class ApiKeys:
         self._redis = redis
         self._vault = vault
         self._remembered: dict[str, _Remembered] = {}
+        self._used: dict[str, datetime] = {}
 
     async def authenticate(self, request: SignedRequest, now: datetime) -> Identity:
         """The key's user. Raises Problem UNAUTHENTICATED when the request is not signed well, late or a repeat, and
         FORBIDDEN when the key may not do this, or not from there. Never an operator, whoever the user is."""
         remembered = await self._find(request.key_id)
         key = remembered.key
-        if key is None:
+        if key is None or key.expires_at <= now:
             raise _invalid_key()
         replay_ms = _remaining_ms(request, to_ms(now))
         if not _is_genuine(key, remembered.hmac_secret, request.text, request.signature):
             raise _unauthenticated("The signature is not valid")
         _require_allowed(key, request)
         await self._require_first(request, replay_ms)
-        return Identity(key.user_id, frozenset({USER_ROLE}), session_id="", key_id=key.key_id)
+        await self._note_use(key.key_id, now)
+        return Identity(
+            key.user_id,
+            frozenset({USER_ROLE}),
+            session_id="",
+            key_id=key.key_id,
+            instruments=frozenset(key.instruments),
+        )
 
     async def require(self, key_id: str) -> None:
         """Raise Problem UNAUTHENTICATED unless the key is good now, whatever is remembered of it."""
@@ -143,6 +154,15 @@ class ApiKeys:
             return self._vault.decrypt(key.secret)
         except InvalidToken:
             raise RuntimeError(f"No key of EXCHANGE_API_KEY_SECRETS_FILE opens API key {key.key_id}") from None
+
+    async def _note_use(self, key_id: str, now: datetime) -> None:
+        if now - self._used.get(key_id, _NEVER) < USE_NOTED:
+            return
+        self._used.pop(key_id, None)
+        self._used[key_id] = now
+        if len(self._used) > REMEMBERED_MAX:
+            del self._used[next(iter(self._used))]
+        await note_use(self._pool, key_id, now)
 
     async def _require_first(self, request: SignedRequest, replay_ms: int) -> None:
         # What is signed and not the signature: another valid signature of the same request is the same request.

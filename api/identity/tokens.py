@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -27,6 +28,9 @@ TOKEN_TYPE = "at+jwt"
 ISSUER = "saga-exchange"
 AUDIENCE = "saga-exchange-api"
 VERIFIED_MAX = 20_000
+REFRESH_NUMBER_BYTES = 16
+# What else is signed with the key begins otherwise: a JWT, with its header.
+_REFRESH_PREFIX = b"refresh-token:"
 _PEM = re.compile(rb"-----BEGIN ([A-Z ]+)-----.+?-----END \1-----", re.DOTALL)
 _CLAIMS = ["iss", "aud", "sub", "sid", "iat", "exp", "jti"]
 
@@ -43,6 +47,12 @@ def load_keys(path: Path) -> tuple[Ed25519PrivateKey, list[Ed25519PublicKey]]:
     if not isinstance(first, Ed25519PrivateKey):
         raise ValueError(f"Expected a private key first in {path}, was a public one")
     return first, [_public(key) for key in others]
+
+
+def load_private_keys(path: Path) -> list[Ed25519PrivateKey]:
+    """The private keys of a PEM file, in its order. Raises OSError, ValueError."""
+    keys = [_load_key(found[0], path) for found in _PEM.finditer(path.read_bytes())]
+    return [key for key in keys if isinstance(key, Ed25519PrivateKey)]
 
 
 def _load_key(pem: bytes, path: Path) -> Ed25519PrivateKey | Ed25519PublicKey:
@@ -78,8 +88,8 @@ class AccessTokens:
         self._public_keys = {key_id(each): each for each in (key.public_key(), *others)}
         self._verified: dict[str, tuple[Identity, int]] = {}
 
-    def issue(self, identity: Identity, now: datetime) -> str:
-        """A token of 15 minutes for this session."""
+    def issue(self, identity: Identity, now: datetime, token_id: str | None = None) -> str:
+        """A token of 15 minutes for this session; the same again for the same `now` and `token_id`."""
         claims = {
             "iss": ISSUER,
             "aud": AUDIENCE,
@@ -88,7 +98,7 @@ class AccessTokens:
             "roles": sorted(identity.roles),
             "iat": int(now.timestamp()),
             "exp": int((now + ACCESS_TOKEN_LIFETIME).timestamp()),
-            "jti": secrets.token_urlsafe(12),
+            "jti": token_id or secrets.token_urlsafe(12),
         }
         headers = {"typ": TOKEN_TYPE, "kid": self._key_id}
         return jwt.encode(claims, self._private_key, algorithm=ALGORITHM, headers=headers)
@@ -133,6 +143,51 @@ class AccessTokens:
             return Identity(int(claims["sub"]), frozenset(claims["roles"]), claims["sid"]), int(claims["exp"])
         except (jwt.InvalidTokenError, ValueError, KeyError, TypeError) as error:
             raise Problem("UNAUTHENTICATED", "The access token is not valid") from error
+
+
+class RefreshTokens:
+    """Makes refresh tokens: session id, number, and the signature of both, in base64url.
+
+    The number of the first is drawn by lot; the number of each later one is the hash of the one before, so that whoever
+    has the key makes the same token again for a repeated refresh, without keeping it. The signature tells those that
+    were used before from those that never were any. What is good is in the session's row; of a token that is known
+    there it does not matter which key has signed it.
+    """
+
+    def __init__(self, keys: Sequence[Ed25519PrivateKey], others: Sequence[Ed25519PublicKey] = ()) -> None:
+        self._keys = keys
+        self._public_keys = [*(key.public_key() for key in keys), *others]
+
+    def first(self, session_id: str) -> str:
+        """That of a new session."""
+        return self._signed(self._keys[0], session_id, secrets.token_urlsafe(REFRESH_NUMBER_BYTES))
+
+    def following(self, token: str) -> list[str]:
+        """Those that may follow `token`, by each private key; the first is the one to give."""
+        number = _base64url(hashlib.sha256(token.encode()).digest()[:REFRESH_NUMBER_BYTES])
+        return [self._signed(key, token.partition(".")[0], number) for key in self._keys]
+
+    def is_ours(self, token: str) -> bool:
+        """Whether it was issued here, now or before."""
+        text, _, signature = token.rpartition(".")
+        try:
+            raw = base64.urlsafe_b64decode(signature + "=" * (-len(signature) % 4))
+        except ValueError:
+            return False
+        return any(_is_signed(key, raw, text) for key in self._public_keys)
+
+    @staticmethod
+    def _signed(key: Ed25519PrivateKey, session_id: str, number: str) -> str:
+        text = f"{session_id}.{number}"
+        return f"{text}.{_base64url(key.sign(_REFRESH_PREFIX + text.encode()))}"
+
+
+def _is_signed(key: Ed25519PublicKey, signature: bytes, text: str) -> bool:
+    try:
+        key.verify(signature, _REFRESH_PREFIX + text.encode())
+    except InvalidSignature:
+        return False
+    return True
 
 
 def _base64url(raw: bytes) -> str:

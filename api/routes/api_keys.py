@@ -3,25 +3,39 @@
 import logging
 import secrets
 import string
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 from typing import Annotated, Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fastapi import APIRouter, Path
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, Field, model_validator
 
-from activities.identity.api_keys import Algorithm, ApiKey, Permission, add_key, keys_of, revoke_key
+from activities.identity.api_keys import (
+    Algorithm,
+    ApiKey,
+    Permission,
+    add_key,
+    keys_of,
+    rename_key,
+    revoke_keys,
+    tell_key_changed,
+)
 from api.edge.gateway import SignedIn
-from api.schema.models import ApiModel, SafeText, Timestamp
+from api.edge.password_checks import ClientDevice, require_fresh_proof
+from api.schema.models import ApiModel, RequestModel, SafeText, Timestamp
 from api.schema.openapi import problems
+from api.schema.problems import refused
 from api.state import State
+from domain.identity import PASSWORD_LENGTH_MAX
 from domain.problems import Problem
 
 log = logging.getLogger(__name__)
 
 ADDRESSES_MAX = 20
+INSTRUMENTS_MAX = 100
+LIFETIME = timedelta(days=90)
 _LETTERS = string.ascii_letters + string.digits
 
 router = APIRouter(prefix="/api/auth/api-keys", tags=["auth"])
@@ -42,8 +56,12 @@ def _public_key(text: str) -> str:
     return text
 
 
-class ApiKeyCreateRequest(ApiModel):
-    """READ allows GET, TRADE every other call that takes keys. An empty `allowedAddresses` allows all."""
+class ApiKeyCreateRequest(RequestModel):
+    """READ allows GET, TRADE every other call that takes keys; nothing else can be allowed, least of all to withdraw.
+
+    An empty `allowedAddresses` or `instruments` allows all. Without `expiresAt` it is good for 90 days. `password` is
+    needed unless one signed in within the last five minutes.
+    """
 
     label: Annotated[str, Field(min_length=1, max_length=64)]
     algorithm: Algorithm
@@ -52,6 +70,11 @@ class ApiKeyCreateRequest(ApiModel):
     allowed_addresses: Annotated[
         list[Annotated[str, Field(max_length=49), AfterValidator(_network)]], Field(max_length=ADDRESSES_MAX)
     ] = Field(default_factory=list)
+    instruments: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=INSTRUMENTS_MAX)] = Field(
+        default_factory=list
+    )
+    expires_at: AwareDatetime | None = None
+    password: str | None = Field(None, min_length=1, max_length=PASSWORD_LENGTH_MAX, repr=False)
 
     @model_validator(mode="after")
     def _public_key_where_needed(self) -> "ApiKeyCreateRequest":
@@ -60,15 +83,24 @@ class ApiKeyCreateRequest(ApiModel):
         return self
 
 
+class ApiKeyRename(RequestModel):
+    """What a key is to be called."""
+
+    label: Annotated[str, Field(min_length=1, max_length=64)]
+
+
 class ApiKeyResponse(ApiModel):
-    """A key, without any secret."""
+    """A key, without any secret. `lastUsedAt` is up to a minute late; null: never."""
 
     key_id: str
     label: str
     algorithm: Algorithm
     permissions: list[Permission]
     allowed_addresses: list[str]
+    instruments: list[str]
     created_at: Timestamp
+    expires_at: Timestamp
+    last_used_at: Timestamp | None
 
 
 class NewApiKeyResponse(ApiKeyResponse):
@@ -77,9 +109,20 @@ class NewApiKeyResponse(ApiKeyResponse):
     secret: str | None
 
 
-@router.post("", status_code=201)
-async def create_api_key(request: ApiKeyCreateRequest, user: SignedIn, state: State) -> NewApiKeyResponse:
+@router.post(
+    "",
+    status_code=201,
+    responses=problems("PASSWORD_NEEDED", "INVALID_CREDENTIALS", "CREDENTIAL_LOCKED", "INSTRUMENT_NOT_FOUND"),
+)
+async def create_api_key(
+    request: ApiKeyCreateRequest, user: SignedIn, device: ClientDevice, state: State
+) -> NewApiKeyResponse:
     """Make a key. An Ed25519 private key never comes here; an HMAC secret is answered once."""
+    now = datetime.now(UTC)
+    expires_at = _expiry(request.expires_at, now, timedelta(days=state.settings.api_key_lifetime_days_max))
+    for instrument_id in request.instruments:
+        state.desk.instrument(instrument_id)
+    await require_fresh_proof(state, user, request.password, device, now)
     secret = None
     if request.algorithm == "HMAC_SHA256":
         if state.vault is None:
@@ -96,7 +139,9 @@ async def create_api_key(request: ApiKeyCreateRequest, user: SignedIn, state: St
         secret=stored,
         permissions=sorted(set(request.permissions)),
         allowed_addresses=request.allowed_addresses,
-        created_at=datetime.now(UTC),
+        instruments=sorted(set(request.instruments)),
+        created_at=now,
+        expires_at=expires_at,
     )
     async with state.pool.acquire() as conn, conn.transaction():
         await add_key(conn, key)
@@ -106,15 +151,35 @@ async def create_api_key(request: ApiKeyCreateRequest, user: SignedIn, state: St
 
 @router.get("")
 async def list_api_keys(user: SignedIn, state: State) -> list[ApiKeyResponse]:
-    """One's keys, newest first."""
+    """One's keys, newest first; also those that have expired."""
     return [ApiKeyResponse(**_members(key)) for key in await keys_of(state.pool, user.user_id)]
+
+
+@router.patch("/{keyId}", responses=problems("NOT_FOUND"))
+async def rename_api_key(
+    key_id: Annotated[SafeText, Path(alias="keyId")], request: ApiKeyRename, user: SignedIn, state: State
+) -> ApiKeyResponse:
+    """Call one of one's keys otherwise."""
+    key = await rename_key(state.pool, user.user_id, key_id, request.label)
+    if key is None:
+        raise Problem("NOT_FOUND", "There is no such API key")
+    return ApiKeyResponse(**_members(key))
+
+
+@router.delete("", status_code=204)
+async def revoke_all_api_keys(user: SignedIn, state: State) -> None:
+    """End all of one's keys: every api process refuses them at once."""
+    ended = await revoke_keys(state.pool, user.user_id, None, datetime.now(UTC))
+    await tell_key_changed(state.redis, *ended)
+    log.info("user %d has revoked all %d API keys", user.user_id, len(ended))
 
 
 @router.delete("/{keyId}", status_code=204, responses=problems("NOT_FOUND"))
 async def revoke_api_key(key_id: Annotated[SafeText, Path(alias="keyId")], user: SignedIn, state: State) -> None:
     """End one of one's keys: every api process refuses it at once."""
-    if not await revoke_key(state.pool, state.redis, user.user_id, key_id, datetime.now(UTC)):
+    if not await revoke_keys(state.pool, user.user_id, key_id, datetime.now(UTC)):
         raise Problem("NOT_FOUND", "There is no such API key")
+    await tell_key_changed(state.redis, key_id)
     log.info("user %d has revoked API key %s", user.user_id, key_id)
 
 
@@ -125,5 +190,17 @@ def _members(key: ApiKey) -> dict[str, Any]:
         "algorithm": key.algorithm,
         "permissions": key.permissions,
         "allowed_addresses": key.allowed_addresses,
+        "instruments": key.instruments,
         "created_at": key.created_at,
+        "expires_at": key.expires_at,
+        "last_used_at": key.last_used_at,
     }
+
+
+def _expiry(wanted: datetime | None, now: datetime, lifetime_max: timedelta) -> datetime:
+    """When a key made now expires. Raises Problem VALIDATION_FAILED."""
+    if wanted is None:
+        return now + min(LIFETIME, lifetime_max)
+    if not now < wanted <= now + lifetime_max:
+        raise refused(("expiresAt", f"Expected a time within the next {lifetime_max.days} days"))
+    return wanted

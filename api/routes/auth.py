@@ -2,32 +2,31 @@
 
 import hashlib
 import logging
-import secrets
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import AfterValidator, Field
 
+from activities.identity.api_keys import revoke_keys, tell_key_changed
 from activities.identity.auth import (
-    DEVICE_LENGTH_MAX,
     Device,
     PasswordCredential,
     audit_login,
     change_password,
     create_credential,
-    find_password,
     find_password_of,
-    lock_until,
     replace_hash,
 )
 from activities.identity.sessions import Session, good_sessions, new_session, open_session, revoke, rotate
 from api.edge.gateway import SignedIn, limit_sign_ins, require_internal
-from api.identity.addresses import Address, client_address
+from api.edge.password_checks import ClientDevice, verified
+from api.identity.addresses import Address
 from api.identity.passwords import is_argon2id
-from api.limits.login_throttle import LOCK_SECONDS, locked
-from api.schema.models import ApiModel, Page, Timestamp, UserId
+from api.identity.proofs import DEVICE_LIFETIME, Work
+from api.limits.login_throttle import Place, account_of
+from api.schema.models import ApiModel, Page, RequestModel, Timestamp, UserId
 from api.schema.openapi import problems
 from api.state import AppState, State
 from domain.identity import (
@@ -36,16 +35,14 @@ from domain.identity import (
     PASSWORD_LENGTH_MAX,
     PASSWORD_LENGTH_MIN,
     SESSION_LIFETIME,
+    SESSIONS_MAX,
     Identity,
     normalised_email,
-    require_usable_credential,
 )
 from domain.passwords import good_password
 from domain.problems import Problem
 
 log = logging.getLogger(__name__)
-
-SESSIONS_MAX = 100
 
 router = APIRouter(prefix="/api/auth", tags=["auth"])
 
@@ -56,7 +53,7 @@ def _argon2id(secret_hash: str) -> str:
     return secret_hash
 
 
-class AuthCredentialCreateRequest(ApiModel):
+class AuthCredentialCreateRequest(RequestModel):
     """A secret that is already hashed; an Argon2id hash carries its salt."""
 
     user_id: UserId
@@ -73,27 +70,39 @@ class AuthCredentialResponse(ApiModel):
     created_at: Timestamp
 
 
-class LoginRequest(ApiModel):
+class WorkRequest(RequestModel):
+    """Work that a 429 has asked for (`work` in its document): a `solution` with which the SHA-256 of
+    `challenge:solution` begins with as many zero bits as asked."""
+
+    challenge: str = Field(max_length=512)
+    solution: str = Field(max_length=64)
+
+
+class LoginRequest(RequestModel):
     """An address and its password."""
 
     email: Annotated[str, Field(min_length=1, max_length=EMAIL_LENGTH_MAX), AfterValidator(normalised_email)]
     password: str = Field(min_length=1, max_length=PASSWORD_LENGTH_MAX, repr=False)
+    work: WorkRequest | None = None
 
 
-class PasswordChangeRequest(ApiModel):
+class PasswordChangeRequest(RequestModel):
     """The password as it is, and as it is to be."""
 
     current_password: str = Field(min_length=1, max_length=PASSWORD_LENGTH_MAX, repr=False)
     new_password: str = Field(min_length=PASSWORD_LENGTH_MIN, max_length=PASSWORD_LENGTH_MAX, repr=False)
+    # Whether all API keys end, too.
+    end_api_keys: bool = False
 
 
 class PasswordRenewalRequest(PasswordChangeRequest):
     """The same from outside: for a password that has expired, with which nobody can sign in."""
 
     email: Annotated[str, Field(min_length=1, max_length=EMAIL_LENGTH_MAX), AfterValidator(normalised_email)]
+    work: WorkRequest | None = None
 
 
-class RefreshRequest(ApiModel):
+class RefreshRequest(RequestModel):
     """A refresh token, good for one use."""
 
     refresh_token: str = Field(min_length=1, max_length=256, repr=False)
@@ -110,6 +119,12 @@ class TokenResponse(ApiModel):
     session_id: str
 
 
+class LoginResponse(TokenResponse):
+    """Of a sign-in: also what shows the next time, in the header X-Device-Token, that the device is no stranger."""
+
+    device_token: str
+
+
 class SessionResponse(ApiModel):
     """A signed-in device; `current` marks the one that asks."""
 
@@ -121,14 +136,8 @@ class SessionResponse(ApiModel):
     current: bool
 
 
-def device_of(request: Request) -> Device:
-    """Where the request comes from. The headers say what the client likes: they are kept, never trusted."""
-    agent = request.headers.get("user-agent", "")[:DEVICE_LENGTH_MAX] or None
-    fingerprint = request.headers.get("x-device-fingerprint", "")[:DEVICE_LENGTH_MAX] or agent
-    return Device(client_address(request.scope), agent, fingerprint)
-
-
-ClientDevice = Annotated[Device, Depends(device_of)]
+# What an earlier sign-in from this device has answered. Browsers keep it as a cookie.
+DeviceToken = Annotated[str | None, Header(alias="X-Device-Token", max_length=256)]
 
 
 @router.post(
@@ -152,37 +161,48 @@ async def create(request: AuthCredentialCreateRequest, state: State) -> AuthCred
     dependencies=[Depends(limit_sign_ins)],
     responses=problems("INVALID_CREDENTIALS", "CREDENTIAL_LOCKED", "CREDENTIAL_EXPIRED"),
 )
-async def login(request: LoginRequest, device: ClientDevice, state: State, response: Response) -> TokenResponse:
-    """Sign in; 401 for a wrong email or password, 403 when the credential is locked or has expired, and 429 while the
-    account or the address must wait after failures."""
+async def login(
+    request: LoginRequest,
+    device: ClientDevice,
+    state: State,
+    http: Request,
+    response: Response,
+    device_token: DeviceToken = None,
+) -> LoginResponse:
+    """Sign in; 401 for a wrong email or password, 403 when the credential is locked or has expired, and 429 while this
+    place must wait after failures, or may work (`work`) instead."""
     now = datetime.now(UTC)
-    credential = await _verified(state, request.email, request.password, device, now)
+    place = _place(state, http, request, device, device_token, now)
+    credential = await verified(state, request.email, request.password, device, place, now)
     anew = await state.passwords.hash(request.password) if state.passwords.outdated(credential.secret_hash) else None
     session = new_session(credential.user_id, credential.roles, _text(device.ip), device.fingerprint, now)
-    refresh_token = _new_refresh_token(session.session_id)
+    refresh_token = state.refresh_tokens.first(session.session_id)
     async with state.pool.acquire() as conn, conn.transaction():
         await audit_login(conn, email=request.email, user_id=session.user_id, device=device, reason=None)
         if anew is not None:
             await replace_hash(conn, session.user_id, credential.secret_hash, anew)
         await open_session(conn, state.redis, session, _digest(refresh_token))
-    return _tokens(state, session, refresh_token, response, now)
+    tokens = _tokens(state, session, refresh_token, response, now)
+    return LoginResponse(
+        **tokens.model_dump(), device_token=_keep_device(state, http, response, request.email, place.device_id, now)
+    )
 
 
 @router.post("/token/refresh", responses=problems("UNAUTHENTICATED"))
 async def refresh(request: RefreshRequest, state: State, response: Response) -> TokenResponse:
-    """Exchange a refresh token for new tokens of the same session; one used before revokes the session."""
-    now = datetime.now(UTC)
-    session_id = _session_id_in(request.refresh_token)
-    refresh_token = _new_refresh_token(session_id)
-    session = await rotate(
+    """Exchange a refresh token for new tokens of the same session. Repeated within 30 seconds it gets the same answer;
+    later, or when the next one has been used already, it revokes the session."""
+    next_tokens = {_digest(token): token for token in state.refresh_tokens.following(request.refresh_token)}
+    rotation = await rotate(
         state.pool,
         state.redis,
-        session_id,
-        old_hash=_digest(request.refresh_token),
-        new_hash=_digest(refresh_token),
-        now=now,
+        _session_id_in(request.refresh_token),
+        _digest(request.refresh_token),
+        next_hashes=list(next_tokens),
+        is_ours=state.refresh_tokens.is_ours(request.refresh_token),
+        now=datetime.now(UTC),
     )
-    return _tokens(state, session, refresh_token, response, now)
+    return _tokens(state, rotation.session, next_tokens[rotation.token_hash], response, rotation.at)
 
 
 @router.post("/logout", status_code=204)
@@ -200,7 +220,8 @@ async def change_own_password(
     credential = await find_password_of(state.pool, user.user_id)
     if credential is None:
         raise Problem("NOT_FOUND", "There is no password to change")
-    await _verified(state, credential.email, request.current_password, device, now)
+    place = Place(device.ip, user.session_id)
+    await verified(state, credential.email, request.current_password, device, place, now)
     await _change(state, credential, request, now, but=user.session_id)
 
 
@@ -210,10 +231,17 @@ async def change_own_password(
     dependencies=[Depends(limit_sign_ins)],
     responses=problems("INVALID_CREDENTIALS", "CREDENTIAL_LOCKED"),
 )
-async def renew_password(request: PasswordRenewalRequest, device: ClientDevice, state: State) -> None:
+async def renew_password(
+    request: PasswordRenewalRequest,
+    device: ClientDevice,
+    state: State,
+    http: Request,
+    device_token: DeviceToken = None,
+) -> None:
     """Replace a password that has expired, or any, and end all sessions; refused like a login."""
     now = datetime.now(UTC)
-    credential = await _verified(state, request.email, request.current_password, device, now, may_be_expired=True)
+    place = _place(state, http, request, device, device_token, now)
+    credential = await verified(state, request.email, request.current_password, device, place, now, may_be_expired=True)
     await _change(state, credential, request, now, but=None)
 
 
@@ -238,63 +266,40 @@ async def delete_session(session_id: uuid.UUID, user: SignedIn, state: State) ->
         raise Problem("NOT_FOUND", "There is no such session")
 
 
-async def _verified(
-    state: AppState, email: str, password: str, device: Device, now: datetime, *, may_be_expired: bool = False
-) -> PasswordCredential:
-    """The credential that this password opens. Every attempt that fails is counted, audited and logged."""
-    credential = await find_password(state.pool, email)
-    try:
-        if credential is not None:
-            _require_unlocked(credential, now)
-        matched = await _matches(state, email, password, credential, device, now)
-        return _usable(credential, now, matched=matched, may_be_expired=may_be_expired)
-    except Problem as problem:
-        user_id = credential.user_id if credential else None
-        await audit_login(state.pool, email=email, user_id=user_id, device=device, reason=problem.code)
-        log.warning("sign-in from %s refused for user %s: %s", device.ip, user_id, problem.code)
-        raise
-
-
-async def _matches(
+def _place(
     state: AppState,
-    email: str,
-    password: str,
-    credential: PasswordCredential | None,
+    http: Request,
+    request: LoginRequest | PasswordRenewalRequest,
     device: Device,
+    token: str | None,
     now: datetime,
-) -> bool:
-    attempt = await state.throttle.admit(email, device.ip)
-    try:
-        matched = await state.passwords.matches(password, credential.secret_hash if credential else None)
-    except Problem:
-        await state.throttle.take_back(attempt)
-        raise
-    if matched:
-        await state.throttle.succeeded(attempt)
-    elif attempt.locks and credential is not None:
-        await lock_until(state.pool, credential.user_id, now + timedelta(seconds=LOCK_SECONDS))
-        log.error("user %d is locked after %d failures", credential.user_id, attempt.failures)
-    return matched
+) -> Place:
+    account = account_of(request.email)
+    shown = token or http.cookies.get(_cookie_of(account), "")
+    work = None if request.work is None else Work(request.work.challenge, request.work.solution)
+    return Place(device.ip, state.proofs.device_of(shown, account, now), work)
 
 
-def _require_unlocked(credential: PasswordCredential, now: datetime) -> None:
-    # Whatever the password: a lock that told right from wrong would let the guessing go on.
-    if credential.locked_until is not None and credential.locked_until > now:
-        raise locked(int((credential.locked_until - now).total_seconds()) + 1)
+def _keep_device(
+    state: AppState, http: Request, response: Response, email: str, device_id: str | None, now: datetime
+) -> str:
+    account = account_of(email)
+    token = state.proofs.device_token(account, now, device_id)
+    response.set_cookie(
+        _cookie_of(account),
+        token,
+        max_age=int(DEVICE_LIFETIME.total_seconds()),
+        path=router.prefix,
+        secure=http.url.scheme == "https",
+        httponly=True,
+        samesite="strict",
+    )
+    return token
 
 
-def _usable(
-    credential: PasswordCredential | None, now: datetime, *, matched: bool, may_be_expired: bool
-) -> PasswordCredential:
-    # One answer for both: nobody learns which addresses have an account.
-    if credential is None or not matched:
-        raise Problem("INVALID_CREDENTIALS", "Wrong email or password")
-    try:
-        require_usable_credential(credential.status, credential.expires_at, now)
-    except Problem as problem:
-        if not (may_be_expired and problem.code == "CREDENTIAL_EXPIRED"):
-            raise
-    return credential
+def _cookie_of(account: str) -> str:
+    """One for each account that is used on a device."""
+    return f"device-{account[:16]}"
 
 
 async def _change(
@@ -312,6 +317,8 @@ async def _change(
         if not await change_password(conn, user_id, credential.secret_hash, secret_hash):
             raise Problem("INVALID_CREDENTIALS", "The password has been changed meanwhile")
         await revoke(conn, state.redis, user_id, session_id=None, but=but, reason="PASSWORD_CHANGED", now=now)
+        ended = await revoke_keys(conn, user_id, None, now) if request.end_api_keys else []
+    await tell_key_changed(state.redis, *ended)
     log.info("user %d has changed the password", user_id)
 
 
@@ -331,7 +338,10 @@ def _tokens(state: AppState, session: Session, refresh_token: str, response: Res
     response.headers["Cache-Control"] = "no-store"
     identity = Identity(session.user_id, frozenset(session.roles), session.session_id)
     return TokenResponse(
-        access_token=state.tokens.issue(identity, now), refresh_token=refresh_token, session_id=session.session_id
+        access_token=state.tokens.issue(identity, now, token_id=_digest(refresh_token)[:16]),
+        refresh_token=refresh_token,
+        refresh_expires_in=int((session.expires_at - now).total_seconds()),
+        session_id=session.session_id,
     )
 
 
@@ -344,10 +354,6 @@ def _session_response(session: Session, user: Identity) -> SessionResponse:
         expires_at=session.expires_at,
         current=session.session_id == user.session_id,
     )
-
-
-def _new_refresh_token(session_id: str) -> str:
-    return f"{session_id}.{secrets.token_urlsafe(32)}"
 
 
 def _session_id_in(refresh_token: str) -> str:

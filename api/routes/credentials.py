@@ -38,7 +38,7 @@ async def lock(state: State, admin: Admin, user_id: UserIdInPath) -> CredentialS
 
 @router.post("/{userId}/unlock", responses=problems("NOT_FOUND"))
 async def unlock(state: State, admin: Admin, user_id: UserIdInPath) -> CredentialStateResponse:
-    """Take back a lock, also that of too many failures, and expiry."""
+    """Take back a lock and expiry, and forget all failures at the account."""
     return await _put(state, admin, user_id, "ACTIVE")
 
 
@@ -59,7 +59,6 @@ async def _put(
             await revoke(conn, state.redis, user_id, session_id=None, reason="LOCKED", now=datetime.now(UTC))
     if status == "ACTIVE":
         await state.throttle.forget(credential.email)
-    for key in await keys_of(state.pool, user_id):
-        await tell_key_changed(state.redis, key.key_id)
+    await tell_key_changed(state.redis, *[key.key_id for key in await keys_of(state.pool, user_id)])
     log.warning("operator %d has made the credential of user %d %s", admin.user_id, user_id, status)
     return CredentialStateResponse(user_id=user_id, status=status, expires_at=credential.expires_at)

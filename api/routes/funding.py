@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 
 from activities.positions.views import list_funding_payments
-from api.edge.gateway import User
+from api.edge.gateway import ServedUserId
 from api.schema.models import ApiModel, Page, SafeText, Timestamp
 from api.schema.paging import PageCursor, PageLimit, next_cursor
 from api.state import State
@@ -30,15 +30,13 @@ class FundingPaymentView(ApiModel):
 @router.get("/payments", response_model=Page[FundingPaymentView])
 async def list_payments(
     state: State,
-    user: User,
+    user_id: ServedUserId,
     instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None,
     limit: PageLimit = 100,
     cursor: PageCursor = None,
 ) -> dict[str, Any]:
-    """The caller's own payments, newest first."""
-    rows = await list_funding_payments(
-        state.pool, user.user_id, instrument_id=instrument_id, before=cursor, limit=limit
-    )
+    """Payments of the caller (of anybody for operators), newest first."""
+    rows = await list_funding_payments(state.pool, user_id, instrument_id=instrument_id, before=cursor, limit=limit)
     items = [
         {
             "fundingTime": row["funding_time"],

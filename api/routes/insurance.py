@@ -10,7 +10,7 @@ from activities.ledger.views import read_fund, read_fund_entries, read_system_ba
 from activities.liquidation.views import liquidation_view, read_liquidations
 from activities.matching.views import require_asset
 from api.edge.gateway import Admin
-from api.schema.models import ApiModel, Page, SafeText, Timestamp, TransferAmount
+from api.schema.models import ApiModel, Page, RequestModel, SafeText, Timestamp, TransferAmount
 from api.schema.paging import PageCursor, PageLimit, next_cursor
 from api.state import State
 from domain.money import AMOUNT_STEP, plain
@@ -57,7 +57,7 @@ class AccountView(ApiModel):
     balance: str
 
 
-class FundDeposit(ApiModel):
+class FundDeposit(RequestModel):
     """The exchange's own money for the fund. The same `reference` again changes nothing and answers the same."""
 
     asset: Annotated[str, Field(min_length=1, max_length=16)]

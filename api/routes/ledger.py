@@ -13,8 +13,8 @@ from activities.ledger.transfers import transfer_external
 from activities.ledger.views import balance_view
 from activities.matching.views import require_asset
 from activities.risk.unfinished import patiently, refused_with
-from api.edge.gateway import Admin, ServedUserId, User
-from api.schema.models import ApiModel, Page, SafeText, Timestamp, TransferAmount, UserId
+from api.edge.gateway import Admin, ServedUserId
+from api.schema.models import ApiModel, Page, RequestModel, SafeText, Timestamp, TransferAmount, UserId
 from api.schema.openapi import problems
 from api.schema.paging import PageCursor, PageLimit, next_cursor
 from api.state import AppState, State
@@ -49,7 +49,7 @@ class EntryView(ApiModel):
     created_at: Timestamp
 
 
-class Transfer(ApiModel):
+class Transfer(RequestModel):
     """Money that enters or leaves. The same `reference` again changes nothing and answers the same."""
 
     user_id: UserId
@@ -78,13 +78,13 @@ async def list_balances(state: State, user_id: ServedUserId) -> list[dict[str, s
 @router.get("/entries", response_model=Page[EntryView])
 async def list_entries(
     state: State,
-    user: User,
+    user_id: ServedUserId,
     asset: Annotated[SafeText | None, Query()] = None,
     limit: PageLimit = 100,
     cursor: PageCursor = None,
 ) -> dict[str, Any]:
-    """The caller's own entries, newest first."""
-    rows = await ledger_views.list_entries(state.pool, user.user_id, asset=asset, before=cursor, limit=limit)
+    """Entries of the caller (of anybody for operators), newest first."""
+    rows = await ledger_views.list_entries(state.pool, user_id, asset=asset, before=cursor, limit=limit)
     items = [
         {
             "entryId": row["entry_id"],

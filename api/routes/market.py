@@ -14,7 +14,7 @@ from activities.matching.instruments import read_instruments
 from activities.matching.views import require_instrument
 from api.edge.caching import CachedRoute
 from api.edge.gateway import require_admin
-from api.schema.models import Amount, ApiModel, Page, SafeText, Timestamp
+from api.schema.models import Amount, ApiModel, Page, RequestModel, SafeText, Timestamp
 from api.schema.openapi import problems
 from api.state import AppState, State
 from domain.instruments import Instrument
@@ -112,7 +112,7 @@ class MarkPriceResponse(ApiModel):
     predicted_funding_rate: Amount | None
 
 
-class HoldIndexRequest(ApiModel):
+class HoldIndexRequest(RequestModel):
     """The price at which to hold an index."""
 
     price: Annotated[Decimal, Field(gt=0, lt=Decimal("1e12"), decimal_places=8)] = Field(

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from activities.market import views as market_views
 from activities.matching.views import require_instrument
-from api.schema.models import Amount, ApiModel, Page, SafeText, Timestamp
+from api.schema.models import Amount, ApiModel, Page, RequestModel, SafeText, Timestamp
 from api.schema.openapi import problems
 from api.state import State
 from domain.clock import from_ms, to_ms
@@ -39,7 +39,7 @@ Moment = Annotated[datetime, AfterValidator(_in_utc)]
 InstrumentId = Annotated[SafeText, Path(alias="instrumentId", max_length=64)]
 
 
-class KlineQuery(ApiModel):
+class KlineQuery(RequestModel):
     """Which klines: those that open from `startTime` to `endTime`, both included."""
 
     symbol: str = Field(max_length=64, validation_alias=AliasChoices("symbol", "instrumentId", "instrument_id"))

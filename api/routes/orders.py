@@ -12,8 +12,8 @@ from activities.orders.countdowns import set_countdown, stop_countdown
 from activities.orders.rows import OPEN_STATUSES, OrderRow
 from activities.orders.views import order_view
 from activities.positions.views import fill_view, list_fills
-from api.edge.gateway import User, require_internal
-from api.schema.models import ApiModel, Page, Price, Quantity, SafeText, Timestamp
+from api.edge.gateway import ServedUserId, User, require_internal, require_may_trade, require_may_trade_all
+from api.schema.models import ApiModel, Page, Price, Quantity, RequestModel, SafeText, Timestamp
 from api.schema.openapi import links, problems
 from api.schema.paging import PageCursor, PageLimit, next_cursor
 from api.schema.problems import ProblemDocument, invalid, problem_members
@@ -44,7 +44,7 @@ OrderStatus = Literal[
 OrderId = Annotated[int, Path(ge=1, le=ID_MAX)]
 
 
-class OrderCreate(ApiModel):
+class OrderCreate(RequestModel):
     """An order to place. `price` is quote per base and needed for LIMIT, `quantity` is in base."""
 
     instrument_id: str = Field(max_length=64)
@@ -78,7 +78,7 @@ class OrderCreate(ApiModel):
         )
 
 
-class OrderBatchCreate(ApiModel):
+class OrderBatchCreate(RequestModel):
     """Up to 500 orders, taken in in this order; each is answered on its own."""
 
     # Checked one by one, so that a bad one refuses only itself.
@@ -124,7 +124,7 @@ class OrderBatchView(ApiModel):
     results: list[OrderView | ProblemDocument]
 
 
-class OrderAmend(ApiModel):
+class OrderAmend(RequestModel):
     """What to change of an order: `price` in quote per base, `quantity` in base of the whole order, what is filled
     already included; null leaves it as it is."""
 
@@ -151,7 +151,7 @@ class CancelView(ApiModel):
     status: Literal["CANCEL_REQUESTED"] = "CANCEL_REQUESTED"
 
 
-class DeadManSwitch(ApiModel):
+class DeadManSwitch(RequestModel):
     """How long to wait for the next sign of life, in milliseconds; 0 stops waiting."""
 
     timeout_ms: Annotated[int, Field(ge=0, le=24 * 3600 * 1000)]
@@ -202,6 +202,7 @@ Wait = Annotated[Literal["placed"] | None, Query(description="`placed`: answer a
 )
 async def place_order(state: State, user: User, order: OrderCreate, wait: Wait = None) -> Response:
     """Take an order in: PENDING at once, its saga follows."""
+    require_may_trade(user, order.instrument_id)
     checked = await state.desk.check(user.user_id, order.request())
     answer = (await state.desk.place([checked], awaited=wait is not None))[0]
     if isinstance(answer, Exception):
@@ -221,7 +222,9 @@ async def place_orders(state: State, user: User, batch: OrderBatchCreate, wait: 
 
 async def _checked(state: AppState, user: Identity, item: object) -> NewOrder | Exception:
     try:
-        return await state.desk.check(user.user_id, OrderCreate.model_validate(item).request())
+        request = OrderCreate.model_validate(item).request()
+        require_may_trade(user, request.instrument_id)
+        return await state.desk.check(user.user_id, request)
     except ValidationError as error:
         return invalid(error.errors())
     except Problem as problem:
@@ -245,15 +248,15 @@ async def get_order(state: State, user: User, order_id: OrderId) -> Response:
 @router.get("/api/orders", response_model=Page[OrderView])
 async def list_orders(
     state: State,
-    user: User,
+    user_id: ServedUserId,
     instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None,
     status: Annotated[OrderStatus | None, Query()] = None,
     limit: PageLimit = 100,
     cursor: PageCursor = None,
 ) -> Response:
-    """The caller's orders, newest first."""
+    """Orders of the caller (of anybody for operators), newest first."""
     rows = await orders_views.list_orders(
-        state.pool, user.user_id, instrument_id=instrument_id, status=status, before=cursor, limit=limit
+        state.pool, user_id, instrument_id=instrument_id, status=status, before=cursor, limit=limit
     )
     items = [order_view(row) for row in rows]
     return _page(items, next_cursor(items, limit, "orderId"))
@@ -262,6 +265,7 @@ async def list_orders(
 @router.post("/api/orders/cancel-all-after")
 async def cancel_all_after(state: State, user: User, switch: DeadManSwitch) -> DeadManSwitchView:
     """Dead-man switch: cancel all the caller's open orders in `timeoutMs`, unless called again before; 0 stops it."""
+    require_may_trade_all(user)
     async with state.pool.acquire() as conn:
         if not switch.timeout_ms:
             await stop_countdown(conn, user.user_id)
@@ -281,6 +285,8 @@ async def amend_order(state: State, user: User, order_id: OrderId, change: Order
     It keeps its place in the queue if its price stays and its quantity does not grow, else it enters anew and may
     trade. More margin, if the amended order needs more, is reserved before. One amendment of an order at a time.
     """
+    if user.instruments:
+        require_may_trade(user, (await _own_order(state, user, order_id)).instrument_id)
     return _json(
         await state.desk.amend(user.user_id, order_id, change.price, change.quantity, awaited=wait is not None)
     )
@@ -289,7 +295,9 @@ async def amend_order(state: State, user: User, order_id: OrderId, change: Order
 @router.delete("/api/orders/{order_id}", responses=problems("ORDER_NOT_FOUND", "ORDER_NOT_CANCELLABLE"))
 async def cancel_order(state: State, user: User, order_id: OrderId) -> CancelView:
     """Request the cancellation of one of the caller's orders."""
-    return await _cancel(state, await _own_order(state, user, order_id))
+    row = await _own_order(state, user, order_id)
+    require_may_trade(user, row.instrument_id)
+    return await _cancel(state, row)
 
 
 @router.delete("/api/orders", responses=problems("INSTRUMENT_NOT_FOUND"))
@@ -297,14 +305,17 @@ async def cancel_orders(
     state: State, user: User, instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None
 ) -> Page[CancelView]:
     """Request the cancellation of all the caller's open orders, of one instrument or of all."""
-    if instrument_id is not None:
+    if instrument_id is None:
+        require_may_trade_all(user)
+    else:
+        require_may_trade(user, instrument_id)
         state.desk.instrument(instrument_id)
     order_ids = await orders_views.open_order_ids(state.pool, user.user_id, instrument_id)
     await state.desk.cancel(order_ids)
     return Page(items=[CancelView(order_id=order_id) for order_id in order_ids])
 
 
-class MatchingCancel(ApiModel):
+class MatchingCancel(RequestModel):
     """The order to take out of the book."""
 
     order_id: Annotated[int, Field(ge=1, le=ID_MAX)]
@@ -326,13 +337,13 @@ async def cancel_any_order(state: State, cancel: MatchingCancel) -> CancelView:
 @router.get("/api/trades", response_model=Page[FillView])
 async def list_trades(
     state: State,
-    user: User,
+    user_id: ServedUserId,
     instrument_id: Annotated[SafeText | None, Query(alias="instrumentId")] = None,
     limit: PageLimit = 100,
     cursor: PageCursor = None,
 ) -> Response:
-    """The caller's own fills, newest first."""
-    rows = await list_fills(state.pool, user.user_id, instrument_id=instrument_id, before=cursor, limit=limit)
+    """Fills of the caller (of anybody for operators), newest first."""
+    rows = await list_fills(state.pool, user_id, instrument_id=instrument_id, before=cursor, limit=limit)
     return _page([fill_view(row) for row in rows], next_cursor(rows, limit, "event_id"))
 
 

@@ -18,8 +18,8 @@ from activities.positions import views as positions_views
 from activities.positions.views import position_view
 from activities.risk.exposures import set_margin_mode
 from activities.risk.unfinished import patiently, refused_with
-from api.edge.gateway import ServedUserId, User
-from api.schema.models import ApiModel, SafeText
+from api.edge.gateway import ServedUserId, User, require_may_trade
+from api.schema.models import ApiModel, RequestModel, SafeText
 from api.schema.openapi import problems
 from api.state import AppState, State
 from domain.contracts.margin import MARGIN_CHANGE, MarginChange
@@ -68,13 +68,13 @@ class PositionView(ApiModel):
     adl_rank: int | None
 
 
-class LeverageChange(ApiModel):
+class LeverageChange(RequestModel):
     """Leverage of what is open and of what will be."""
 
     leverage: Annotated[int, Field(ge=1, le=125)]
 
 
-class MarginAmount(ApiModel):
+class MarginAmount(RequestModel):
     """Quote to put behind a position, or below 0 to take away."""
 
     amount: Annotated[Decimal, Field(ge=Decimal("-1e15"), le=Decimal("1e15"), max_digits=38, decimal_places=8)]
@@ -87,7 +87,7 @@ class MarginAmount(ApiModel):
         return amount
 
 
-class ModeChange(ApiModel):
+class ModeChange(RequestModel):
     """What stands behind positions opened from now on."""
 
     margin_mode: Literal["ISOLATED", "CROSS"]
@@ -135,6 +135,7 @@ async def _positions(state: AppState, user_id: int, instrument_id: str | None = 
 async def change_leverage(state: State, user: User, instrument_id: SafeText, change: LeverageChange) -> LeverageView:
     """Set the leverage for an instrument. Open orders and the position are backed anew: lower leverage takes more
     margin at once (400 INSUFFICIENT_MARGIN when there is not enough), higher leverage releases what need not stay."""
+    require_may_trade(user, instrument_id)
     if change.leverage > state.desk.instrument(instrument_id).max_leverage:
         raise Problem("VALIDATION_FAILED", f"Expected a leverage of at most that of {instrument_id}")
     await _change_margin(state, user.user_id, instrument_id, "LEVERAGE", str(change.leverage))
@@ -149,6 +150,7 @@ async def change_leverage(state: State, user: User, instrument_id: SafeText, cha
 async def change_margin(state: State, user: User, instrument_id: SafeText, change: MarginAmount) -> dict[str, Any]:
     """Put money behind a position (`amount` above 0) or take some back (below 0), as far as the position can do
     without: 400 INSUFFICIENT_MARGIN otherwise. Answers the position."""
+    require_may_trade(user, instrument_id)
     state.desk.instrument(instrument_id)
     await _change_margin(state, user.user_id, instrument_id, "MARGIN", plain(change.amount))
     (position,) = await _positions(state, user.user_id, instrument_id)
@@ -159,6 +161,7 @@ async def change_margin(state: State, user: User, instrument_id: SafeText, chang
 async def change_margin_mode(state: State, user: User, instrument_id: SafeText, change: ModeChange) -> ModeView:
     """ISOLATED: only its own margin stands behind a position. CROSS: all of the user's money in that asset does.
     400 MARGIN_MODE_NOT_CHANGEABLE while there is a position or an open order."""
+    require_may_trade(user, instrument_id)
     instrument = state.desk.instrument(instrument_id)
 
     async def change_now(conn: Connection) -> None:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Query
 from pydantic import AfterValidator, Field, model_validator
 
 from api.edge.gateway import User, require_may_act_for
-from api.schema.models import ApiModel, Page, SafeText, Timestamp, UserId
+from api.schema.models import ApiModel, Page, RequestModel, SafeText, Timestamp, UserId
 from api.schema.paging import LIST_MAX, next_cursor
 from api.state import State
 from domain.identity import Identity
@@ -42,7 +42,7 @@ def _day_cursor(text: str) -> str:
     return text
 
 
-class Days(ApiModel):
+class Days(RequestModel):
     """Which days, both included: up to `to` (today), from `from` (29 days earlier); 366 at most."""
 
     from_day: Annotated[date | None, Field(alias="from", ge=EARLIEST, le=LATEST)] = None

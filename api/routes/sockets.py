@@ -16,6 +16,7 @@ from api.edge.gateway import authenticate
 from api.identity.addresses import client_address
 from api.identity.signatures import RECV_WINDOW_MS, SignedRequest
 from api.schema.problems import problem_response
+from api.schema.strictness import loads_once, require_known, spellings
 from api.sockets.client import (
     FORBIDDEN_CLOSE,
     TRY_AGAIN_LATER_CLOSE,
@@ -52,7 +53,7 @@ PONG = b'{"type":"pong"}'
 _Milliseconds = Annotated[int, msgspec.Meta(ge=0, lt=10**15)]
 
 
-class _Request(msgspec.Struct, rename="camel"):
+class _Request(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
     op: str
     channel: str = ""
     instrument_id: str = ""
@@ -65,26 +66,23 @@ class _Request(msgspec.Struct, rename="camel"):
     signature: str = ""
 
 
-class _SnakeCaseRequest(msgspec.Struct):
-    instrument_id: str = ""
-
-
-_decode_request = msgspec.json.Decoder(_Request).decode
-_decode_snake_case = msgspec.json.Decoder(_SnakeCaseRequest).decode
+_SPELLINGS = spellings(*(field.encode_name for field in msgspec.structs.fields(_Request)))
 
 
 @router.websocket("/ws/market")
 async def market_socket(websocket: WebSocket, state: State) -> None:
     """Subscribe and unsubscribe to any public channel."""
-    await _serve_market(websocket, state, SOCKET_CHANNELS)
+    if await _knows_query(websocket):
+        await _serve_market(websocket, state, SOCKET_CHANNELS)
 
 
 @router.websocket("/ws/market/{channel}")
 async def market_channel_socket(websocket: WebSocket, state: State, channel: str) -> None:
     """One channel; `?instrumentId=` (and `&period=` of klines) is subscribed at once."""
+    if not await _knows_query(websocket, "instrumentId", "period"):
+        return
     query = websocket.query_params
-    instrument_id = query.get("instrumentId") or query.get("instrument_id") or ""
-    period = query.get("period", "")
+    instrument_id, period = query.get("instrumentId", ""), query.get("period", "")
     first = _Request(op="subscribe", channel=channel, instrument_id=instrument_id, period=period)
     await _serve_market(websocket, state, (channel,), first)
 
@@ -93,6 +91,8 @@ async def market_channel_socket(websocket: WebSocket, state: State, channel: str
 async def user_socket(websocket: WebSocket, state: State) -> None:
     """A user's own messages, after `{"op":"auth",…}` with an access token, or signed with an API key that may READ;
     closed with 4401 or 4403 when that fails, or when the session or key ends."""
+    if not await _knows_query(websocket):
+        return
     async with _accepted(websocket, state) as accepted:
         if accepted:
             await _serve_new_user(websocket, state)
@@ -109,6 +109,16 @@ async def _serve_new_user(websocket: WebSocket, state: AppState) -> None:
     except (RedisError, *OUTAGES) as error:
         log.warning("A user socket cannot be served: %r", error)
         await close_socket(websocket, TRY_AGAIN_LATER_CLOSE, "Try again later")
+
+
+async def _knows_query(websocket: WebSocket, *names: str) -> bool:
+    """Whether the handshake has these parameters only; refused with HTTP 422 otherwise."""
+    try:
+        require_known(websocket.scope, spellings(*names))
+    except Problem as problem:
+        await websocket.send_denial_response(problem_response(problem))
+        return False
+    return True
 
 
 @asynccontextmanager
@@ -235,12 +245,20 @@ async def _serve_user(websocket: WebSocket, state: AppState, first: _Request) ->
         feed.leave(client, identity)
 
 
+def _object(document: object) -> dict[str, object]:
+    if not isinstance(document, dict):
+        raise ValueError(f"was {type(document).__name__}")
+    return document
+
+
 def _parse(raw: bytes) -> _Request:
     try:
-        request = _decode_request(raw)
-        request.instrument_id = request.instrument_id or _decode_snake_case(raw).instrument_id
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        members = _object(loads_once(raw))
+        known = {_SPELLINGS.get(name, name): value for name, value in members.items()}
+        if len(known) < len(members):
+            raise ValueError("a member is there in both spellings")
+        return msgspec.convert(known, _Request)
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
         raise Problem(
             "VALIDATION_FAILED", f"Expected a JSON object with op, channel and instrumentId: {error}"
-        ) from error
-    return request
+        ) from None

@@ -12,7 +12,7 @@ from temporalio.service import RPCError
 
 from activities.identity.users import find_account, prepare_registration, require_email_free
 from api.edge.gateway import User, limit_sign_ins
-from api.schema.models import ApiModel, Timestamp, UserId
+from api.schema.models import ApiModel, RequestModel, Timestamp, UserId
 from api.schema.openapi import problems
 from api.state import AppState, State
 from domain.contracts.queues import OPERATIONS_QUEUE
@@ -29,7 +29,7 @@ REGISTRATION_SECONDS_MAX = 5.0
 router = APIRouter(prefix="/api/users", tags=["users"])
 
 
-class UserRegisterRequest(ApiModel):
+class UserRegisterRequest(RequestModel):
     """A new user."""
 
     email: Annotated[str, Field(max_length=EMAIL_LENGTH_MAX), AfterValidator(valid_email)]

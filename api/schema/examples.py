@@ -37,7 +37,18 @@ _API_KEY: dict[str, Any] = {
     "algorithm": "HMAC_SHA256",
     "permissions": ["READ", "TRADE"],
     "allowedAddresses": [],
+    "instruments": [],
     "createdAt": _AT,
+    "expiresAt": "2026-04-15T12:00:00.000000Z",
+    "lastUsedAt": None,
+}
+_TOKENS: dict[str, Any] = {
+    "accessToken": "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiIxMDAxIn0.c2lnbmF0dXJl",
+    "refreshToken": f"{_SESSION}.t0k3n-0f-one-use",
+    "tokenType": "Bearer",
+    "expiresIn": 900,
+    "refreshExpiresIn": 604800,
+    "sessionId": _SESSION,
 }
 _ORDER_CREATE = {
     "instrumentId": _BTC,
@@ -63,14 +74,8 @@ BODIES: dict[str, Any] = {
     "AuthCredentialResponse": {"userId": _USER, "type": "PASSWORD", "status": "ACTIVE", "createdAt": _AT},
     "LoginRequest": {"email": "alice@example.com", "password": "correct horse battery"},
     "RefreshRequest": {"refreshToken": f"{_SESSION}.t0k3n-0f-one-use"},
-    "TokenResponse": {
-        "accessToken": "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiIxMDAxIn0.c2lnbmF0dXJl",
-        "refreshToken": f"{_SESSION}.t0k3n-0f-one-use",
-        "tokenType": "Bearer",
-        "expiresIn": 900,
-        "refreshExpiresIn": 604800,
-        "sessionId": _SESSION,
-    },
+    "TokenResponse": _TOKENS,
+    "LoginResponse": {**_TOKENS, "deviceToken": "d3v1c3.1783857600.c2lnbmF0dXJl"},
     "SessionResponse": {
         "sessionId": _SESSION,
         "ip": "192.0.2.7",
@@ -286,6 +291,7 @@ BODIES: dict[str, Any] = {
         "newPassword": "staple correct horse",
     },
     "ApiKeyCreateRequest": {"label": "bot", "algorithm": "HMAC_SHA256", "permissions": ["READ", "TRADE"]},
+    "ApiKeyRename": {"label": "bot of the second account"},
     "ApiKeyResponse": _API_KEY,
     "NewApiKeyResponse": {**_API_KEY, "secret": "shown-once"},
     "CredentialStateResponse": {"userId": _USER, "status": "LOCKED", "expiresAt": None},

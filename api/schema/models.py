@@ -38,7 +38,7 @@ SafeText = Annotated[str, AfterValidator(storable)]
 
 
 class ApiModel(BaseModel):
-    """Base of every request and response body. Unknown members are ignored."""
+    """Base of every response body, and of RequestModel. Whoever reads it ignores what they do not know."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
 
@@ -46,6 +46,12 @@ class ApiModel(BaseModel):
     @classmethod
     def _storable(cls, value: Any) -> Any:
         return storable(value) if isinstance(value, str) else value
+
+
+class RequestModel(ApiModel):
+    """Base of every request body and every set of parameters: what is not in it is refused, and not ignored."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 Item = TypeVar("Item")

@@ -20,6 +20,18 @@ log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
+DETAIL_LENGTH_MAX = 200
+# What pydantic says otherwise, by the kind of its error.
+_MESSAGES = {
+    "missing": "It is needed, and missing",
+    "extra_forbidden": "There is nothing of this name here, or it is there in the other spelling, too",
+}
+_OBJECT_NEEDED = "Expected a JSON object, with Content-Type: application/json"
+_MESSAGES_OF_BODY = {
+    "missing": "A body is needed: a JSON object, with Content-Type: application/json",
+    "model_attributes_type": _OBJECT_NEEDED,
+    "model_type": _OBJECT_NEEDED,
+}
 _TYPE_PREFIX = "urn:saga-exchange:problem:"
 _CODE_OF_STATUS = {
     400: "VALIDATION_FAILED",
@@ -83,11 +95,14 @@ def problem_members(problem: Problem) -> dict[str, Any]:
 
 def invalid(errors: Iterable[Mapping[str, Any]], location_from: int = 0) -> Problem:
     """VALIDATION_FAILED out of pydantic's errors: only place and rule, since the rejected input may be a password."""
-    listed = [
-        {"field": _field(item["loc"], location_from), "message": item["msg"].removeprefix("Value error, ")}
-        for item in errors
-    ]
-    return Problem("VALIDATION_FAILED", "The request is not valid", errors=listed)
+    return refused(*((_field(item, location_from), _message(item)) for item in errors))
+
+
+def refused(*errors: tuple[str, str]) -> Problem:
+    """VALIDATION_FAILED out of places and what is wrong there; its detail has the first of them."""
+    listed = [{"field": field, "message": message} for field, message in errors]
+    first = ": ".join(errors[0]) if errors else ""
+    return Problem("VALIDATION_FAILED", f"The request is not valid: {first}"[:DETAIL_LENGTH_MAX], errors=listed)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -122,8 +137,18 @@ async def _validation(_: Request, error: Exception) -> JSONResponse:
     return problem_response(invalid(error.errors(), location_from=1))
 
 
-def _field(location: tuple[str | int, ...], location_from: int) -> str:
-    return ".".join(str(part) for part in location[location_from:]) or ".".join(str(part) for part in location)
+def _field(error: Mapping[str, Any], location_from: int) -> str:
+    # Where JSON ends to be JSON is a position, and no member.
+    location = error["loc"][:1] if error["type"] == "json_invalid" else error["loc"]
+    return ".".join(map(str, location[location_from:])) or ".".join(map(str, location))
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    kind, location = error["type"], error["loc"]
+    if kind == "json_invalid":
+        return f"Expected JSON: {error['ctx']['error']} at character {location[-1]}"
+    told = _MESSAGES_OF_BODY.get(kind) if location == ("body",) else _MESSAGES.get(kind)
+    return told or str(error["msg"]).removeprefix("Value error, ")
 
 
 async def _http(_: Request, error: Exception) -> JSONResponse:

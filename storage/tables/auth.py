@@ -15,8 +15,6 @@ auth_credentials = Table(
     col("roles", ARRAY(Text), default="'{user}'"),
     col("status", Text(), default="'ACTIVE'"),
     col("expires_at", TIME, null=True),
-    # After too many failures, until then: unlike status LOCKED, which an operator sets and takes back.
-    col("locked_until", TIME, null=True),
     created(),
     updated(),
     CheckConstraint("status IN ('ACTIVE', 'LOCKED', 'EXPIRED')", name="status"),
@@ -51,8 +49,11 @@ auth_sessions = Table(
     Column("session_id", UUID(as_uuid=False), primary_key=True),
     col("user_id", BigInteger()),
     col("roles", ARRAY(Text)),
-    # SHA-256 of the only refresh token of this session that is still good; any other one presented is a reuse.
+    # SHA-256 of the only refresh token of this session that is still good, and of the one before; that one gets the
+    # same answer again within seconds of `rotated_at`.
     col("refresh_token_hash", Text()),
+    col("previous_token_hash", Text(), null=True),
+    col("rotated_at", TIME, null=True),
     col("ip", INET(), null=True),
     col("device_fingerprint", Text(), null=True),
     col("expires_at", TIME),
@@ -61,6 +62,7 @@ auth_sessions = Table(
     created(),
     updated(),
     Index("ix_auth_sessions_user_id", "user_id", "created_at"),
+    Index("ix_auth_sessions_ended", text("LEAST(revoked_at, expires_at)")),
     schema="auth",
 )
 
@@ -75,6 +77,10 @@ api_keys = Table(
     col("secret", LargeBinary()),
     col("permissions", ARRAY(Text)),
     col("allowed_addresses", ARRAY(Text)),
+    # Which instruments its orders may be about; none: all.
+    col("instruments", ARRAY(Text), default="'{}'"),
+    col("expires_at", TIME),
+    col("last_used_at", TIME, null=True),
     col("revoked_at", TIME, null=True),
     created(),
     CheckConstraint("algorithm IN ('HMAC_SHA256', 'ED25519')", name="algorithm"),

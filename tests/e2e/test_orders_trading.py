@@ -490,6 +490,29 @@ async def test_the_pre_check_says_what_placement_does(
         assert reserved == D(check["requiredMargin"])
 
 
+@pytest.mark.parametrize(
+    ("held", "quantity", "price"),
+    [("BUY", "0.01", "60000"), ("SELL", "0.01", "60000"), ("BUY", "0.3", "60000"), ("BUY", "0.01", None)],
+)
+async def test_the_pre_check_without_a_side_is_that_of_the_worse_side(
+    exchange: Exchange, admin: Trader, held: str, quantity: str, price: str | None
+) -> None:
+    trader = await exchange.trader(admin, "1000")
+    # The order that would come after it on the same side needs more than one on the other.
+    await trader.place(held, "0.01", "59000" if held == "BUY" else "61000", postOnly=True)
+    asked = {"userId": trader.user_id, "instrumentId": BTC, "quantity": quantity, "price": price}
+    answer = await trader.client.post("/api/risk/pre-check", json=asked)
+    assert answer.status_code == 200, answer.text
+    sides = [
+        (await trader.client.post("/api/risk/pre-check", json={**asked, "side": side})).json()
+        for side in ("BUY", "SELL")
+    ]
+    await trader.client.delete("/api/orders")
+    await exchange.until_settled()
+    assert answer.json() == max(sides, key=lambda each: (not each["allowed"], D(each["requiredMargin"])))
+    assert sides[0] != sides[1] or price is None
+
+
 async def test_a_service_asks_the_pre_check_for_anybody_and_a_user_for_themselves(
     exchange: Exchange, admin: Trader
 ) -> None:

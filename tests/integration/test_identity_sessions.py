@@ -15,13 +15,10 @@ import httpx
 import pytest
 import pytest_asyncio
 from argon2 import PasswordHasher
-from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from activities.identity.sessions import REVOKED_CHANNEL, revoke, session_key
-from api.bootstrap import bootstrap
-from domain.identity import Identity
-from settings import Settings
+from domain.identity import REFRESH_REPEATED
 from storage.db import Pool
 from tests.integration.identity_app import (
     PASSWORD,
@@ -29,6 +26,7 @@ from tests.integration.identity_app import (
     bearer,
     running_exchange,
     settings_without_workflows,
+    write_key,
 )
 
 WEEK_SECONDS = 7 * 24 * 3600
@@ -63,7 +61,9 @@ async def revocations(pool: Pool) -> list[dict[str, str]]:
 
 async def test_signing_in_gives_tokens_that_open_ones_account(exchange: Exchange) -> None:
     tokens = await exchange.login(" ALICE@example.com")
-    assert set(tokens) == {"accessToken", "refreshToken", "tokenType", "expiresIn", "refreshExpiresIn", "sessionId"}
+    of_refresh = {"accessToken", "refreshToken", "tokenType", "expiresIn", "refreshExpiresIn", "sessionId"}
+    assert set(tokens) == {*of_refresh, "deviceToken"}
+    assert set((await refresh(exchange, tokens["refreshToken"])).json()) == of_refresh
     assert tokens["tokenType"] == "Bearer"
     assert [tokens["expiresIn"], tokens["refreshExpiresIn"]] == [900, WEEK_SECONDS]
     account = await me(exchange, tokens)
@@ -207,22 +207,115 @@ async def test_refreshing_rotates_the_refresh_token_and_prolongs_the_session(
     assert third.status_code == 200
 
 
-async def test_a_refresh_token_used_twice_revokes_the_session(exchange: Exchange, pool: Pool, redis: Redis) -> None:
+async def test_a_refresh_repeated_within_seconds_gets_the_same_answer(exchange: Exchange, pool: Pool) -> None:
+    first = await exchange.login()
+    second = await refresh(exchange, first["refreshToken"])
+    for _ in range(2):
+        again = await refresh(exchange, first["refreshToken"])
+        assert (again.status_code, again.json()) == (200, second.json())
+    assert (await refresh(exchange, second.json()["refreshToken"])).status_code == 200
+    assert await revocations(pool) == []
+
+
+async def test_simultaneous_refreshes_get_one_answer(exchange: Exchange) -> None:
+    tokens = await exchange.login()
+    answers = await asyncio.gather(*(refresh(exchange, tokens["refreshToken"]) for _ in range(5)))
+    assert [answer.status_code for answer in answers] == [200] * 5
+    assert len({answer.text for answer in answers}) == 1
+
+
+async def test_a_repeated_refresh_gets_the_same_answer_from_another_process_whose_first_key_is_another(
+    exchange: Exchange, tmp_path: Path
+) -> None:
+    old = exchange.state.settings.jwt_private_key_file
+    assert old is not None
+    both = tmp_path / "both.pem"
+    both.write_bytes(write_key(tmp_path / "new.pem").read_bytes() + old.read_bytes())
     first = await exchange.login()
     second = (await refresh(exchange, first["refreshToken"])).json()
+    async with running_exchange(exchange.state.settings.model_copy(update={"jwt_private_key_file": both})) as other:
+        again = (await refresh(other, first["refreshToken"])).json()
+        assert again["refreshToken"] == second["refreshToken"]
+        assert (await refresh(other, again["refreshToken"])).status_code == 200
+
+
+async def has_ended(exchange: Exchange, pool: Pool, redis: Redis, tokens: dict[str, Any]) -> bool:
+    ended = (await me(exchange, tokens)).status_code == 401
+    assert await redis.exists(session_key(tokens["sessionId"])) == (not ended)
+    assert len(await revocations(pool)) == ended
+    return ended
+
+
+async def test_a_refresh_token_used_again_later_revokes_the_session(
+    exchange: Exchange, pool: Pool, redis: Redis
+) -> None:
+    first = await exchange.login()
+    second = (await refresh(exchange, first["refreshToken"])).json()
+    await pool.execute("UPDATE auth.auth_sessions SET rotated_at = rotated_at - $1::interval", REFRESH_REPEATED)
     reused = await refresh(exchange, first["refreshToken"])
     assert (reused.status_code, reused.json()["code"]) == (401, "UNAUTHENTICATED")
-    assert (await me(exchange, second)).status_code == 401
+    assert await has_ended(exchange, pool, redis, second)
     assert (await refresh(exchange, second["refreshToken"])).status_code == 401
-    assert await redis.exists(session_key(first["sessionId"])) == 0
     [event] = await revocations(pool)
     assert event["reason"] == "REFRESH_TOKEN_REUSED"
 
 
-async def test_of_simultaneous_refreshes_at_most_one_succeeds(exchange: Exchange) -> None:
+async def test_a_refresh_token_used_again_after_the_next_one_was_revokes_the_session(
+    exchange: Exchange, pool: Pool, redis: Redis
+) -> None:
+    first = await exchange.login()
+    second = (await refresh(exchange, first["refreshToken"])).json()
+    third = (await refresh(exchange, second["refreshToken"])).json()
+    assert not await has_ended(exchange, pool, redis, third)
+    assert (await refresh(exchange, first["refreshToken"])).status_code == 401
+    assert await has_ended(exchange, pool, redis, third)
+
+
+async def test_a_forged_refresh_token_changes_nothing(exchange: Exchange, pool: Pool, redis: Redis) -> None:
+    tokens, others = await exchange.login(), await exchange.login()
+    session_id, number, signature = tokens["refreshToken"].split(".")
+    forged = [
+        f"{session_id}.anything",
+        f"{session_id}.",
+        session_id,
+        f"{session_id}.{number}",
+        f"{session_id}.{number}.",
+        f"{session_id}.{number}.{signature[:-4]}AAAA",
+        f"{session_id}.{number}x.{signature}",
+        f"{session_id}.{others['refreshToken'].partition('.')[2]}",
+        f"{session_id}.{number}.{'A' * 86}",
+        tokens["refreshToken"].upper(),
+    ]
+    row = await pool.fetchrow("SELECT * FROM auth.auth_sessions WHERE session_id = $1", session_id)
+    for token in forged:
+        answer = await refresh(exchange, token)
+        assert (answer.status_code, answer.json()["code"]) == (401, "UNAUTHENTICATED"), token
+    assert await pool.fetchrow("SELECT * FROM auth.auth_sessions WHERE session_id = $1", session_id) == row
+    assert not await has_ended(exchange, pool, redis, tokens)
+    assert (await refresh(exchange, tokens["refreshToken"])).status_code == 200
+
+
+async def test_a_session_lives_thirty_days_however_often_it_is_refreshed(
+    exchange: Exchange, pool: Pool, redis: Redis
+) -> None:
     tokens = await exchange.login()
-    answers = await asyncio.gather(*(refresh(exchange, tokens["refreshToken"]) for _ in range(5)))
-    assert sorted(answer.status_code for answer in answers) == [200, 401, 401, 401, 401]
+    await pool.execute("UPDATE auth.auth_sessions SET created_at = now() - interval '29 days 1 hour'")
+    second = (await refresh(exchange, tokens["refreshToken"])).json()
+    assert 22 * 3600 < second["refreshExpiresIn"] <= 23 * 3600
+    assert 22 * 3600 < await redis.ttl(session_key(tokens["sessionId"])) <= 23 * 3600
+    await pool.execute("UPDATE auth.auth_sessions SET created_at = now() - interval '30 days', expires_at = now()")
+    assert (await refresh(exchange, second["refreshToken"])).status_code == 401
+
+
+async def test_of_too_many_sessions_the_oldest_ends(
+    exchange: Exchange, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("activities.sessions.SESSIONS_MAX", 3)
+    await exchange.add_user("bob@example.com")
+    bobs, *alices = [await exchange.login("bob@example.com"), *[await exchange.login() for _ in range(4)]]
+    assert [(await me(exchange, tokens)).status_code for tokens in (bobs, *alices)] == [200, 401, 200, 200, 200]
+    [event] = await revocations(pool)
+    assert (event["sessionId"], event["reason"]) == (alices[0]["sessionId"], "TOO_MANY_SESSIONS")
 
 
 async def test_an_expired_session_is_not_prolonged(exchange: Exchange, pool: Pool) -> None:
@@ -358,48 +451,3 @@ async def test_requests_of_one_turn_share_one_look_into_redis(exchange: Exchange
         await asyncio.gather(*(exchange.state.sessions.require(each, now) for each in sessions * 100))
         looks.append((await redis.info("commandstats"))["cmdstat_mget"]["calls"] - before)
     assert min(looks) == 1
-
-
-async def test_the_bootstrapped_admin_signs_in_as_operator_and_repeating_changes_nothing(
-    exchange: Exchange, pool: Pool, redis: Redis
-) -> None:
-    settings = admin_settings(exchange.state.settings, "first password")
-    user_id = await bootstrap(settings, pool, redis)
-    stored = await pool.fetchrow("SELECT * FROM auth.auth_credentials WHERE user_id = $1", user_id)
-    assert await bootstrap(settings, pool, redis) == user_id
-    assert await pool.fetchrow("SELECT * FROM auth.auth_credentials WHERE user_id = $1", user_id) == stored
-    tokens = await exchange.login("admin@exchange.local", "first password")
-    assert identity_of(exchange, tokens).roles == {"user", "admin"}
-    assert (await me(exchange, tokens)).json()["status"] == "ACTIVE"
-
-
-async def test_a_changed_admin_password_replaces_the_old_one_and_ends_its_sessions(
-    exchange: Exchange, pool: Pool, redis: Redis
-) -> None:
-    user_id = await bootstrap(admin_settings(exchange.state.settings, "first password"), pool, redis)
-    tokens = await exchange.login("admin@exchange.local", "first password")
-    assert await bootstrap(admin_settings(exchange.state.settings, "second password"), pool, redis) == user_id
-    assert (await me(exchange, tokens)).status_code == 401
-    await exchange.login("admin@exchange.local", "second password")
-    body = {"email": "admin@exchange.local", "password": "first password"}
-    assert (await exchange.client.post("/api/auth/login", json=body)).status_code == 401
-
-
-@pytest.mark.parametrize(
-    "change", [{"admin_password": None}, {"admin_password": SecretStr("short")}, {"admin_email": "admin"}]
-)
-async def test_an_admin_without_proper_email_and_password_is_not_made(
-    exchange: Exchange, pool: Pool, redis: Redis, change: dict[str, str | SecretStr | None]
-) -> None:
-    settings = admin_settings(exchange.state.settings, "first password").model_copy(update=change)
-    with pytest.raises(RuntimeError, match="EXCHANGE_ADMIN"):
-        await bootstrap(settings, pool, redis)
-    assert await pool.fetchval("SELECT count(*) FROM users.users WHERE 'admin' = ANY (roles)") == 0
-
-
-def admin_settings(settings: Settings, password: str) -> Settings:
-    return settings.model_copy(update={"admin_password": SecretStr(password)})
-
-
-def identity_of(exchange: Exchange, tokens: dict[str, Any]) -> Identity:
-    return exchange.state.tokens.verify(tokens["accessToken"], datetime.now(UTC))

@@ -10,7 +10,6 @@ from redis.asyncio import Redis
 
 from activities.ledger.audit import run_audit
 from api.bootstrap import bootstrap
-from clients import open_redis
 from storage.db import Pool
 from tests.integration.identity_app import (
     PASSWORD,
@@ -31,10 +30,9 @@ async def exchange(
 ) -> AsyncIterator[Exchange]:
     settings = settings_without_workflows(database_url, redis_url, temporal_address, tmp_path)
     settings = settings.model_copy(update={"admin_email": ADMIN, "admin_password": SecretStr(PASSWORD)})
-    async with open_redis(settings) as redis:
-        # Twice, as at every start: the fund is seeded once.
-        await bootstrap(settings, pool, redis)
-        await bootstrap(settings, pool, redis)
+    # Twice, as at every start: the fund is seeded once.
+    await bootstrap(settings, pool)
+    await bootstrap(settings, pool)
     async with running_exchange(settings) as running:
         yield running
 

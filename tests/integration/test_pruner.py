@@ -135,3 +135,20 @@ async def test_attempts_to_sign_in_are_on_record_for_as_long_as_is_set(pool: Poo
     )
     assert await pruned(pool) == 0
     assert Settings().login_audit_retention_days == 90
+
+
+async def test_sessions_that_ended_long_ago_go_and_good_ones_stay(pool: Pool) -> None:
+    await pool.execute(
+        """
+        INSERT INTO auth.auth_sessions (session_id, user_id, roles, refresh_token_hash, expires_at, revoked_at)
+        VALUES (gen_random_uuid(), 1, '{user}', 'expired', now() - $1::interval, NULL),
+               (gen_random_uuid(), 1, '{user}', 'revoked', now() + interval '1 day', now() - $1::interval),
+               (gen_random_uuid(), 1, '{user}', 'good', now() + interval '1 day', NULL),
+               (gen_random_uuid(), 1, '{user}', 'just expired', now() - interval '1 day', NULL),
+               (gen_random_uuid(), 1, '{user}', 'just revoked', now() + interval '1 day', now())
+        """,
+        LONG,
+    )
+    assert await pruned(pool, limit=1) == 2
+    left = await pool.fetch("SELECT refresh_token_hash FROM auth.auth_sessions ORDER BY 1")
+    assert [row[0] for row in left] == ["good", "just expired", "just revoked"]

@@ -201,3 +201,51 @@ async def test_what_waits_for_a_slow_reader_is_bounded(settings: Settings, monke
         client.offer(b"%d" % number)
         assert len(client._queue) <= 100
     assert client._closing == (4008, "Messages are read too slowly")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        '{"op":"subscribe","channel":"depth","instrumentId":"BTC-USDT-PERP","wrongName":1}',
+        '{"op":"subscribe","channel":"depth","instrumentId":"BTC-USDT-PERP","instrumentid":"ETH-USDT-PERP"}',
+        '{"op":"subscribe","channel":"depth","instrumentId":"BTC-USDT-PERP","instrument_id":"ETH-USDT-PERP"}',
+        '{"op":"subscribe","channel":"depth","channel":"trades","instrumentId":"BTC-USDT-PERP"}',
+        '{"op":"ping","args":{"op":"ping","op":"pong"}}',
+        '["ping"]',
+        "ping",
+        "[" * 5_000 + "]" * 5_000,
+    ],
+)
+async def test_what_a_message_should_not_have_is_refused_and_the_socket_stays(api: Api, message: str) -> None:
+    async with connect(api.ws + "/ws/market") as socket:
+        await socket.send(message)
+        answer = await receive(socket)
+        assert (answer["type"], answer["code"]) == ("error", "VALIDATION_FAILED")
+        await socket.send('{"op":"ping"}')
+        assert await receive(socket) == {"type": "pong"}
+
+
+async def test_a_first_message_that_should_not_have_something_opens_nothing(api: Api) -> None:
+    token, _ = await api.sign_in(1000)
+    for member in ('"userId":"1"', f'"token":"{token}"', '"apikey":"x"'):
+        async with connect(api.ws + "/ws/user") as socket:
+            await socket.send(f'{{"op":"auth","token":"{token}",{member}}}')
+            assert (await close_of(socket))[0] == 4401, member
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/ws/market?wrongName=1",
+        "/ws/market/depth?instrumentId=BTC-USDT-PERP&instrument_id=ETH-USDT-PERP",
+        "/ws/market/depth?instrumentId=BTC-USDT-PERP&instrumentId=ETH-USDT-PERP",
+        "/ws/market/depth?symbol=BTC-USDT-PERP",
+        "/ws/user?token=x",
+    ],
+)
+async def test_a_handshake_with_a_parameter_that_it_should_not_have_is_refused(api: Api, target: str) -> None:
+    with pytest.raises(InvalidStatus) as refusal:
+        async with connect(api.ws + target):
+            pass
+    assert refusal.value.response.status_code == 422
+    assert "VALIDATION_FAILED" in (refusal.value.response.body or b"").decode()

@@ -20,6 +20,7 @@ from activities.positions.views import list_positions, position_view
 from activities.risk.check import pre_check
 from domain.contracts.liquidation import Claim, Ending
 from domain.mark_price import MARK_AGE_MAX
+from domain.matching import Side
 from monitors.liquidations import LiquidationMonitor
 from storage.db import Pool
 from tests.integration.ledger_world import BTC, ETH, World, advance, finish, limit, outbox_events
@@ -122,6 +123,30 @@ async def test_what_book_and_fund_cannot_take_is_deleveraged_at_the_bankruptcy_p
     assert await world.balance(2) == (D("105988"), D(0))
     [told] = await outbox_events(pool, "AutoDeleveraged")
     assert (told["userId"], told["quantity"], told["price"]) == ("2", "1", "54000")
+    await assert_clean(world)
+
+
+@pytest.mark.parametrize("side", ["BUY", "SELL"])
+async def test_all_that_stands_behind_a_cross_position_counts_when_somebody_is_deleveraged(
+    pool: Pool, redis: Redis, side: Side
+) -> None:
+    world = LiquidationWorld(pool, redis)
+    sign = 1 if side == "BUY" else -1
+    other: Side = "SELL" if side == "BUY" else "BUY"
+    await world.deposit(100_000, 1, 2, 3)
+    await world.cross(2)
+    assert await world.lever(2, 100) is None
+    early = 60_000 - sign * 5_000
+    await world.marked(early)
+    await world.place(limit(2, other, "1", early), limit(3, side, "1", early))
+    await world.settle()
+    await world.marked(60_000)
+    await world.place(limit(3, other, "1", 60_000), limit(1, side, "1", 60_000))
+    await world.settle()
+    # User 2 is 5,000 behind with a margin of 600 at most, and has 90,000 more.
+    [opened] = await world.marked(60_000 - sign * 5_900)
+    assert (await world.liquidate(opened.liquidation_id))[-1] == "finished"
+    assert [await world.position(user) for user in (1, 2)] == [(D(0), D(0), "CLOSED")] * 2
     await assert_clean(world)
 
 

@@ -22,7 +22,7 @@ from tests.integration.ledger_world import BTC, ETH, World, assert_conserved, fi
 USERS = range(1, 8)
 INSTRUMENTS = (BTC, ETH)
 DEPOSITS = (100, 1_000, 4_000, 20_000)
-ACTIONS = 1_500
+ACTIONS = 1_800
 
 
 @contextmanager
