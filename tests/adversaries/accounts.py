@@ -95,7 +95,7 @@ class Account:
 
     def cover(self, of: str, marks: Marks) -> Decimal:
         """What the account has for its cross position in `of` beyond that position's own margin (quote): as
-        `activities.cover`, but that nothing is kept back."""
+        `activities.risk.cover`, but that nothing is kept back."""
         others = (
             stake.equity(marks[name]) - stake.maintenance(marks[name]) for name, stake in self.crossed() if name != of
         )
