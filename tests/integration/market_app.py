@@ -17,7 +17,7 @@ from storage.db import Connection, Pool
 
 INSTRUMENTS = {instrument.instrument_id: instrument for instrument in SHIPPED}
 BTC, ETH, SOL = INSTRUMENTS
-WAIT_SECONDS = 10.0
+WAIT_SECONDS = 60.0
 Value = TypeVar("Value")
 
 

@@ -336,7 +336,7 @@ async def test_a_key_that_is_remembered_expires_to_the_moment(exchange: Exchange
 async def test_expired_keys_do_not_count_among_those_that_one_may_have(
     exchange: Exchange, alice: dict[str, str], pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("activities.api_keys.ACTIVE_KEYS_MAX", 1)
+    monkeypatch.setattr("activities.identity.api_keys.ACTIVE_KEYS_MAX", 1)
     await make(exchange, alice)
     assert (await exchange.client.post("/api/auth/api-keys", json=BODY, headers=alice)).status_code == 422
     await pool.execute("UPDATE auth.api_keys SET expires_at = now()")

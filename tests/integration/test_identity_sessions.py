@@ -310,7 +310,7 @@ async def test_a_session_lives_thirty_days_however_often_it_is_refreshed(
 async def test_of_too_many_sessions_the_oldest_ends(
     exchange: Exchange, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("activities.sessions.SESSIONS_MAX", 3)
+    monkeypatch.setattr("activities.identity.sessions.SESSIONS_MAX", 3)
     await exchange.add_user("bob@example.com")
     bobs, *alices = [await exchange.login("bob@example.com"), *[await exchange.login() for _ in range(4)]]
     assert [(await me(exchange, tokens)).status_code for tokens in (bobs, *alices)] == [200, 401, 200, 200, 200]
