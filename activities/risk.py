@@ -490,12 +490,15 @@ async def _tell_terms(
     """
     commands: defaultdict[str, list[AnyCommand]] = defaultdict(list)
     told = []
+    lower = [key for key, state in states.items() if state.leverage < (rows[key]["told_leverage"] or 0)]
+    uncovered = await _uncovered(conn, lower)
     for key, state in sorted(states.items()):
         row = rows[key]
+        leverage = row["told_leverage"] if key in uncovered else state.leverage
         rate = tier_of(state.worst_notional, rules.tiers[key[1]]).maintenance_margin_rate
         maintenance = -int(-rate * RATE_UNITS // 1)
         if (row["told_leverage"], row["told_maintenance"], row["told_mode"]) == (
-            state.leverage,
+            leverage,
             maintenance,
             row["margin_mode"],
         ):
@@ -507,13 +510,13 @@ async def _tell_terms(
             SetTerms(
                 at=to_ms(await conn.fetchval("SELECT now()")),
                 user_id=key[0],
-                leverage=state.leverage,
+                leverage=leverage,
                 maintenance=maintenance,
                 cross=state.cross,
                 bankruptcy=bankruptcy,
             )
         )
-        told.append((*key, state.leverage, maintenance, row["margin_mode"]))
+        told.append((*key, leverage, maintenance, row["margin_mode"]))
     if not told:
         return
     await conn.execute(
@@ -524,6 +527,19 @@ async def _tell_terms(
         *columns(told, 5),
     )
     await append_commands(conn, commands)
+
+
+async def _uncovered(conn: Connection, keys: Collection[Key]) -> set[Key]:
+    """Those of `keys` whose orders lack margin and are about to be cancelled: a lower leverage, with more margin, is
+    not told for these."""
+    if not keys:
+        return set()
+    rows = await conn.fetch(
+        "SELECT user_id, instrument_id FROM ledger.v_margin_holds JOIN unnest($1::bigint[], $2::text[])"
+        " AS k (user_id, instrument_id) USING (user_id, instrument_id) WHERE order_short > 0",
+        *columns(sorted(keys), 2),
+    )
+    return {(row["user_id"], row["instrument_id"]) for row in rows}
 
 
 async def _tell_covers(

@@ -284,7 +284,8 @@ def lose_more_than_its_own(scene: Scene) -> None:
 def pay_with_a_profit_on_paper(scene: Scene) -> None:
     """Two positions that hedge each other: closing the one that loses costs more than there is money, while the other
     one keeps its profit."""
-    for kind in ("MARKET", "LIMIT"):
+    kinds: tuple[OrderType, ...] = ("MARKET", "LIMIT")
+    for kind in kinds:
         scene.anew()
         scene.begin(1_500, 100, BITCOIN, ETHER)
         scene.open("1")
@@ -295,7 +296,7 @@ def pay_with_a_profit_on_paper(scene: Scene) -> None:
                 scene.house.say_mark(name, scene.price(-5, name))
         scene.rich("1", 0, same=True)
         fund = scene.house.fund
-        scene.close(kind, "1", None if kind == "MARKET" else 0)  # type: ignore[arg-type]
+        scene.close(kind, "1", None if kind == "MARKET" else 0)
         assert scene.house.fund >= fund
         scene.watch()
 
