@@ -34,12 +34,14 @@ class Wallet:
 @dataclass(frozen=True, slots=True)
 class Settled:
     """A wallet after settlement, what the insurance fund had to add to keep it from going negative, and what the fund
-    got from a liquidation: its fee, and what was left of an isolated position's margin (`surplus`). All >= 0."""
+    got from a liquidation: its fee, and what was left of an isolated position's margin (`surplus`). `margin_short` is
+    what the position should have got and there was not: its fills count on it. All >= 0."""
 
     wallet: Wallet
     insurance: Decimal = ZERO
     liquidation_fee: Decimal = ZERO
     surplus: Decimal = ZERO
+    margin_short: Decimal = ZERO
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,9 @@ def settle(wallet: Wallet, cash: Decimal, position_margin: Decimal, order_margin
     held_position = min(position_margin, total)
     held_orders = max(ZERO, min(required, total - held_position))
     return Settled(
-        Wallet(total - held_position - held_orders, held_orders, held_position, required - held_orders), insurance
+        Wallet(total - held_position - held_orders, held_orders, held_position, required - held_orders),
+        insurance,
+        margin_short=position_margin - held_position,
     )
 
 
@@ -204,7 +208,7 @@ def settle_fills(wallet: Wallet, fills: Iterable[BookedFill], order_margin_delta
     which is taken from what is left of the closed part's share of that money.
     """
     cash, position_margin = ZERO, wallet.position_margin
-    insurance = fee = surplus = ZERO
+    insurance = fee = surplus = short = ZERO
     for fill in fills:
         if fill.is_liquidation and not fill.is_cross:
             # What came before has had its effect when the liquidation comes.
@@ -214,6 +218,7 @@ def settle_fills(wallet: Wallet, fills: Iterable[BookedFill], order_margin_delta
             insurance += settled.insurance + forced.insurance
             fee += forced.liquidation_fee
             surplus += forced.surplus
+            short += settled.margin_short
             continue
         before = wallet.available + wallet.order_margin + wallet.position_margin + cash
         cash += fill.cash
@@ -225,4 +230,4 @@ def settle_fills(wallet: Wallet, fills: Iterable[BookedFill], order_margin_delta
             cash -= charged
             fee += charged
     settled = settle(wallet, cash, position_margin, order_margin_delta)
-    return Settled(settled.wallet, insurance + settled.insurance, fee, surplus)
+    return Settled(settled.wallet, insurance + settled.insurance, fee, surplus, short + settled.margin_short)

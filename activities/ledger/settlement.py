@@ -84,6 +84,10 @@ async def settle_events(conn: Connection, events: EventRange) -> None:
         set_hold(book, (user_id, instrument_id), holds[user_id, instrument_id], settled[user_id].wallet)
     book.events += [FundsUnfrozen(m.order_id, str(m.user_id), m.asset, plain(m.amount)) for m in risk.ended if m.amount]
     await write_book(conn, book, holds)
+    for user_id in users:
+        # The engine has booked the fills with all the margin that they should have got.
+        if short := settled[user_id].margin_short:
+            lowered[user_id, instrument_id] = -short
     if lowered:
         await tell_engine(conn, lowered)
 

@@ -9,11 +9,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from decimal import ROUND_FLOOR, Decimal
 
+import asyncpg
+
 from activities.matching.steps import append_commands
 from activities.risk.collateral import read_collateral
 from domain.clock import to_ms
 from domain.matching import AnyCommand, SetCover, margin_units
-from domain.money import AMOUNT_STEP
+from domain.money import AMOUNT_STEP, ZERO
 from storage.db import Connection
 
 Key = tuple[int, str]
@@ -68,23 +70,33 @@ async def read_covers(conn: Connection, user_ids: Collection[int]) -> dict[Key, 
     """The cover of all that `user_ids` hold or may hold in cross mode, by (user, instrument).
 
     It is what nothing holds less funding that is owed, the initial margin that orders in that instrument hold, and of
-    every other cross position its margin and unrealized profit or loss less its maintenance margin. What orders hold
-    for their open loss is their own; what those of other instruments hold may be lost with their fills.
+    every other cross position its margin, less what its maintenance margin is beyond its unrealized profit: a profit
+    that is not realized pays for no loss that is. What orders hold for their open loss is their own; what those of
+    other instruments hold may be lost with their fills.
     """
     rows = await conn.fetch(_CROSS, list(user_ids))
     collateral = await read_collateral(conn, {row["user_id"] for row in rows})
     accounts: defaultdict[tuple[int, str], Decimal] = defaultdict(Decimal)
-    for (user_id, asset), money in collateral.items():
-        accounts[user_id, asset] = money.available - money.cross_loss - money.funding_owed
+    # Realized with fills that are not booked: what of the cross profit or loss no position has.
+    unbooked = {purse: -money.cross_loss for purse, money in collateral.items()}
     for row in rows:
-        accounts[row["user_id"], row["quote_asset"]] += row["margin"] - row["maintenance"]
+        unbooked[row["user_id"], row["quote_asset"]] -= row["profit"]
+    for purse, money in collateral.items():
+        accounts[purse] = money.available - money.funding_owed + min(ZERO, unbooked[purse])
+    for row in rows:
+        accounts[row["user_id"], row["quote_asset"]] += _spare(row)
     covers = {}
     for row in rows:
-        own = row["margin"] - row["maintenance"] + row["profit"] - row["order_margin"]
-        exact = accounts[row["user_id"], row["quote_asset"]] - own - KEPT_BACK * row["maintenance"]
+        exact = accounts[row["user_id"], row["quote_asset"]] - _spare(row) + row["order_margin"]
+        exact -= KEPT_BACK * row["maintenance"]
         amount = exact.quantize(AMOUNT_STEP, ROUND_FLOOR)
         covers[row["user_id"], row["instrument_id"]] = Cover(amount, row["told_cover"], row["applied_seq"], row["unit"])
     return covers
+
+
+def _spare(row: asyncpg.Record) -> Decimal:
+    """What a cross position can do without for another one's loss (quote)."""
+    return Decimal(row["margin"] + min(ZERO, row["profit"] - row["maintenance"]))
 
 
 async def tell_covers(conn: Connection, covers: Mapping[Key, Cover]) -> None:

@@ -15,7 +15,7 @@ from domain.instruments import Instrument
 from domain.margin import tier_of
 from domain.matching import AnyCommand, SetTerms
 from domain.money import ZERO
-from storage.db import Connection
+from storage.db import Connection, columns
 from storage.rows import assignments, batch, unnest
 
 # The engine has rates in millionths.
@@ -40,12 +40,16 @@ async def tell_terms(
     """
     commands: defaultdict[str, list[AnyCommand]] = defaultdict(list)
     told: list[ToldTermsRow] = []
+    uncovered = await _uncovered(
+        conn, [k for k, state in states.items() if state.leverage < (rows[k].told_leverage or 0)]
+    )
     for key, state in sorted(states.items()):
         row = rows[key]
+        leverage = state.leverage if key not in uncovered else rows[key].told_leverage or state.leverage
         rate = tier_of(state.worst_notional, rules.tiers[key[1]]).maintenance_margin_rate
         maintenance = -int(-rate * RATE_UNITS // 1)
         if (row.told_leverage, row.told_maintenance, row.told_mode) == (
-            state.leverage,
+            leverage,
             maintenance,
             row.margin_mode,
         ):
@@ -57,17 +61,30 @@ async def tell_terms(
             SetTerms(
                 at=to_ms(await conn.fetchval("SELECT now()")),
                 user_id=key[0],
-                leverage=state.leverage,
+                leverage=leverage,
                 maintenance=maintenance,
                 cross=state.cross,
                 bankruptcy=bankruptcy,
             )
         )
-        told.append(ToldTermsRow(*key, state.leverage, maintenance, row.margin_mode))
+        told.append(ToldTermsRow(*key, leverage, maintenance, row.margin_mode))
     if not told:
         return
     await conn.execute(_TERMS_ARE_TOLD, *batch(ToldTermsRow, told))
     await append_commands(conn, commands)
+
+
+async def _uncovered(conn: Connection, keys: Collection[Key]) -> set[Key]:
+    """Those of `keys` whose orders lack margin and are about to be cancelled: a lower leverage, with more margin, is
+    not told for these."""
+    if not keys:
+        return set()
+    rows = await conn.fetch(
+        "SELECT user_id, instrument_id FROM ledger.v_margin_holds JOIN unnest($1::bigint[], $2::text[])"
+        " AS k (user_id, instrument_id) USING (user_id, instrument_id) WHERE order_short > 0",
+        *columns(sorted(keys), 2),
+    )
+    return {(row["user_id"], row["instrument_id"]) for row in rows}
 
 
 async def tell_covers_of(

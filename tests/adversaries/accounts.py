@@ -97,7 +97,9 @@ class Account:
         """What the account has for its cross position in `of` beyond that position's own margin (quote): as
         `activities.risk.cover`, but that nothing is kept back."""
         others = (
-            stake.equity(marks[name]) - stake.maintenance(marks[name]) for name, stake in self.crossed() if name != of
+            stake.position_margin + min(ZERO, stake.pnl(marks[name]) - stake.maintenance(marks[name]))
+            for name, stake in self.crossed()
+            if name != of
         )
         own, losses = self.stakes[of], self.stakes[of].exposure
         orders = max(ZERO, own.order_margin - losses.bid_loss - losses.ask_loss)

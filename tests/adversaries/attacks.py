@@ -281,6 +281,26 @@ def lose_more_than_its_own(scene: Scene) -> None:
     assert scene.house.fund >= fund
 
 
+def pay_with_a_profit_on_paper(scene: Scene) -> None:
+    """Two positions that hedge each other: closing the one that loses costs more than there is money, while the other
+    one keeps its profit."""
+    kinds: tuple[OrderType, ...] = ("MARKET", "LIMIT")
+    for kind in kinds:
+        scene.anew()
+        scene.begin(1_500, 100, BITCOIN, ETHER)
+        scene.open("1")
+        scene.rich("20", 0, ETHER, same=True)
+        assert scene.poor(scene.order("LIMIT", "20", 0, ETHER, side=opposite(scene.side))) == [""]
+        for _ in range(8):
+            for name in (BITCOIN, ETHER):
+                scene.house.say_mark(name, scene.price(-5, name))
+        scene.rich("1", 0, same=True)
+        fund = scene.house.fund
+        scene.close(kind, "1", None if kind == "MARKET" else 0)
+        assert scene.house.fund >= fund
+        scene.watch()
+
+
 def count_money_twice(scene: Scene) -> None:
     """Two positions are closed at a loss that the account has once."""
     scene.begin(1_500, 100, BITCOIN, ETHER)
@@ -410,6 +430,7 @@ ATTACKS: tuple[Attack, ...] = (
     without_a_mark,
     sell_what_waited,
     lose_more_than_its_own,
+    pay_with_a_profit_on_paper,
     count_money_twice,
     take_the_cover_away,
     sell_what_stands_for_a_loss,

@@ -318,6 +318,8 @@ class Exchange:
         if wallet.available < account.available:
             self.poorer.add(user_id)
         account.keep(name, wallet)
+        if settled.margin_short:
+            self._tell_less_margin(user_id, name, settled.margin_short)
         if wallet.available < before.available and wallet.position_margin > before.position_margin:
             self.note_left(user_id)
         self.fund += settled.liquidation_fee + settled.surplus
@@ -343,8 +345,11 @@ class Exchange:
         stake.order_margin -= draw.order_margin
         stake.order_short += draw.order_margin
         stake.position_margin -= draw.position_margin
-        units = margin_units(-draw.position_margin, UNITS[name])
-        if units and stake.told is not None:
+        self._tell_less_margin(user_id, name, draw.position_margin)
+
+    def _tell_less_margin(self, user_id: int, name: str, less: Decimal) -> None:
+        units = margin_units(-less, UNITS[name])
+        if units and self._stake(user_id, name).told is not None:
             seq = self.venues[name].matcher.event_seq
             self.apply(name, MoveMargin(at=self.time, user_id=user_id, amount=units, after_seq=seq))
 

@@ -109,3 +109,36 @@ async def test_a_loss_elsewhere_covers_nothing(market: Market, side: Side) -> No
     await market.move(60_000 - sign * 100)
     await world.settle()
     assert await market.state(order) == ("EXPIRED", "MARGIN_AT_MARK", Decimal(0))
+
+
+@SIDES
+@pytest.mark.parametrize("kind", ["MARKET", "LIMIT"])
+async def test_a_profit_on_paper_pays_for_no_loss(market: Market, side: Side, kind: str) -> None:
+    world = market.world
+    await world.mark(150, SOL)
+    await world.cross(A, SOL)
+    assert await world.lever(A, 50, SOL) is None
+    sign = await hold(market, side, 1_500)
+    mark = market.mark
+    await market.move(150, SOL)
+    await market.send(M, side, "LIMIT", "200", 150, SOL)
+    await market.send(A, OPPOSITE[side], "LIMIT", "200", 150, SOL)
+    await market.move(150 - sign * 12, SOL)
+    await market.move(mark - sign * 2_400)
+    # It has lost 2,400 with one, and won as much with the other; of money there is less.
+    assert sum(await world.balance(A)) < 1_500
+    await market.send(B, side, "LIMIT", "1", market.mark)
+    order = await market.send(
+        A, OPPOSITE[side], kind, "1", None if kind == "MARKET" else market.mark, time_in_force="IOC", reduce_only=True
+    )
+    assert await market.state(order) == ("EXPIRED", "MARGIN_AT_MARK", Decimal(0))
+    # The profit comes first.
+    await world.mark(150 - sign * 12, SOL)
+    market.mark, kept = Decimal(150 - sign * 12), market.mark
+    await market.send(B, OPPOSITE[side], "LIMIT", "200", market.mark, SOL)
+    won = await market.send(A, side, "LIMIT", "200", market.mark, SOL, reduce_only=True)
+    assert (await market.state(won))[0] == "FILLED"
+    market.mark = kept
+    lost = await market.send(A, OPPOSITE[side], "LIMIT", "1", kept, reduce_only=True)
+    assert (await market.state(lost))[0] == "FILLED"
+    await clean(market)

@@ -139,3 +139,12 @@ def test_a_fill_gives_back_what_stands_for_a_loss(
     before = Wallet(Decimal(100), Decimal(10), Decimal(100))
     wallet = return_margin(Wallet(Decimal(available), Decimal(0), Decimal(margin)), before, Decimal(stands))
     assert (wallet.available, wallet.position_margin) == (Decimal(expected[0]), Decimal(expected[1]))
+
+
+@given(WALLETS, CASH, MONEY, CASH)
+def test_what_a_position_lacks_of_its_margin_is_told(
+    wallet: Wallet, cash: Decimal, margin: Decimal, more: Decimal
+) -> None:
+    settled = settle(wallet, cash, margin, more)
+    assert settled.wallet.position_margin + settled.margin_short == margin
+    assert not settled.margin_short or settled.wallet.available == settled.wallet.order_margin == 0
