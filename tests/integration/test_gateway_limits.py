@@ -172,11 +172,13 @@ async def test_every_answer_has_security_headers_and_private_ones_are_not_stored
         headers = (await exchange.client.get(url)).headers
         assert headers["x-content-type-options"] == "nosniff", url
         assert headers["x-frame-options"] == "DENY"
-        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        for closed in ("frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'"):
+            assert closed in headers["content-security-policy"]
         assert ("no-store" in headers.get("cache-control", "")) == url.startswith(("/api/users", "/api/nothing"))
     docs = await exchange.client.get("/docs")
     assert "cdn.jsdelivr.net" in docs.text
     assert "cdn.jsdelivr.net" in docs.headers["content-security-policy"]
+    assert "base-uri 'none'" in docs.headers["content-security-policy"]
 
 
 async def test_other_origins_are_let_in_by_setting_only(running: Running) -> None:

@@ -245,6 +245,27 @@ async def test_after_the_last_attempt_the_registration_fails_operators_are_told_
     assert await statuses(pool, user_id) == ("ACTIVE", "COMPLETED")
 
 
+async def test_whoever_registered_in_vain_registers_again_with_any_password(
+    exchange: Exchange, pool: Pool, temporal: Client
+) -> None:
+    user_id = await prepared(pool, "alice@example.com", attempts=REGISTRATION_ATTEMPTS_MAX - 1)
+    body = {"email": "Alice@example.com", "password": "quite another battery"}
+    # While it is under way nobody takes it over.
+    taken = await exchange.client.post("/api/users", json=body)
+    assert (taken.status_code, taken.json()["code"]) == (400, "EMAIL_ALREADY_EXISTS")
+    async with credential_store_down(pool):
+        assert await sweep(temporal) == [user_id]
+        with pytest.raises(WorkflowFailureError):
+            await temporal.get_workflow_handle(registration_workflow_id(user_id)).result()
+    assert await statuses(pool, user_id) == ("FAILED", "FAILED")
+    again = await exchange.client.post("/api/users", json=body)
+    assert (again.status_code, again.json()["userId"], again.json()["status"]) == (200, str(user_id), "ACTIVE")
+    assert await statuses(pool, user_id) == ("ACTIVE", "COMPLETED")
+    await exchange.login(password="quite another battery")
+    taken = await exchange.client.post("/api/users", json=body)
+    assert (taken.status_code, taken.json()["code"]) == (400, "EMAIL_ALREADY_EXISTS")
+
+
 async def test_every_step_may_run_twice(pool: Pool) -> None:
     user_id = await prepared(pool, "alice@example.com")
     registration = Registration(user_id)

@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from api.app import create_app
 from settings import Settings
 from tests.integration.identity_app import INTERNAL_TOKEN, Exchange
@@ -32,18 +34,22 @@ def test_what_a_declaration_may_say_is_known_to_this_test() -> None:
         assert call.path.startswith("/api/admin/") <= (call.roles == {"admin"}), call.name
 
 
-async def test_each_route_serves_whom_it_names_and_refuses_everybody_else(exchange: Exchange) -> None:
+async def test_each_route_serves_whom_it_names_and_refuses_everybody_else(
+    exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("activities.api_keys.ACTIVE_KEYS_MAX", 10**6)
     admin_id = await exchange.add_user("root@example.com")
-    key_id, sign = await make(exchange, await sign_in(exchange, admin_id, "admin"))
     for call in calls(exchange.app.openapi()):
-        # Fresh ones for each call: some of them end sessions.
+        # Fresh ones for each call: some of them end sessions and keys.
+        key_id, sign = await make(exchange, await sign_in(exchange, admin_id, "admin"))
         callers = {
             "anonymous": {},
             "stranger": {"Authorization": "Bearer x", "X-Internal-Token": "x"},
             "user": await sign_in(exchange, 1000),
-            "admin": await sign_in(exchange, admin_id, "admin"),
             "internal": {"X-Internal-Token": INTERNAL_TOKEN},
+            # Before the admin, who may end it.
             "key of an admin": _signed(call, key_id, sign),
+            "admin": await sign_in(exchange, admin_id, "admin"),
         }
         for who, headers in callers.items():
             body = b"{}" if call.body is not None else b""

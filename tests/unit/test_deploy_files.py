@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from api.identity.addresses import client_address
 from settings import Settings
 from stack.servers import SEARCH_ATTRIBUTES, TEMPORAL_DYNAMIC_CONFIG
 from telemetry.alerts import NAMES
@@ -46,6 +48,28 @@ def test_everything_that_is_copied_into_the_image_exists_and_is_let_in() -> None
     assert not [name for name in names if not (ROOT / name).exists()]
     admitted = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert not [name for name in names if name not in admitted and not (name.endswith(".py") and "*.py" in admitted)]
+
+
+async def test_the_apis_count_clients_and_not_the_balancer_in_front(compose: dict[str, Any]) -> None:
+    given = compose["services"]["api"]["environment"]["EXCHANGE_TRUSTED_PROXIES"]
+    named = re.fullmatch(r"\$\{EXCHANGE_TRUSTED_PROXIES:-(.+)\}", given)
+    assert named is not None
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(str(client_address(scope)))
+
+    trusting = ProxyHeadersMiddleware(app, trusted_hosts=named[1].split(","))
+    # By way of the balancer, and of somebody else who says so.
+    for peer in ("172.18.0.1", "192.168.80.1", "203.0.113.7"):
+        scope = {
+            "type": "http",
+            "scheme": "http",
+            "client": (peer, 1),
+            "headers": [(b"x-forwarded-for", b"10.9.9.9, 198.51.100.4")],
+        }
+        await trusting(cast(Any, scope), cast(Any, None), cast(Any, None))
+    assert seen == ["198.51.100.4", "198.51.100.4", "203.0.113.7"]
 
 
 def test_no_secret_has_a_default(compose: dict[str, Any]) -> None:
