@@ -29,14 +29,18 @@ class ReferenceOpenings:
         """A user gets terms: what is open is backed."""
         for side in SIDES:
             self.guards.holders[user_id].backed[side] = _open_lots(orders, user_id, side)
-        self.fit(orders)
+        self._fit(user_id, self.guards.holders[user_id], orders)
 
     def fit(self, orders: Sequence[Live]) -> None:
         """Something changed: never more is backed than the orders could open now. What was too much is gone."""
         for user_id, holder in self.guards.holders.items():
-            for side in SIDES:
-                could_open = _open_lots(orders, user_id, side) - holder.can_close(side)
-                holder.backed[side] = max(0, min(holder.backed[side], could_open))
+            if holder.leverage:
+                self._fit(user_id, holder, orders)
+
+    def _fit(self, user_id: int, holder: Holder, orders: Sequence[Live]) -> None:
+        for side in SIDES:
+            could_open = _open_lots(orders, user_id, side) - holder.can_close(side)
+            holder.backed[side] = max(0, min(holder.backed[side], could_open))
 
     def are_sure(self, order: Live, orders: Sequence[Live], *, reduces_beside: bool) -> bool:
         """Whether an order that waits in the book could open all that it may come to open, since its whole side is
