@@ -37,7 +37,7 @@ def test_what_a_declaration_may_say_is_known_to_this_test() -> None:
 async def test_each_route_serves_whom_it_names_and_refuses_everybody_else(
     exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("activities.api_keys.ACTIVE_KEYS_MAX", 10**6)
+    monkeypatch.setattr("activities.identity.api_keys.ACTIVE_KEYS_MAX", 10**6)
     admin_id = await exchange.add_user("root@example.com")
     for call in calls(exchange.app.openapi()):
         # Fresh ones for each call: some of them end sessions and keys.
